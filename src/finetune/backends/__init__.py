@@ -1,0 +1,124 @@
+"""What computes. Only paths, strings, plain numbers and the opaque handle from `load` cross this line.
+
+Verbs: `load`, `train` (yields steps), `score`, `generate`, `merge`; and two that read without computing:
+`tokenizer`, and `tensors` (what is stored in a model or adapter directory).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from finetune.lookup import find
+
+BACKENDS: dict[str, str] = {
+    "torch": "finetune.backends.torch:TorchBackend",
+    "fake": "finetune.backends.fake:FakeBackend",
+}
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. `encode` adds no special tokens but knows them in the text."""
+
+    eos_token: str
+    bos_token: str | None
+    eos_ids: tuple[int, ...]  # every id that ends a turn
+    chat_template: str | None
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training. `rows` is a JSONL file: SFT `input_ids`, `labels` (-100: not trained), `row`; DPO `prompt_ids`,
+    `chosen_ids`, `rejected_ids`, `row`. `options` are the recipe section's keys. `model`, `adapter`, `out` are
+    directories; checkpoints go to `out/checkpoint-N`, the result to `out/adapter` (LoRA) or `out/model` (full)."""
+
+    objective: str  # sft | dpo
+    method: str  # lora | full
+    model: Path
+    out: Path
+    rows: Path
+    options: Mapping[str, Any]
+    lora: Mapping[str, Any] | None = None
+    adapter: Path | None = None
+    eval_rows: Path | None = None
+    resume: Path | None = None
+    chat_template: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # dtype, device, attn_implementation, trust_remote_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step as it happened. `loss` is the mean over trained tokens (nats); `rows` the data rows in it;
+    `extra` holds what else the trainer logged (DPO: rewards/margins, rewards/accuracies, ...)."""
+
+    step: int
+    total: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    seconds: float
+    tokens: int
+    trained_tokens: int
+    rows: tuple[int, ...] = ()
+    epoch: float = 0.0
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a model answered. `finish` is `stop` (an end-of-turn token, not in `ids`) or `length`."""
+
+    ids: tuple[int, ...]
+    text: str
+    finish: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFacts:
+    """One stored tensor: `sha256` of its bytes, `shape`, `norm` (Euclidean)."""
+
+    sha256: str
+    shape: tuple[int, ...]
+    norm: float
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The contract; `tests/contract.py` runs the same tests against every implementation."""
+
+    name: str
+    trains: bool
+
+    def tokenizer(self, model: Path) -> Tokenizer: ...
+
+    def load(self, model: Path, adapter: Path | None = None, **settings: Any) -> Any: ...
+
+    def train(self, job: Job) -> Iterator[Step]:
+        """Yield every optimizer step; when the iterator ends, the result is on disk. The generator's `close()` saves
+        a checkpoint and stops. `return` value: a dict of facts (trainable and frozen counts, digests, bytes)."""
+        ...
+
+    def score(self, handle: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Natural-log probability of every target token of (context ids, target ids)."""
+        ...
+
+    def generate(self, handle: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
+        """Greedy continuation of every prompt."""
+        ...
+
+    def merge(self, model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
+        """Write base + adapter as one model directory, tokenizer included."""
+        ...
+
+    def tensors(self, directory: Path) -> dict[str, TensorFacts]: ...
+
+
+def get(name: str) -> Backend:
+    """The backend of that name."""
+    return find("backend", name, BACKENDS)()  # type: ignore[no-any-return]

@@ -1,0 +1,40 @@
+"""PyTorch on CUDA, Apple's MPS or the CPU: transformers models, PEFT adapters, TRL trainers.
+
+This file only names the verbs; each lives in a module of its own and is imported when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.backends import Generation, Job, Step, TensorFacts, Tokenizer
+from finetune.lookup import load as load_reference
+
+
+class TorchBackend:
+    name = "torch"
+    trains = True
+
+    def tokenizer(self, model: Path) -> Tokenizer:
+        return load_reference("finetune.backends.torch.tokenizer:HFTokenizer")(model)  # type: ignore[no-any-return]
+
+    def load(self, model: Path, adapter: Path | None = None, **settings: Any) -> Any:
+        return load_reference("finetune.backends.torch.loading:load_for_inference")(model, adapter, **settings)
+
+    def train(self, job: Job) -> Generator[Step, None, dict[str, Any]]:
+        return load_reference("finetune.backends.torch.training:train")(job)  # type: ignore[no-any-return]
+
+    def score(self, handle: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        return load_reference("finetune.backends.torch.inference:score")(handle, pairs)  # type: ignore[no-any-return]
+
+    def generate(self, handle: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
+        generate = load_reference("finetune.backends.torch.inference:generate")
+        return generate(handle, prompts, max_new_tokens=max_new_tokens)  # type: ignore[no-any-return]
+
+    def merge(self, model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
+        return load_reference("finetune.backends.torch.merging:merge")(model, adapter, out, **settings)  # type: ignore[no-any-return]
+
+    def tensors(self, directory: Path) -> dict[str, TensorFacts]:
+        return load_reference("finetune.backends.torch.tensors:read")(directory)  # type: ignore[no-any-return]

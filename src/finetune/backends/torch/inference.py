@@ -1,0 +1,90 @@
+"""`score` and `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import GenerationConfig
+
+from finetune.backends import Generation
+from finetune.backends.torch.loading import Handle
+
+MAX_BATCH_TOKENS = 1024
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices grouped so that a padded batch stays under MAX_BATCH_TOKENS; longest first, so that memory fails early."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > MAX_BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def score(handle: Handle, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    """Natural-log probability of each target token given the context and the targets before it.
+
+    `pairs`: (context ids, target ids), at least one context id. Computed in float32 whatever the weights are.
+    """
+    if any(not context for context, _ in pairs):
+        raise ValueError("every pair needs at least one context token")
+    sequences = [[*context, *target] for context, target in pairs]
+    results: list[list[float]] = [[] for _ in pairs]
+    for batch in _batches([len(sequence) for sequence in sequences]):
+        width = max(len(sequences[i]) for i in batch)
+        ids = torch.zeros((len(batch), width), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, i in enumerate(batch):
+            ids[place, : len(sequences[i])] = torch.tensor(sequences[i])
+            mask[place, : len(sequences[i])] = 1
+        first = min(len(pairs[i][0]) for i in batch) - 1
+        logits = handle.model(
+            input_ids=ids.to(handle.device), attention_mask=mask.to(handle.device), logits_to_keep=width - first
+        ).logits.float()
+        for place, i in enumerate(batch):
+            context, target = pairs[i]
+            if not target:
+                continue
+            begin = len(context) - 1 - first
+            rows = logits[place, begin : begin + len(target)].log_softmax(-1)
+            targets = torch.tensor(list(target), device=rows.device)
+            results[i] = rows.gather(-1, targets[:, None])[:, 0].tolist()
+    return results
+
+
+@torch.inference_mode()
+def generate(handle: Handle, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
+    """Greedy answers, whatever the model's own generation config says. Prompts are padded on the left."""
+    eos_ids = handle.tokenizer.eos_ids
+    pad = handle.tokenizer.hf.pad_token_id
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(eos_ids), pad_token_id=pad
+    )
+    answers: dict[int, Generation] = {}
+    for batch in _batches([len(prompt) + max_new_tokens for prompt in prompts]):
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, i in enumerate(batch):
+            ids[place, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
+            mask[place, width - len(prompts[i]) :] = 1
+        output = handle.model.generate(
+            input_ids=ids.to(handle.device), attention_mask=mask.to(handle.device), generation_config=config
+        )
+        for place, i in enumerate(batch):
+            answers[i] = _cut(output[place, width:].tolist(), eos_ids, handle)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _cut(ids: list[int], eos_ids: tuple[int, ...], handle: Handle) -> Generation:
+    end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
+    kept = ids if end is None else ids[:end]
+    return Generation(
+        ids=tuple(kept), text=handle.tokenizer.decode(kept), finish="length" if end is None else "stop"
+    )

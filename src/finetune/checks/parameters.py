@@ -1,0 +1,107 @@
+"""Did training change what it should, and nothing else?"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from finetune import evidence
+from finetune.backends import TensorFacts, get
+from finetune.checks import Verdict, judge, missing
+from finetune.errors import FinetuneError
+from finetune.recipe import Recipe
+from finetune.run import Run, digest
+
+EFFECT = 1e-3  # nats a token: far above the rounding of two runs of the same model, far below any learning
+
+
+def check(recipe: Recipe, run: Run) -> list[Verdict]:
+    assert recipe.train is not None
+    backend = get(recipe.backend)
+    try:
+        if recipe.train.method == "full":
+            before = backend.tensors(evidence.phases(run, recipe)["base"][0])
+            after = backend.tensors(run.path / "train" / "model")
+        else:
+            before = backend.tensors(run.path / "train" / "initial")
+            after = backend.tensors(run.path / "train" / "adapter")
+    except FinetuneError as error:
+        return [missing("parameters_changed", ">", recipe.expect.lora_changed_min, "share", "train", str(error))]
+    verdicts = [_changed(recipe, before, after)]
+    if recipe.train.method == "lora":
+        verdicts += [_matrices(after), _coverage(recipe, run, after), *_frozen(run)]
+    verdicts.append(_effect(run))
+    return verdicts
+
+
+def _changed(recipe: Recipe, before: dict[str, TensorFacts], after: dict[str, TensorFacts]) -> Verdict:
+    assert recipe.train is not None
+    changed = sum(name in before and before[name].sha256 != facts.sha256 for name, facts in after.items())
+    place = "train/adapter" if recipe.train.method == "lora" else "train/model"
+    return judge(
+        "parameters_changed", changed / len(after) if after else None, ">", recipe.expect.lora_changed_min, "share", place,
+        f"{changed} of {len(after)} trained tensors differ from those before the first step",
+    )  # fmt: skip
+
+
+def _matrices(after: dict[str, TensorFacts]) -> Verdict:
+    """B starts at zero, so a zero B is an adapter that does nothing there."""
+    matrices = {name: facts for name, facts in after.items() if "lora_B" in name or "lora_embedding_B" in name}
+    dead = [name for name, facts in matrices.items() if not facts.norm > 0]
+    why = f"{len(matrices)} B matrices" + (f"; the first zero one is {dead[0]}" if dead else ", none is zero")
+    alive = (len(matrices) - len(dead)) / len(matrices) if matrices else None
+    return judge("lora_b_nonzero", alive, "==", 1.0, "share", "train/adapter", why)
+
+
+def _coverage(recipe: Recipe, run: Run, after: dict[str, TensorFacts]) -> Verdict:
+    """Every layer of the model carries an adapter, unless the recipe chose layers."""
+    assert recipe.train is not None
+    config = json.loads((Path(evidence.fetched(run)["base"]) / "config.json").read_text(encoding="utf-8"))
+    chosen = recipe.train.lora.layers_to_transform
+    count = next((config[key] for key in ("num_hidden_layers", "n_layer") if key in config), None)
+    expected = set(chosen) if chosen is not None else set(range(count or 0))
+    found = {int(match[1]) for name in after if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))}
+    why = f"adapters in {len(found & expected)} of {len(expected)} layers"
+    share = len(found & expected) / len(expected) if expected else None
+    return judge("lora_coverage", share, "==", 1.0, "share", "train/adapter", why)
+
+
+def _frozen(run: Run) -> list[Verdict]:
+    report = run.report("train")
+    facts = report.metrics if report else {}
+    before, after = facts.get("frozen_sha256_before"), facts.get("frozen_sha256_after")
+    same = None if not before or not after else float(before == after)
+    verdict = judge(
+        "frozen_identical", same, "==", 1.0, "yes", "train/report.json",
+        f"SHA-256 over {facts.get('frozen_parameters', 0):,} frozen parameters in memory, before and after training",
+    )  # fmt: skip
+    found = evidence.fetched(run)
+    stored = found["files"]
+    intact = [name for name, file in stored.items() if _intact(Path(found["base"]) / name, file["sha256"])]
+    return [
+        verdict,
+        judge(
+            "base_intact", len(intact) / len(stored) if stored else None, "==", 1.0, "share", "fetch/model.json",
+            f"{len(intact)} of {len(stored)} files of the base model are as they were fetched",
+        ),
+    ]  # fmt: skip
+
+
+def _intact(path: Path, sha256: str) -> bool:
+    return path.is_file() and digest(path) == sha256
+
+
+def _effect(run: Run) -> Verdict:
+    """The trained model, loaded from disk, does not answer as the base does."""
+    name, place = "adapter_effect", "evaluate/rows.json"
+    path = run.path / place
+    scores = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "base" not in scores or "trained" not in scores:
+        return missing(name, ">", EFFECT, "nats a token", place, "training rows were not scored with and without training")
+    moved = [
+        abs(scores["trained"][row]["answer"][0] - scores["base"][row]["answer"][0]) / max(1, scores["base"][row]["answer"][1])
+        for row in scores["base"]
+    ]
+    why = f"mean change of the answers' log-probability over {len(moved)} rows, with training on and off"
+    return judge(name, sum(moved) / len(moved), ">", EFFECT, "nats a token", place, why)

@@ -1,0 +1,81 @@
+"""One piece of real work in a process of its own, so that its memory is its own: `python -m finetune.experiment FILE`.
+
+FILE is a JSON object; the answer is one JSON object on the last line of standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from finetune.backends import Job, get
+from finetune.errors import StageError
+from finetune.memory import PeakMemory
+from finetune.run import write_json
+
+PATHS = ("model", "out", "rows", "adapter", "eval_rows", "resume")
+
+
+def in_fresh_process(request: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Run `request` in a new Python process and return its answer. Raises StageError with its last words."""
+    write_json(file, request)
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune.experiment", str(file)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        tail = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise StageError(f"the experiment {file.name} failed in its own process (exit {done.returncode}): {tail[0]}")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def train_request(backend: str, job: Job) -> dict[str, Any]:
+    return {"do": "train", "backend": backend, "job": {**asdict(job), **{k: _text(getattr(job, k)) for k in PATHS}}}
+
+
+def score_request(backend: str, model: Path, adapter: Path | None, pairs: Any, settings: Any) -> dict[str, Any]:
+    return {
+        "do": "score",
+        "backend": backend,
+        "model": str(model),
+        "adapter": _text(adapter),
+        "pairs": pairs,
+        "settings": settings,
+    }
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _train(request: dict[str, Any]) -> dict[str, Any]:
+    values = {k: Path(v) if k in PATHS and v is not None else v for k, v in request["job"].items()}
+    steps = []
+    stream = get(request["backend"]).train(Job(**values))
+    while True:
+        try:
+            steps.append(asdict(next(stream)))
+        except StopIteration as end:
+            return {"facts": end.value, "steps": steps}
+
+
+def _score(request: dict[str, Any]) -> dict[str, Any]:
+    backend = get(request["backend"])
+    adapter = Path(request["adapter"]) if request["adapter"] else None
+    handle = backend.load(Path(request["model"]), adapter, **request["settings"])
+    return {"scores": backend.score(handle, request["pairs"])}
+
+
+def main() -> None:
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    with PeakMemory() as memory:
+        answer = {"train": _train, "score": _score}[request["do"]](request)
+    print(json.dumps({**answer, "start_bytes": memory.start, "peak_bytes": memory.peak}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Older configurations (`training:`, `dataset:`, `alignment:`, `huggingface:`) read as recipes of today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FILE_TYPES = ("json", "jsonl", "csv", "parquet")
+RENAMED = {
+    "max_seq_length": "max_length",
+    "batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+}
+FIELD_KEYS = {
+    "text_field": "text",
+    "prompt_field": "prompt",
+    "completion_field": "completion",
+    "instruction_field": "instruction",
+    "input_field": "input",
+    "output_field": "output",
+    "messages_field": "messages",
+    "chosen_field": "chosen",
+    "rejected_field": "rejected",
+}
+
+
+def is_legacy(mapping: dict[str, Any]) -> bool:
+    return any(key in mapping for key in ("training", "alignment", "dataset"))
+
+
+def is_download(mapping: dict[str, Any]) -> bool:
+    return "models" in mapping and not is_legacy(mapping)
+
+
+def migrate(mapping: dict[str, Any]) -> tuple[dict[str, Any], dict[tuple[str, ...], tuple[str, ...]]]:
+    """The recipe mapping, and for every new path the old one (so that an error can name the user's own line)."""
+    new: dict[str, Any] = {}
+    origin: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def put(path: tuple[str, ...], value: Any, old: tuple[str, ...]) -> None:
+        place = new
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = value
+        origin[path] = old
+
+    is_align = "alignment" in mapping
+    section, old_section = ("align", "alignment") if is_align else ("train", "training")
+    data_path: tuple[str, ...] = ("align", "data") if is_align else ("data",)
+    for key, value in mapping.items():
+        if key in ("training", "alignment") and isinstance(value, dict):
+            for inner, inner_value in value.items():
+                put((section, str(RENAMED.get(inner, inner))), inner_value, (old_section, inner))
+        elif key == "dataset" and isinstance(value, dict):
+            for inner, inner_value in value.items():
+                if inner in FIELD_KEYS:
+                    put((*data_path, "fields", FIELD_KEYS[inner]), inner_value, ("dataset", inner))
+                elif not (inner == "format" and inner_value in FILE_TYPES):
+                    put((*data_path, inner), inner_value, ("dataset", inner))
+        elif key == "device":
+            put(("model", "device"), value, ("device",))
+        elif key == "huggingface" and isinstance(value, dict):
+            for inner, inner_value in value.items():
+                put(("model", inner), inner_value, ("huggingface", inner))
+        elif key == "model" and isinstance(value, dict):
+            for inner, inner_value in value.items():
+                put(("model", inner), inner_value, ("model", inner))
+        else:
+            put((key,), value, (key,))
+    if is_align:
+        new.setdefault("train", None)
+    out = new.get(section, {}).get("output_dir") if isinstance(new.get(section), dict) else None
+    if isinstance(out, str):
+        new.setdefault("output_dir", out)
+        new.setdefault("name", "run")
+    return new, origin
+
+
+def downloads(mapping: dict[str, Any], base: Path) -> list[dict[str, Any]]:
+    """The downloads a `models:` file asks for: `repo`, `files` (empty for all), `output_dir`, `token`."""
+    token = (mapping.get("huggingface") or {}).get("token")
+    return [
+        {
+            "repo": str(entry["repo"]),
+            "files": [str(name) for name in entry.get("files") or []],
+            "output_dir": str(base / entry["output_dir"]) if entry.get("output_dir") else None,
+            "revision": entry.get("revision"),
+            "token": token,
+        }
+        for entry in mapping["models"]
+    ]

@@ -1,0 +1,229 @@
+"""From YAML to a Recipe and back."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from finetune.errors import MissingError, RecipeError, UsageError
+from finetune.lookup import did_you_mean
+from finetune.recipe import legacy, profiles, yaml
+from finetune.recipe.model import Recipe
+from finetune.secrets import is_secret_name, redact, remember
+
+Lines = dict[tuple[str | int, ...], int]
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_PATH_KEYS = (
+    ("data", "path"),
+    ("data", "eval_path"),
+    ("align", "data", "path"),
+    ("align", "data", "eval_path"),
+    ("template", "path"),
+    ("evaluate", "probes"),
+    ("evaluate", "controls"),
+    ("evaluate", "unseen"),
+    ("evaluate", "heldout"),
+    ("output_dir",),
+    ("train", "output_dir"),
+    ("align", "output_dir"),
+)
+TOKEN_PATH = ("model", "token")
+
+
+def read_mapping(path: str | Path) -> tuple[dict[str, Any], Lines]:
+    """The mapping in a YAML file and the line of every key in it."""
+    file = Path(path)
+    if not file.is_file():
+        raise MissingError(f"no recipe at {file}. Write one with: finetune init {file.name}")
+    value, lines = yaml.parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(value, dict):
+        raise RecipeError(f"{file} is not a recipe:", [f"{file}:1: expected 'key: value' lines"])
+    return value, lines
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `overrides` (`"train.max_steps=1"`) laid on it.
+
+    Relative paths become absolute, from the recipe's own directory. Raises RecipeError with every fault.
+    """
+    mapping, lines = read_mapping(path)
+    return load_mapping(mapping, overrides, source=str(path), lines=lines, base=Path(path).resolve().parent)
+
+
+def load_mapping(
+    mapping: dict[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    source: str = "recipe",
+    lines: Lines | None = None,
+    base: Path | None = None,
+) -> Recipe:
+    """A recipe from a mapping, as `load`, resolving relative paths against `base` (kept as they are when None)."""
+    lines = dict(lines or {})
+    if legacy.is_legacy(mapping):
+        mapping, origin = legacy.migrate(mapping)
+        lines |= {new: lines[old] for new, old in origin.items() if old in lines}
+    if isinstance(mapping.get("model"), str):
+        mapping = {**mapping, "model": {"path": mapping["model"]}}
+    mapping = profiles.apply(mapping)
+    faults: list[str] = []
+    mapping = _expand(mapping, (), source, lines, faults)
+    mapping = _override(mapping, overrides)
+    if base is not None:
+        for keys in _PATH_KEYS:
+            _resolve(mapping, keys, base)
+        _resolve_model(mapping, base)
+    try:
+        recipe = Recipe.model_validate(mapping)
+    except ValidationError as error:
+        faults += [_describe(fault, source, lines) for fault in error.errors(include_url=False, include_input=False)]
+    if faults:
+        raise RecipeError(f"{source} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:", faults)
+    return recipe
+
+
+def load_downloads(path: str | Path) -> list[dict[str, Any]]:
+    """The downloads that a `models:` file asks for, as `legacy.downloads`. Raises RecipeError with every fault."""
+    mapping, lines = read_mapping(path)
+    source, faults = str(path), list[str]()
+    models = mapping["models"]
+    if not isinstance(models, list) or not models:
+        faults.append(f"{_place(source, ('models',), lines)}: expected a list of downloads, each with a 'repo'")
+    else:
+        for index, entry in enumerate(models):
+            if not isinstance(entry, dict) or not isinstance(entry.get("repo"), str):
+                faults.append(f"{_place(source, ('models', index), lines)}: expected 'repo: NAME'")
+    section = mapping.get("huggingface")
+    token = section.get("token") if isinstance(section, dict) else None
+    expanded = {
+        "models": _expand(models, ("models",), source, lines, faults),
+        "huggingface": {"token": _expand(token, TOKEN_PATH, source, lines, faults)},
+    }
+    if faults:
+        raise RecipeError(f"{source} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:", faults)
+    return legacy.downloads(expanded, Path(path).resolve().parent)
+
+
+def dump(recipe: Recipe, *, defaults: bool = False) -> str:
+    """The recipe as YAML that `load` reads back to an equal recipe. A token becomes `${HF_TOKEN}`, never itself."""
+    mapping = recipe.model_dump(mode="json", exclude_unset=not defaults)
+    if recipe.model.token is not None:
+        mapping["model"]["token"] = "${HF_TOKEN}"
+    return yaml.write(mapping)
+
+
+def _override(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    for text in overrides:
+        dotted, equals, value = text.partition("=")
+        keys = dotted.strip().split(".")
+        if not equals or not all(keys):
+            raise UsageError(f"--set {redact(text)}: expected section.key=value, as in --set train.max_steps=1")
+        layer: Any = yaml.scalar(value)
+        for key in reversed(keys):
+            layer = {key: layer}
+        mapping = profiles.merge(mapping, layer)
+        if keys == list(TOKEN_PATH):
+            remember(value)
+    return mapping
+
+
+def _expand(value: Any, path: tuple[str | int, ...], source: str, lines: Lines, faults: list[str]) -> Any:
+    """`value` with every `${NAME}` and `${NAME:-default}` replaced from the environment."""
+    if isinstance(value, dict):
+        return {key: _expand(inner, (*path, key), source, lines, faults) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_expand(inner, (*path, index), source, lines, faults) for index, inner in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        if is_secret_name(name) and path != TOKEN_PATH:
+            faults.append(f"{_place(source, path, lines)}: '${{{name}}}' holds a secret, which only model.token may name")
+            return ""
+        found = os.environ.get(name, default)
+        if found is None and path == TOKEN_PATH:
+            return ""
+        if found is None:
+            faults.append(f"{_place(source, path, lines)}: the environment variable {name} is not set")
+            return ""
+        return found
+
+    expanded = _REFERENCE.sub(replace, value)
+    if path == TOKEN_PATH:
+        remember(expanded)
+        if expanded == value and value and not value.startswith("<"):
+            warnings.warn(f"{_place(source, path, lines)}: a literal token; write '${{HF_TOKEN}}' instead", stacklevel=2)
+        return expanded if expanded and not expanded.startswith("<") else None
+    return expanded
+
+
+def _resolve(mapping: dict[str, Any], keys: tuple[str, ...], base: Path) -> None:
+    place: Any = mapping
+    for key in keys[:-1]:
+        place = place.get(key) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        return
+    value = place.get(keys[-1])
+    if isinstance(value, str):
+        place[keys[-1]] = _absolute(value, base)
+    elif isinstance(value, list):
+        place[keys[-1]] = [_absolute(item, base) if isinstance(item, str) else item for item in value]
+
+
+def _absolute(value: str, base: Path) -> str:
+    if not value or ":" in value.split("/")[0]:  # hub:owner/name, quorra:train and the like are names, not paths
+        return value
+    return str(base / Path(value).expanduser())
+
+
+def _resolve_model(mapping: dict[str, Any], base: Path) -> None:
+    """A model is a path only where one is there, or where it is written as one; `gpt2` and `owner/name` are hub ids."""
+    model = mapping.get("model")
+    if not isinstance(model, dict):
+        return
+    for key in ("path", "base_model"):
+        value = model.get(key)
+        if isinstance(value, str) and (value.startswith((".", "/", "~")) or (base / value).exists()):
+            model[key] = str((base / Path(value).expanduser()).resolve())
+
+
+def _place(source: str, path: tuple[str | int, ...], lines: Lines) -> str:
+    known = path
+    while known and known not in lines:
+        known = known[:-1]
+    where = f"{source}:{lines[known]}" if known in lines else source
+    return f"{where}: {'.'.join(str(part) for part in path)}" if path else where
+
+
+def _describe(fault: Any, source: str, lines: Lines) -> str:
+    path = tuple(part for part in fault["loc"] if not (isinstance(part, str) and part.startswith(("str", "list["))))
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        section = _section(path[:-1])
+        known = list(section.model_fields) if section else []
+        message = f"unknown key.{did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
+    elif fault["type"] == "missing":
+        message = "required, but missing"
+    return redact(f"{_place(source, path, lines)}: {message}")
+
+
+def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """The section class at a path, found through the annotations."""
+    here: type[BaseModel] | None = Recipe
+    for part in path:
+        if here is None or part not in here.model_fields:
+            return None
+        here = _model_class(here.model_fields[str(part)].annotation)
+    return here
+
+
+def _model_class(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

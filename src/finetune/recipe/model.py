@@ -1,0 +1,38 @@
+"""The recipe itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from finetune.recipe.sections import Align, Data, Evaluate, Expect, Model, Section, Template, Train
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+
+
+class Recipe(Section):
+    """What is wanted: a model, data, how to train, what to prove.
+
+    Relative paths are resolved against the recipe's own directory when it is loaded from a file.
+    """
+
+    name: Name = Field("run", description="Names the run directory.")
+    profile: Literal["chat", "instruction", "code"] | None = Field(None, description="Defaults for a kind of task.")
+    backend: str = Field("torch", description="What trains: torch, or fake (no weights, for workflow tests).")
+    model: Model = Field(default_factory=Model)
+    data: Data | None = None
+    template: Template = Field(default_factory=Template)
+    train: Train | None = Field(default_factory=Train)
+    align: Align | None = None
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    expect: Expect = Field(default_factory=Expect)
+    output_dir: str = Field("runs", description="Run directories are made in here.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.train is not None and self.data is None:
+            raise ValueError("'train' needs a 'data' section (or set 'train: null')")
+        if self.train is not None and self.data is not None and self.data.format == "preference":
+            raise ValueError("'data.format: preference' belongs under 'align.data'; 'train' wants answers to imitate")
+        return self

@@ -1,0 +1,219 @@
+"""The sections of a recipe: frozen, keyword-only, unknown keys rejected. Option names are those of TRL and PEFT."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+class Model(Section):
+    """Which model is trained. `path` is an embedded name, a hub id, a local directory, a GGUF file, or an adapter."""
+
+    path: str = Field("smollm2-135m", min_length=1, description="Embedded name, hub id, local directory, or GGUF file.")
+    base_model: str | None = Field(None, description="The base of `path`, where `path` is an adapter that does not say.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the weights in memory.")
+    token: SecretStr | None = Field(None, description="Hub token; write `${HF_TOKEN}`. Never stored.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        None, description="Attention kernel; the library's own choice when empty."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+
+
+DATA_FORMATS = ("auto", "chat", "prompt_completion", "instruction", "text", "preference")
+
+
+class Data(Section):
+    """Where the rows are and how to read them."""
+
+    path: str | list[str] = Field(description="File (json, jsonl, csv, parquet), hub data set `hub:owner/name`, or a list.")
+    format: Literal["auto", "chat", "prompt_completion", "instruction", "text", "preference"] = Field(
+        "auto", description="What a row holds; `auto` tells it from the columns."
+    )
+    fields: dict[str, str] = Field(default_factory=dict, description="Our field name: your column name.")
+    split: str = Field("train", description="Split of a hub data set.")
+    subset: str | None = Field(None, description="Configuration (subset) of a hub data set.")
+    eval_path: str | None = Field(None, description="A file of held-out rows.")
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of the rows held out when there is no `eval_path`."
+    )
+    limit: Positive | None = Field(None, description="Use the first N rows only.")
+    on_duplicate: Literal["warn", "drop", "error"] = Field("warn", description="What to do with a repeated row.")
+    on_overlong: Literal["error", "drop", "truncate"] = Field(
+        "error", description="What to do with a row longer than `max_length`."
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _some_path(cls, value: str | list[str]) -> str | list[str]:
+        if not value or (isinstance(value, list) and not all(value)):
+            raise ValueError("name at least one file")
+        return value
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
+
+class Template(Section):
+    """How a conversation becomes text."""
+
+    name: Literal["model", "alpaca", "chatml", "llama", "llama3", "custom"] = Field(
+        "model", description="`model` is the template that comes with the model."
+    )
+    path: str | None = Field(None, description="A Jinja file, for `custom`.")
+    jinja: str | None = Field(None, description="Jinja text, for `custom`.")
+    system: str | None = Field(None, description="System message put before a conversation that has none.")
+
+    @model_validator(mode="after")
+    def _custom_has_source(self) -> Template:
+        sources = [source for source in (self.path, self.jinja) if source is not None]
+        if self.name == "custom" and len(sources) != 1:
+            raise ValueError("a custom template needs exactly one of 'path' and 'jinja'")
+        if self.name != "custom" and sources:
+            raise ValueError(f"'path' and 'jinja' belong to the template 'custom', not '{self.name}'")
+        return self
+
+
+class Lora(Section):
+    """PEFT's LoraConfig, by its own names."""
+
+    r: Positive = 16
+    lora_alpha: PositiveFloat = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = Field("all-linear", description="Module names, a regular expression, or all-linear.")
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | None = None
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+
+
+class Optimization(Section):
+    """What SFT and DPO share: TRL's and transformers' training arguments, by their own names."""
+
+    num_train_epochs: PositiveFloat = 3.0
+    max_steps: Annotated[int, Field(ge=-1)] = Field(-1, description="Overrides the epochs when positive.")
+    per_device_train_batch_size: Positive = 4
+    per_device_eval_batch_size: Positive = 4
+    gradient_accumulation_steps: Positive = 1
+    learning_rate: NonNegativeFloat = 2e-4
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
+    ] = "cosine"
+    warmup_steps: NonNegativeFloat = Field(0, description="Steps, or a share of all steps when below 1.")
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: NonNegativeFloat = 1.0
+    optim: str = "adamw_torch"
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_length: Annotated[int, Field(ge=8)] = Field(1024, description="Tokens a row may have.")
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    tf32: bool | None = None
+    torch_compile: bool = False
+    seed: NonNegative = 0
+    data_seed: NonNegative | None = Field(None, description="Seed of the row order; `seed` when empty.")
+    full_determinism: bool = False
+    logging_steps: Positive = 1
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    save_steps: Positive = 50
+    save_total_limit: Positive | None = 2
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    eval_steps: Positive | None = None
+    dataloader_num_workers: NonNegative = 0
+    report_to: str | list[str] = "none"
+    output_dir: str | None = Field(None, description="Also publish the adapter and checkpoints into this directory.")
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("0 steps train nothing; use -1 to let num_train_epochs decide")
+        return value
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Optimization:
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other")
+        return self
+
+
+class Train(Optimization):
+    """Supervised fine-tuning (TRL's SFTTrainer)."""
+
+    method: Literal["lora", "full"] = "lora"
+    lora: Lora = Field(default_factory=Lora)
+    completion_only_loss: bool = Field(True, description="Train on the answers only, not on the prompts.")
+    packing: bool = False
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
+    loss_type: Literal["nll", "dft"] = "nll"
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    neftune_noise_alpha: PositiveFloat | None = None
+    early_stopping_patience: Positive | None = Field(None, description="Stop after N evaluations without gain.")
+    early_stopping_threshold: NonNegativeFloat = 0.0
+
+
+class Align(Optimization):
+    """Preference alignment (TRL's DPOTrainer); off when the section is absent."""
+
+    method: Literal["dpo"] = "dpo"
+    data: Data
+    beta: PositiveFloat = 0.1
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    precompute_ref_log_probs: bool = Field(True, description="Score the reference once instead of at every step.")
+    learning_rate: NonNegativeFloat = 5e-5
+    num_train_epochs: PositiveFloat = 1.0
+
+
+class Evaluate(Section):
+    """What the model is asked before and after. Each path is a JSONL file, one object a line."""
+
+    probes: str | None = Field(None, description="Questions as trained and paraphrases: `prompt`, `answer`, `kind`.")
+    controls: str | None = Field(None, description="General questions, never trained, that must stay answered.")
+    unseen: str | None = Field(None, description="Made-up facts of the same kind, never trained: the untrained control.")
+    heldout: str | None = Field(None, description="Plain text for perplexity, never trained.")
+    max_new_tokens: Positive = 24
+    batch_size: Positive = 8
+    score_rows: Positive = Field(64, description="Training rows whose loss is computed again, independently.")
+
+
+class Expect(Section):
+    """Bounds of the checks; defaults are those of the original validators, hardened."""
+
+    loss_reduction_min: Fraction = Field(0.05, description="Fall of the window mean, first to last.")
+    loss_first_tolerance: NonNegativeFloat = Field(
+        0.05, description="Relative distance of the first logged loss from the same rows scored independently."
+    )
+    loss_below_unigram: bool = Field(True, description="The last window must beat the entropy of the answers' words.")
+    learned_min: Fraction = Field(0.3, description="Share of probes that improve, as trained and paraphrased.")
+    unseen_margin_min: Fraction = Field(0.3, description="Share improved less the share of untrained controls improved.")
+    stopped_min: Fraction = Field(0.9, description="Share of trained probes whose answer ends by itself.")
+    controls_kept_min: Fraction = Field(0.7, description="Share of controls known before that are known after.")
+    heldout_ratio_max: PositiveFloat = Field(1.5, description="Perplexity of held-out text after, divided by before.")
+    lora_changed_min: Fraction = Field(0.8, description="Share of LoRA tensors that changed.")
+    memory_reduction_min: Fraction | None = Field(
+        None, description="LoRA's training state below full fine-tuning's; measured when set."
+    )
+    preference_accuracy_min: Fraction = Field(0.6, description="Share of pairs whose chosen answer wins after DPO.")
+    resume: bool = Field(False, description="Train the last part again from a checkpoint and compare bit by bit.")

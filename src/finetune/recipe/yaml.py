@@ -1,0 +1,60 @@
+"""YAML 1.2 in and out, with the line of every key. (In YAML 1.2 `3e-4` is a number and `no` is a word.)"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from finetune.errors import RecipeError
+
+Path = tuple[str | int, ...]
+
+
+def parse(text: str, source: str) -> tuple[Any, dict[Path, int]]:
+    """The value in `text`, and the line (from 1) of every path in it. Raises RecipeError with file and line."""
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+        node = YAML(typ="safe", pure=True).compose(io.StringIO(text))
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = (error.problem or error.context or "not valid YAML").splitlines()[0]
+        raise RecipeError(f"{source} is not valid YAML:", [f"{source}:{line}: {problem}"]) from None
+    except (YAMLError, ValueError) as error:
+        raise RecipeError(f"{source} is not valid YAML:", [f"{source}: {str(error).splitlines()[0]}"]) from None
+    lines: dict[Path, int] = {}
+    if node is not None:
+        _index(node, (), lines)
+    return value, lines
+
+
+def _index(node: Node, path: Path, lines: dict[Path, int]) -> None:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, MappingNode):
+        for key, child in node.value:
+            here = (*path, key.value if isinstance(key, ScalarNode) else str(key.value))
+            lines[here] = key.start_mark.line + 1
+            _index(child, here, lines)
+    elif isinstance(node, SequenceNode):
+        for index, child in enumerate(node.value):
+            _index(child, (*path, index), lines)
+
+
+def scalar(text: str) -> Any:
+    """One value as the user typed it after `--set key=`."""
+    return YAML(typ="safe", pure=True).load(text) if text else ""
+
+
+def write(value: Any) -> str:
+    """`value` as block-style YAML that `parse` reads back unchanged."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.width = 4096
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(value, stream)
+    return stream.getvalue()

@@ -1,0 +1,159 @@
+"""The stages, in order, and `execute`, which runs those whose inputs have changed.
+
+A stage is a function `run(recipe, run) -> dict` that reads the run directory and writes into it, returning its
+metrics, artifacts and notes; `execute` adds what every report has. Stage modules never import each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import __version__
+from finetune.errors import UsageError
+from finetune.lookup import load
+from finetune.run import Report, Run, digest, now
+
+if TYPE_CHECKING:  # the command line reads this table for its help, and pydantic would cost it its start-up time
+    from finetune.recipe import Recipe
+
+# A finished stage's result: metrics, artifact paths (relative to the run), notes.
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One row of the table. `sections` are the recipe's keys that the stage reads, `needs` the stages before it."""
+
+    name: str
+    run: str
+    help: str
+    sections: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    wanted: Callable[[Recipe], bool] = lambda recipe: True
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        name="fetch",
+        run="finetune.stages.fetch:run",
+        help="Get the model: unpack the embedded one, download from the hub, or link a local directory.",
+        sections=("backend", "model"),
+    ),
+    Stage(
+        name="prepare",
+        run="finetune.stages.prepare:run",
+        help="Read, check, render and tokenize the data; show one example with the masked part visible.",
+        sections=("backend", "model", "data", "template", "train", "align"),
+        needs=("fetch",),
+    ),
+    Stage(
+        name="train",
+        run="finetune.stages.train:run",
+        help="Supervised fine-tuning (SFT), full or LoRA.",
+        sections=("backend", "model", "train"),
+        needs=("prepare",),
+        wanted=lambda recipe: recipe.train is not None,
+    ),
+    Stage(
+        name="align",
+        run="finetune.stages.align:run",
+        help="Preference alignment (DPO) of the trained model.",
+        sections=("backend", "model", "train", "align"),
+        needs=("train",),
+        wanted=lambda recipe: recipe.align is not None,
+    ),
+    Stage(
+        name="evaluate",
+        run="finetune.stages.evaluate:run",
+        help="Ask the model before and after: probes, controls, held-out text, training rows.",
+        sections=("backend", "model", "template", "evaluate"),
+        needs=("train", "align"),
+    ),
+    Stage(
+        name="merge",
+        run="finetune.stages.merge:run",
+        help="Fold the adapter into the base model's weights.",
+        sections=("backend", "model"),
+        needs=("train", "align"),
+    ),
+    Stage(
+        name="measure",
+        run="finetune.stages.measure:run",
+        help="The experiments that checks ask for: memory against full fine-tuning, resume, a fresh process.",
+        sections=("backend", "model", "train", "expect"),
+        needs=("evaluate", "merge"),
+    ),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def plan(recipe: Recipe, only: Iterable[str] | None = None) -> list[Stage]:
+    """The stages this recipe wants, in order; with `only`, those names and everything they need."""
+    wanted = [stage for stage in STAGES if stage.wanted(recipe)]
+    if only is None:
+        return wanted
+    names: set[str] = set()
+
+    def add(name: str) -> None:
+        if name not in BY_NAME:
+            raise UsageError(f"unknown stage '{name}'. Known: {', '.join(BY_NAME)}.")
+        if name not in names:
+            names.add(name)
+            for need in BY_NAME[name].needs:
+                add(need)
+
+    for name in only:
+        add(name)
+    return [stage for stage in wanted if stage.name in names]
+
+
+def fingerprint(stage: Stage, recipe: Recipe, run: Run) -> str:
+    """A digest of all that a stage's outcome depends on: its sections, its data files, the stages before, our version."""
+    from finetune.data.sources import local_files
+
+    sections = recipe.model_dump(mode="json", include=set(stage.sections), exclude={"model": {"token"}})
+    files = {str(path): digest(path) for path in local_files(recipe, stage.name)}
+    before = {need: report.fingerprint for need in stage.needs if (report := run.report(need))}
+    text = json.dumps([__version__, sections, files, before], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def execute(
+    stage: Stage, recipe: Recipe, run: Run, *, force: bool = False, on_start: Callable[[Stage], None] = lambda stage: None
+) -> tuple[Report, bool]:
+    """The stage's report, and whether it ran now. One that finished with the same inputs is not run again."""
+    mark = fingerprint(stage, recipe, run)
+    done = run.report(stage.name)
+    if done and done.fingerprint == mark and not force and all((run.path / name).exists() for name in done.artifacts):
+        return done, False
+    from finetune.memory import PeakMemory
+
+    run.forget(stage.name)
+    on_start(stage)
+    run.event("stage_started", stage=stage.name, fingerprint=mark)
+    started, begin = now(), time.perf_counter()
+    with PeakMemory() as memory:
+        result = load(stage.run)(recipe, run)
+    report = Report(
+        stage=stage.name,
+        fingerprint=mark,
+        started=started,
+        seconds=round(time.perf_counter() - begin, 3),
+        metrics=result.get("metrics", {}),
+        artifacts={name: digest(run.path / name) for name in _names(result.get("artifacts", []), run)},
+        peak={"process": memory.peak, **result.get("peak", {})},
+        notes=result.get("notes", []),
+    )
+    run.write_report(report)
+    run.event("stage_finished", stage=stage.name, seconds=report.seconds)
+    return report, True
+
+
+def _names(paths: Iterable[str | Path], run: Run) -> list[str]:
+    return [Path(path).resolve().relative_to(run.path).as_posix() for path in paths]

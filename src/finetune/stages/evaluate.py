@@ -1,0 +1,190 @@
+"""Ask the model at each point of the run: base, trained, aligned, each loaded afresh from disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune import evidence
+from finetune.answers import is_correct
+from finetune.backends import Backend, Tokenizer, get
+from finetune.console import progress
+from finetune.data import encode, sources, templates
+from finetune.errors import DataError
+from finetune.recipe import Recipe
+from finetune.run import Run, write_json, write_jsonl
+from finetune.stages import Result
+
+ANSWERS = "evaluate/answers.jsonl"
+ROWS = "evaluate/rows.json"
+HELDOUT = "evaluate/heldout.json"
+PREFERENCES = "evaluate/preferences.jsonl"
+
+
+def run(recipe: Recipe, run: Run) -> Result:
+    """Write `answers.jsonl` (probes, controls, unseen), `rows.json` (training rows scored again), `heldout.json`
+    and `preferences.jsonl`, with one entry a phase. Log-probabilities are natural, means over tokens."""
+    backend = get(recipe.backend)
+    phases = evidence.phases(run, recipe)
+    questions = _questions(recipe)
+    rows = _sample_rows(recipe, run)
+    pairs = evidence.read_rows(run, "prepare/preferences.jsonl", "prepare") if recipe.align else []
+    texts = _heldout(recipe)
+    row_scores: dict[str, Any] = {}
+    heldout: dict[str, Any] = {}
+    for row in pairs:
+        row["phases"] = {}
+    with progress(len(phases), "evaluate") as bar:
+        for number, (phase, (model, adapter)) in enumerate(phases.items(), 1):
+            tokenizer = backend.tokenizer(model)
+            template = templates.ChatTemplate(name="run", source=_template(run))
+            handle = backend.load(model, adapter, **evidence.model_settings(recipe))
+            _ask(backend, handle, questions, phase, recipe, tokenizer, template)
+            if rows:
+                row_scores[phase] = _score_rows(backend, handle, rows)
+            if texts:
+                heldout[phase] = _perplexity(backend, handle, texts, tokenizer)
+            if pairs and phase != "base" or len(phases) == 1:
+                _score_pairs(backend, handle, pairs, phase)
+            bar.update(number)
+    write_jsonl(run.path / ANSWERS, questions)
+    written = [ANSWERS]
+    for name, value in ((ROWS, row_scores), (HELDOUT, heldout)):
+        if value:
+            write_json(run.path / name, value)
+            written.append(name)
+    if pairs:
+        write_jsonl(run.path / PREFERENCES, [{"row": p["row"], "phases": p["phases"]} for p in pairs])
+        written.append(PREFERENCES)
+    return {"metrics": _summary(questions, heldout), "artifacts": [run.path / name for name in written]}
+
+
+def _template(run: Run) -> str:
+    return evidence.required(run, "prepare/chat_template.jinja", "prepare").read_text(encoding="utf-8")
+
+
+def _questions(recipe: Recipe) -> list[dict[str, Any]]:
+    questions: list[dict[str, Any]] = []
+    faults: list[str] = []
+    sets = {"probes": recipe.evaluate.probes, "controls": recipe.evaluate.controls, "unseen": recipe.evaluate.unseen}
+    for name, path in sets.items():
+        for number, row in enumerate(sources.read_jsonl_objects(path) if path else [], 1):
+            lacking = [key for key in ("prompt", "answer") if not isinstance(row.values.get(key), str)]
+            if lacking:
+                faults.append(f"{row.file}:{row.line}: needs {' and '.join(lacking)} (text)")
+                continue
+            questions.append(
+                {
+                    "set": name,
+                    "id": str(row.values.get("id", number)),
+                    "kind": row.values.get("kind", "trained" if name == "probes" else name),
+                    "prompt": row.values["prompt"],
+                    "answer": row.values["answer"],
+                    "match": row.values.get("match"),
+                    "phases": {},
+                }
+            )
+    if faults:
+        raise DataError("the questions of 'evaluate' have faults:", faults)
+    return questions
+
+
+def _ask(
+    backend: Backend,
+    handle: Any,
+    questions: list[dict[str, Any]],
+    phase: str,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    template: templates.ChatTemplate,
+) -> None:
+    if not questions:
+        return
+    render: dict[str, Any] = {"tokenizer": tokenizer, "template": template, "system": recipe.template.system}
+    chats = [[{"role": "user", "content": question["prompt"]}] for question in questions]
+    prompts = [encode.prompt_ids(chat, **render) for chat in chats]
+    targets = [encode.answer_ids(chat, q["answer"], **render) for chat, q in zip(chats, questions, strict=True)]
+    scores = backend.score(handle, list(zip(prompts, targets, strict=True)))
+    answers = backend.generate(handle, prompts, max_new_tokens=recipe.evaluate.max_new_tokens)
+    for question, answer, logprobs in zip(questions, answers, scores, strict=True):
+        question["phases"][phase] = {
+            "text": answer.text,
+            "ids": list(answer.ids),
+            "finish": answer.finish,
+            "correct": is_correct(answer.text, question["answer"], question["match"]),
+            "logprob": sum(logprobs) / len(logprobs),
+        }
+
+
+def _sample_rows(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
+    """Rows to score again: those of the first logged step and of the last ones, then from the start, up to score_rows."""
+    if recipe.train is None:
+        return []
+    stored = {row["row"]: row for row in evidence.read_rows(run, "prepare/train.jsonl", "prepare")}
+    steps = evidence.steps(run, "train")
+    wanted = [row for step in (*steps[:1], *reversed(steps[1:])) for row in step["rows"] if row in stored]
+    chosen = list(dict.fromkeys([*wanted, *stored]))[: max(recipe.evaluate.score_rows, len(steps[0]["rows"]) if steps else 0)]
+    return [stored[row] for row in chosen]
+
+
+def _score_rows(backend: Backend, handle: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """For each row: `answer` and `all`: [sum of log-probabilities, tokens], over labelled and over all tokens."""
+    scored = backend.score(handle, [(row["input_ids"][:1], row["input_ids"][1:]) for row in rows])
+    result = {}
+    for row, logprobs in zip(rows, scored, strict=True):
+        labelled = [value for value, label in zip(logprobs, row["labels"][1:], strict=True) if label != -100]
+        result[str(row["row"])] = {"answer": [sum(labelled), len(labelled)], "all": [sum(logprobs), len(logprobs)]}
+    return result
+
+
+def _score_pairs(backend: Backend, handle: Any, pairs: list[dict[str, Any]], phase: str) -> None:
+    """Sum of log-probabilities of the chosen and the rejected answer of every pair."""
+    for key in ("chosen", "rejected"):
+        scored = backend.score(handle, [(row["prompt_ids"], row[f"{key}_ids"]) for row in pairs])
+        for row, logprobs in zip(pairs, scored, strict=True):
+            row["phases"].setdefault(phase, {})[key] = sum(logprobs)
+
+
+def _heldout(recipe: Recipe) -> list[str]:
+    path = recipe.evaluate.heldout
+    if not path:
+        return []
+    rows = sources.read_jsonl_objects(path)
+    faults = [f"{row.file}:{row.line}: needs 'text'" for row in rows if not isinstance(row.values.get("text"), str)]
+    if faults:
+        raise DataError("the held-out text has faults:", faults)
+    return [row.values["text"] for row in rows]
+
+
+def _perplexity(backend: Backend, handle: Any, texts: list[str], tokenizer: Tokenizer) -> dict[str, float]:
+    """exp of the mean negative log-probability over all tokens but each text's first."""
+    encoded = [ids for ids in map(tokenizer.encode, texts) if len(ids) > 1]
+    scored = backend.score(handle, [(ids[:1], ids[1:]) for ids in encoded])
+    total, count = sum(map(sum, scored)), sum(map(len, scored))
+    return {"perplexity": math.exp(-total / count), "tokens": count}
+
+
+def _summary(questions: list[dict[str, Any]], heldout: dict[str, Any]) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    groups: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "trained": lambda q: q["set"] == "probes" and q["kind"] == "trained",
+        "paraphrase": lambda q: q["set"] == "probes" and q["kind"] != "trained",
+        "controls": lambda q: q["set"] == "controls",
+        "unseen": lambda q: q["set"] == "unseen",
+    }
+    for name, belongs in groups.items():
+        chosen = [q for q in questions if belongs(q)]
+        for phase in chosen[0]["phases"] if chosen else ():
+            summary[f"{name}_correct_{phase}"] = sum(q["phases"][phase]["correct"] for q in chosen) / len(chosen)
+    return {**summary, **{f"perplexity_{phase}": value["perplexity"] for phase, value in heldout.items()}}
+
+
+def load_answers(run: Run) -> list[dict[str, Any]]:
+    return evidence.read_rows(run, ANSWERS, "evaluate")
+
+
+def load_rows(run: Run) -> dict[str, Any]:
+    return dict(json.loads(Path(evidence.required(run, ROWS, "evaluate")).read_text(encoding="utf-8")))

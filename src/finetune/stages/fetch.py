@@ -1,0 +1,186 @@
+"""Get the model, and write down what it is; and the older `models:` files, which only download."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import time
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune import hub, models
+from finetune.console import say
+from finetune.errors import MissingError, StageError, UsageError
+from finetune.recipe import Recipe
+from finetune.run import Run, digest, write_json
+from finetune.stages import Result
+
+_SKIPPED = (".md", ".gitattributes", ".png", ".jpg")
+_TOKENIZER_PARTS = (
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_WEIGHTS = ("pytorch_model.bin", "model.safetensors", "tf_model.h5", "flax_model.msgpack")
+# Without these a tokenizer.json does not know its end-of-turn token or its chat template.
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+
+def run(recipe: Recipe, run: Run) -> Result:
+    """Write `fetch/model.json`: `path` as asked for, `kind`, `base` and `adapter` (directories), and for every file
+    its `size` in bytes and `sha256`."""
+    begin = time.perf_counter()
+    found = models.resolve(recipe.model)
+    seconds = time.perf_counter() - begin
+    _check_backend(recipe, found.base)
+    facts = _facts(found.base)
+    target = run.stage_dir("fetch") / "model.json"
+    write_json(
+        target,
+        {
+            "path": recipe.model.path,
+            "kind": found.kind,
+            "base": str(found.base),
+            "adapter": str(found.adapter) if found.adapter else None,
+            "files": facts,
+            "adapter_files": _facts(found.adapter) if found.adapter else {},
+        },
+    )
+    run.update_manifest(model={name: fact["sha256"] for name, fact in facts.items()})
+    metrics: dict[str, Any] = {"bytes": sum(fact["size"] for fact in facts.values()), "seconds": round(seconds, 3)}
+    if (parameters := count_parameters(found.base)) is not None:
+        metrics["parameters"] = parameters
+    return {"metrics": metrics, "artifacts": [target], "notes": []}
+
+
+def count_parameters(directory: Path) -> int | None:
+    """The numbers stored in a model directory, from the headers of its safetensors; None where it has none."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if "num_parameters" in config:
+        return int(config["num_parameters"])
+    files = list(directory.glob("*.safetensors"))
+    return sum(_header_parameters(file) for file in files) if files else None
+
+
+def _header_parameters(file: Path) -> int:
+    """Format: 8 bytes little-endian length, then JSON of name to dtype, shape and offsets."""
+    with file.open("rb") as stream:
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, file.stat().st_size)))
+        except (struct.error, ValueError):
+            raise StageError(f"{file} is no safetensors file, or was cut short; fetch the model again") from None
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def _check_backend(recipe: Recipe, base: Path) -> None:
+    file = base / "config.json"
+    if not file.is_file():
+        raise MissingError(f"{base} holds no config.json")
+    is_fake = json.loads(file.read_text(encoding="utf-8")).get("model_type") == "fake"
+    if is_fake != (recipe.backend == "fake"):
+        other = (
+            "needs a directory made for it" if recipe.backend == "fake" else "cannot load a model of the fake backend"
+        )
+        raise UsageError(f"backend '{recipe.backend}' {other}, and model.path is {recipe.model.path}")
+
+
+def _facts(directory: Path) -> dict[str, dict[str, Any]]:
+    return {file.name: {"size": file.stat().st_size, "sha256": digest(file)} for file in _files(directory)}
+
+
+def _files(directory: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(directory.iterdir())
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_SKIPPED)
+    ]
+
+
+# -- the older download files ------------------------------------------------------------------------------------------
+
+
+def download(entry: dict[str, Any]) -> Path:
+    """Carry out one entry of a `models:` file, and return the directory that the files are in.
+
+    `repo` is a hub id, an embedded name, a directory or a GGUF file; `files` (all when empty) go to `output_dir` (the
+    hub's cache when empty). A file that is there in another format only is substituted, with a note.
+    """
+    repo, listed, revision, token = entry["repo"], entry["files"], entry.get("revision"), entry.get("token")
+    into = Path(entry["output_dir"]).expanduser().resolve() if entry.get("output_dir") else None
+    if models.kind(repo) == "hub":
+        return _from_hub(repo, listed, into, revision, token)
+    source = models.directory(repo)
+    if into is None or into == source:
+        choose(listed, [file.name for file in _files(source)], repo)
+        return source
+    names = choose(listed, [file.name for file in _files(source)], repo)
+    hub.check_space(into, sum((source / name).stat().st_size for name in names if not (into / name).is_file()))
+    into.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        _copy(source / name, into / name)
+    return into
+
+
+def _from_hub(repo: str, listed: list[str], into: Path | None, revision: str | None, token: str | None) -> Path:
+    if not listed:
+        return hub.snapshot(models.hub_id(repo), revision=revision, token=token, into=into)
+    try:
+        names = choose(listed, hub.names(models.hub_id(repo), revision=revision, token=token), repo)
+        return hub.files(repo, names, into, revision=revision, token=token)
+    except MissingError as error:
+        if into is None or not all((into / name).is_file() for name in listed):
+            raise
+        say(f"note: {error}; using the files that are in {into} already")
+        return into
+
+
+def choose(listed: Iterable[str], there: Collection[str], repo: str) -> list[str]:
+    """The names to fetch for those listed (for all when none is), out of those that are there, each once.
+
+    Raises MissingError naming every file that nothing stands in for.
+    """
+    chosen: list[str] = []
+    absent: list[str] = []
+    for name in listed or there:
+        stand_ins = [name] if name in there else _stand_ins(name, there)
+        if not stand_ins:
+            absent.append(name)
+        elif stand_ins != [name]:
+            say(f"note: {repo} has no {name}; taking {', '.join(stand_ins)} instead")
+        chosen += stand_ins
+    if absent:
+        raise MissingError(f"{repo} has no {', '.join(absent)}. It has: {', '.join(sorted(there))}")
+    if "tokenizer.json" in chosen:
+        chosen += [name for name in _COMPANIONS if name in there]
+    return list(dict.fromkeys(chosen))
+
+
+def _stand_ins(name: str, there: Collection[str]) -> list[str]:
+    """What holds the same in another format."""
+    if name in _WEIGHTS:
+        shards = sorted(other for other in there if other.startswith("model-") and other.endswith(".safetensors"))
+        if shards and "model.safetensors.index.json" in there:
+            return ["model.safetensors.index.json", *shards]
+        return next(([other] for other in ("model.safetensors", "pytorch_model.bin") if other in there), [])
+    if name in _TOKENIZER_PARTS and "tokenizer.json" in there:
+        return ["tokenizer.json"]
+    return []
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        shutil.copyfile(source, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

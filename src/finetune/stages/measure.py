@@ -1,0 +1,134 @@
+"""The experiments that checks ask for, each in a process of its own; the checks only read what is written here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune import evidence
+from finetune.backends import get
+from finetune.console import progress
+from finetune.data import encode, templates
+from finetune.errors import StageError
+from finetune.estimate import check_resources, estimate
+from finetune.experiment import in_fresh_process, score_request, train_request
+from finetune.recipe import Recipe
+from finetune.run import Run, write_json, write_jsonl
+from finetune.stages import Result
+from finetune.stages.train import sft_job
+from finetune.stages.training import checkpoints
+
+MEMORY_STEPS = 2  # the second step has gradients, optimizer state and activations at once
+FRESH_QUESTIONS = 8
+
+
+def run(recipe: Recipe, run: Run) -> Result:
+    """Write `measure/fresh.json`, and `memory.json` and `resume.json` where the recipe expects them."""
+    out = run.stage_dir("measure")
+    wanted = {"fresh": _fresh}
+    if recipe.train is not None and recipe.train.method == "lora" and recipe.expect.memory_reduction_min is not None:
+        wanted["memory"] = _memory
+    if recipe.train is not None and recipe.expect.resume:
+        wanted["resume"] = _resume
+    with progress(len(wanted), "measure") as bar:
+        for number, (name, experiment) in enumerate(wanted.items(), 1):
+            write_json(out / f"{name}.json", experiment(recipe, run, out))
+            bar.update(number)
+    return {"metrics": {"experiments": list(wanted)}, "artifacts": [out / f"{name}.json" for name in wanted]}
+
+
+def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
+    """The merged model scores expected answers in a new process; the check holds them against `evaluate`."""
+    model = run.path / "merge" / "model"
+    tokenizer = get(recipe.backend).tokenizer(model)
+    template = templates.ChatTemplate(name="merged", source=tokenizer.chat_template or "")
+    if template.digest != json.loads((run.path / "prepare" / "template.json").read_text(encoding="utf-8"))["sha256"]:
+        return {"template_sha256": template.digest, "scores": {}}
+    questions = evidence.read_rows(run, "evaluate/answers.jsonl", "evaluate")[:FRESH_QUESTIONS]
+    render: dict[str, Any] = {"tokenizer": tokenizer, "template": template, "system": recipe.template.system}
+    pairs = []
+    for question in questions:
+        chat = [{"role": "user", "content": question["prompt"]}]
+        pairs.append([encode.prompt_ids(chat, **render), encode.answer_ids(chat, question["answer"], **render)])
+    rows = [] if questions else evidence.read_rows(run, "prepare/train.jsonl", "prepare")[:FRESH_QUESTIONS]
+    pairs += [[row["input_ids"][:1], row["input_ids"][1:]] for row in rows]
+    answer = in_fresh_process(
+        score_request(recipe.backend, model, None, pairs, evidence.model_settings(recipe)), out / "fresh-request.json"
+    )
+    names = [str(place) for place in range(len(questions))] or [str(row["row"]) for row in rows]
+    means = [sum(values) / len(values) for values in answer["scores"]]
+    return {
+        "template_sha256": template.digest,
+        "of": "answers" if questions else "rows",
+        "scores": dict(zip(names, means, strict=True)),
+        "peak_bytes": answer["peak_bytes"],
+    }
+
+
+def _memory(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
+    """LoRA and full fine-tuning for two steps at the same shape: same optimizer, batch and checkpointing."""
+    job = sft_job(recipe, run, out)
+    rows = evidence.read_rows(run, "prepare/train.jsonl", "prepare")
+    batch = job.options["per_device_train_batch_size"]
+    longest = sorted(rows, key=lambda row: -len(row["input_ids"]))[:batch]
+    width = len(longest[0]["input_ids"])
+    file = out / "memory-rows.jsonl"
+    write_jsonl(file, [{**row, "row": i} for i in range(MEMORY_STEPS) for row in longest])
+    result: dict[str, Any] = {"batch_size": batch, "tokens_per_row": width, "dtype": recipe.model.dtype}
+    check_resources(recipe, run, method="full")
+    config = json.loads((job.model / "config.json").read_text(encoding="utf-8"))
+    for method in ("lora", "full"):
+        work = out / f"memory-{method}"
+        options = {**job.options, "max_steps": MEMORY_STEPS, "save_strategy": "no", "eval_strategy": "no"}
+        options |= {"gradient_accumulation_steps": 1, "early_stopping_patience": None, "report_to": "none"}
+        trial = replace(
+            job, method=method, out=work, rows=file, eval_rows=None, adapter=None, options=options,
+            lora=job.lora if method == "lora" else None,
+        )  # fmt: skip
+        guess = estimate(config, recipe.train, width, method=method, dtype=recipe.model.dtype)  # type: ignore[arg-type]
+        answer = in_fresh_process(train_request(recipe.backend, trial), out / f"memory-{method}-request.json")
+        facts = answer["facts"]
+        result[method] = {
+            "weight_bytes": facts["weight_bytes"],
+            "gradient_bytes": facts["gradient_bytes"],
+            "optimizer_bytes": facts["optimizer_bytes"],
+            "training_state_bytes": facts["weight_bytes"] + facts["gradient_bytes"] + facts["optimizer_bytes"],
+            "peak_process_bytes": answer["peak_bytes"],
+            "peak_device_bytes": facts.get("device_peak_bytes"),
+            "estimated": guess.as_dict(),
+        }
+        shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def _resume(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
+    """Train the last part again from a stored checkpoint, in a new process; then compare."""
+    steps = evidence.steps(run, "train")
+    last = steps[-1]["step"]
+    usable = [c for c in checkpoints(run.path / "train") if int(c.name.rpartition("-")[2]) < last]
+    if not usable:
+        raise StageError(
+            "expect.resume needs a checkpoint before the last step: lower train.save_steps or raise save_total_limit"
+        )
+    work = out / "resume"
+    shutil.rmtree(work, ignore_errors=True)
+    job = replace(sft_job(recipe, run, work), resume=usable[-1])
+    answer = in_fresh_process(train_request(recipe.backend, job), out / "resume-request.json")
+    begin = int(usable[-1].name.rpartition("-")[2])
+    name = "adapter" if job.method == "lora" else "model"
+    backend = get(recipe.backend)
+    straight, again = backend.tensors(run.path / "train" / name), backend.tensors(work / name)
+    differing = [key for key in straight if key not in again or straight[key].sha256 != again[key].sha256]
+    result = {
+        "from_step": begin,
+        "to_step": last,
+        "losses": {str(step["step"]): step["loss"] for step in steps if step["step"] > begin},
+        "losses_resumed": {str(step["step"]): step["loss"] for step in answer["steps"]},
+        "tensors": len(straight),
+        "tensors_differing": [*differing, *(key for key in again if key not in straight)],
+    }
+    shutil.rmtree(work, ignore_errors=True)
+    return result

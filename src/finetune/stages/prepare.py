@@ -1,0 +1,125 @@
+"""Read, check, render and tokenize the data, once; everything later reads the rows that this stage wrote."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finetune import evidence
+from finetune.backends import Tokenizer, get
+from finetune.console import say
+from finetune.data import checks, encode, formats, sources, templates
+from finetune.errors import StageError
+from finetune.recipe import Recipe
+from finetune.recipe.sections import Data
+from finetune.run import Run, digest, write_json, write_jsonl, write_text
+from finetune.stages import Result
+
+ROWS = "prepare/train.jsonl"
+PREFERENCES = "prepare/preferences.jsonl"
+
+
+def run(recipe: Recipe, run: Run) -> Result:
+    """Write `prepare/train.jsonl` (`row`, `input_ids`, `labels`, `file`, `line`), `eval.jsonl`, `preferences.jsonl`,
+    `template.json`, `chat_template.jinja` and `preview.txt`."""
+    tokenizer = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
+    template = templates.choose(recipe.template, tokenizer)
+    out = run.stage_dir("prepare")
+    for stale in out.iterdir():
+        stale.unlink()
+    write_text(out / "chat_template.jinja", template.source)
+    write_json(
+        out / "template.json", {"name": template.name, "sha256": template.digest, "system": recipe.template.system}
+    )
+    notes = [template.note] if template.note else []
+    metrics: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "template_sha256": template.digest}
+    if recipe.train is not None and recipe.data is not None:
+        metrics |= _sft_rows(recipe, run, tokenizer, template, notes)
+    if recipe.align is not None:
+        metrics |= _preference_rows(recipe, run, tokenizer, template, notes)
+    digests = {str(path): digest(path) for path in sources.local_files(recipe, "prepare")}
+    run.update_manifest(data=digests)
+    for note in notes:
+        say(f"note: {note}")
+    return {"metrics": metrics, "artifacts": sorted(path for path in out.iterdir()), "notes": notes}
+
+
+def _examples(data: Data, recipe: Recipe) -> list[formats.Example]:
+    token = recipe.model.token.get_secret_value() if recipe.model.token else None
+    return formats.to_examples(sources.read(data, token), data)
+
+
+def _encode(
+    data: Data, recipe: Recipe, tokenizer: Tokenizer, template: templates.ChatTemplate, notes: list[str]
+) -> list[encode.Encoded]:
+    assert recipe.train is not None
+    encoder = partial(
+        encode.encode_sft,
+        tokenizer=tokenizer,
+        template=template,
+        system=recipe.template.system,
+        completion_only=recipe.train.completion_only_loss,
+    )
+    encoded = encode.encode_all(_examples(data, recipe), encoder)
+    kept, found = checks.check(encoded, data, recipe.train.max_length, eos_ids=tokenizer.eos_ids)
+    notes.extend(found)
+    return kept
+
+
+def _sft_rows(
+    recipe: Recipe, run: Run, tokenizer: Tokenizer, template: templates.ChatTemplate, notes: list[str]
+) -> dict[str, Any]:
+    data = recipe.data
+    assert data is not None and recipe.train is not None
+    train = _encode(data, recipe, tokenizer, template, notes)
+    held_out: list[encode.Encoded] = []
+    if data.eval_path:
+        held_out = _encode(data.model_copy(update={"path": data.eval_path}), recipe, tokenizer, template, notes)
+    elif data.eval_fraction:
+        train, held_out = checks.split(train, data.eval_fraction, recipe.train.seed)
+    if recipe.train.early_stopping_patience and not held_out:
+        raise StageError("train.early_stopping_patience needs held-out rows: set data.eval_fraction or data.eval_path")
+    write_jsonl(run.path / ROWS, [_stored(row) for row in train])
+    if held_out:
+        write_jsonl(run.path / "prepare" / "eval.jsonl", [_stored(row) for row in held_out])
+    preview = encode.preview(train[0], tokenizer)
+    write_text(run.path / "prepare" / "preview.txt", preview + "\n")
+    say(preview)
+    trained = [sum(label != -100 for label in row.labels) for row in train]
+    return {
+        "rows": len(train),
+        "eval_rows": len(held_out),
+        "tokens": sum(len(row.input_ids) for row in train),
+        "trained_tokens": sum(trained),
+        "trained_tokens_min": min(trained),
+        "longest_row": max(len(row.input_ids) for row in train),
+        "lost_answer_tokens": sum(row.lost_answer_tokens for row in train),
+        "unigram_entropy": encode.unigram_entropy([[x for x in row.labels if x != -100] for row in train]),
+        "uniform_entropy": math.log(tokenizer.vocab_size),
+    }
+
+
+def _stored(row: encode.Encoded) -> dict[str, Any]:
+    return {"row": row.row, "input_ids": row.input_ids, "labels": row.labels, "file": row.file, "line": row.line}
+
+
+def _preference_rows(
+    recipe: Recipe, run: Run, tokenizer: Tokenizer, template: templates.ChatTemplate, notes: list[str]
+) -> dict[str, Any]:
+    assert recipe.align is not None
+    data = recipe.align.data
+    if data.format == "auto":
+        data = data.model_copy(update={"format": "preference"})
+    rows, found = checks.preferences(
+        _examples(data, recipe),
+        data,
+        tokenizer=tokenizer,
+        template=template,
+        system=recipe.template.system,
+        max_length=recipe.align.max_length,
+    )
+    notes.extend(found)
+    write_jsonl(run.path / PREFERENCES, rows)
+    return {"preference_rows": len(rows)}

@@ -1,0 +1,129 @@
+"""What the stages `train` and `align` share: run a job, write its events, survive an interruption, publish."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from finetune.backends import Job, get
+from finetune.console import progress, say
+from finetune.errors import Interrupted, StageError
+from finetune.evidence import steps as stored_steps
+from finetune.recipe import Recipe
+from finetune.recipe.sections import Optimization
+from finetune.run import Run, write_json
+
+
+def clear(directory: Path) -> None:
+    """Empty a stage's directory before a training that starts anew, so that nothing old can be read as new."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any]:
+    """Run a training to its end. Every step becomes an event; returns the stage's result.
+
+    Ctrl-C saves a checkpoint and raises Interrupted with the command that resumes.
+    """
+    begun = json.loads((job.resume / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] if job.resume else 0
+    run.event("training", stage=stage, resumed_from=begun or None, objective=job.objective, method=job.method)
+    stream = get(recipe.backend).train(job)
+    facts: dict[str, Any] = {}
+    tokens, seconds = 0, 0.0
+    bar = None
+    stack = ExitStack()
+    try:
+        while True:
+            try:
+                step = next(stream)
+            except StopIteration as end:
+                facts = end.value
+                break
+            tokens, seconds = tokens + step.tokens, seconds + step.seconds
+            run.event(
+                "step",
+                stage=stage,
+                step=step.step,
+                loss=step.loss,
+                learning_rate=step.learning_rate,
+                grad_norm=step.grad_norm,
+                seconds=round(step.seconds, 4),
+                tokens=step.tokens,
+                trained_tokens=step.trained_tokens,
+                epoch=step.epoch,
+                rows=list(step.rows),
+                **dict(step.extra),
+            )
+            if bar is None:
+                bar = stack.enter_context(progress(step.total, stage))
+            bar.update(step.step, loss=step.loss, tokens_per_second=step.tokens / step.seconds if step.seconds else 0.0)
+    except KeyboardInterrupt:
+        stream.close()
+        raise Interrupted(_resume_hint(job.out, stage)) from None
+    except MemoryError:
+        raise StageError(_memory_hint()) from None
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+            raise StageError(_memory_hint()) from error
+        raise
+    finally:
+        stack.close()
+    taken = stored_steps(run, stage)
+    if not taken:
+        raise StageError(f"the stage '{stage}' ended without a single logged step; see {run.events_path}")
+    write_json(job.out / "trainer_logs.json", [{k: v for k, v in s.items() if k not in ("event", "stage")} for s in taken])
+    result = job.out / ("adapter" if job.method == "lora" else "model")
+    _publish(job.out, result, recipe, stage)
+    peak = {"device": facts.pop("device_peak_bytes")} if "device_peak_bytes" in facts else {}
+    return {
+        "metrics": {
+            **facts,
+            "first_loss": taken[0]["loss"],
+            "last_loss": taken[-1]["loss"],
+            "tokens": sum(s["tokens"] for s in taken),
+            "trained_tokens": sum(s["trained_tokens"] for s in taken),
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+            "seconds_per_step": round(seconds / max(1, facts["steps"] - begun), 3),
+        },
+        "artifacts": [result, job.out / "trainer_logs.json", *[p for p in [job.out / "initial"] if p.is_dir()]],
+        "peak": peak,
+    }
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The `checkpoint-N` folders in a directory, oldest first."""
+    found = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def job_options(section: Optimization) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude={"lora", "data", "output_dir", "method"})
+
+
+def _publish(out: Path, result: Path, recipe: Recipe, stage: str) -> None:
+    section = recipe.train if stage == "train" else recipe.align
+    target = Path(section.output_dir) if section and section.output_dir else None
+    if target is None:
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(result, target, dirs_exist_ok=True)
+    for checkpoint in checkpoints(out):
+        shutil.copytree(checkpoint, target / checkpoint.name, dirs_exist_ok=True)
+    say(f"published to {target}")
+
+
+def _resume_hint(out: Path, stage: str) -> str:
+    saved = checkpoints(out)
+    if not saved:
+        return f"interrupted before the first step of '{stage}' was done; nothing was saved"
+    return f"interrupted; saved {saved[-1].name} in {out}. Go on with: finetune {stage} RECIPE --resume"
+
+
+def _memory_hint() -> str:
+    return (
+        "out of memory while training. Lower train.per_device_train_batch_size or train.max_length, or set "
+        "train.gradient_checkpointing: true; 'finetune estimate RECIPE' shows what each saves"
+    )

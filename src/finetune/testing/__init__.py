@@ -1,0 +1,1 @@
+"""What tests of fine-tuning need: tiny models, and the validators."""
