@@ -135,7 +135,9 @@ def main() -> None:
     for name, found in results.items():
         middle = {key: statistics.median(each[key] for each in found) for key in found[0]}
         share = middle["tokens_per_second"] * flops_per_token(model) / rate
-        print(f"{name:16}{middle['wall']:10.1f}{middle['tokens_per_second']:10.0f}{middle['peak'] / 2**20:10.0f}{share:10.0%}")
+        print(
+            f"{name:16}{middle['wall']:10.1f}{middle['tokens_per_second']:10.0f}{middle['peak'] / 2**20:10.0f}{share:10.0%}"
+        )
     pairs = list(zip(results["finetune train"], results["trl sft"], strict=True))
     for key, label in (("wall", "wall time"), ("tokens_per_second", "tokens/s"), ("peak", "peak memory")):
         ratios = ", ".join(f"{ours[key] / theirs[key]:.2f}" for ours, theirs in pairs)

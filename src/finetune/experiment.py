@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def in_fresh_process(request: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def train_request(backend: str, job: Job) -> dict[str, Any]:
-    return {"do": "train", "backend": backend, "job": {**asdict(job), **{k: _text(getattr(job, k)) for k in PATHS}}}
+    values = {field.name: getattr(job, field.name) for field in fields(job) if field.name != "should_stop"}
+    return {"do": "train", "backend": backend, "job": {**values, **{k: _text(values[k]) for k in PATHS}}}
 
 
 def score_request(backend: str, model: Path, adapter: Path | None, pairs: Any, settings: Any) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def _text(path: Path | None) -> str | None:
 
 
 def _train(request: dict[str, Any]) -> dict[str, Any]:
-    values = {k: Path(v) if k in PATHS and v is not None else v for k, v in request["job"].items()}
+    values: dict[str, Any] = {k: Path(v) if k in PATHS and v is not None else v for k, v in request["job"].items()}
     steps = []
     stream = get(request["backend"]).train(Job(**values))
     while True:

@@ -8,6 +8,7 @@ Everything that is written goes through `redact`, so no secret lands in a run.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import LockedError, MissingError, StageError
+from finetune.errors import LockedError, MissingError, StageError, UsageError
 from finetune.secrets import redact
 
 
@@ -37,10 +38,15 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(redact(text), encoding="utf-8")
+        partial.write_bytes(_encode(redact(text)))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _encode(text: str) -> bytes:
+    # Half of a surrogate pair has no UTF-8; as \ud83d it is what JSON calls it.
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -53,14 +59,16 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects in a JSONL file. A last line cut short by a killed writer is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not splitlines(): it also breaks at U+2028 and its like, which JSON strings may hold.
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(json.loads(line.decode("utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if number != len(lines):
-                raise StageError(f"{path}:{number}: not JSON ({error.msg}); the file was changed by hand") from None
+                why = error.msg if isinstance(error, json.JSONDecodeError) else error.reason
+                raise StageError(f"{path}:{number}: not JSON ({why}); the file was changed by hand") from None
     return rows
 
 
@@ -106,7 +114,13 @@ class Run:
         return run
 
     def create(self) -> Run:
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the directory. Raises UsageError where there can be none."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{self.path} cannot be a run directory: {error.strerror}. Choose another with --run DIR"
+            ) from None
         return self
 
     def stage_dir(self, stage: str) -> Path:
@@ -123,8 +137,12 @@ class Run:
     def event(self, kind: str, **values: Any) -> None:
         """Append one event, as one line in one write, so that a killed process leaves at most its last line cut."""
         line = redact(json.dumps({"time": now(), "event": kind, **values}, ensure_ascii=False, default=str))
-        with self.events_path.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        with self.events_path.open("a+b", buffering=0) as stream:
+            if size := stream.seek(0, os.SEEK_END):
+                stream.seek(size - 1)
+                if stream.read(1) != b"\n":
+                    _drop_cut_line(stream)
+            stream.write(_encode(f"{line}\n"))
 
     def events(self, kind: str | None = None, **match: Any) -> list[dict[str, Any]]:
         """The events of a kind (all when None) whose values equal `match`, oldest first."""
@@ -186,6 +204,12 @@ class Run:
             yield self
         finally:
             lock.release()
+
+
+def _drop_cut_line(stream: io.FileIO) -> None:
+    """Shorten a file to its last whole line: what a killed writer left would spoil the next one."""
+    stream.seek(0)
+    stream.truncate(stream.readall().rfind(b"\n") + 1)
 
 
 def now() -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from urllib.parse import quote
 
-_TOKEN_LIKE = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{20,})")
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+_TOKEN_LIKE = re.compile(r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{20,})")
+# TOKENIZERS_PATH and MAX_TOKENS are no secrets.
+_SECRET_NAME = re.compile(r"TOKEN(?!IZ|S(?:_|$))|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_TOKEN")
 _known: set[str] = set()
 
 
@@ -23,7 +27,12 @@ def remember(value: str) -> None:
 
 def redact(text: str) -> str:
     """`text` with every known secret, and whatever looks like a token, replaced by `***`."""
-    token = os.environ.get("HF_TOKEN", "")
-    for secret in sorted({*_known, *([token] if len(token) >= 6 else [])}, key=len, reverse=True):
+    given = [value for name in _TOKEN_VARIABLES if len(value := os.environ.get(name, "")) >= 6]
+    for secret in sorted({form for value in {*_known, *given} for form in _forms(value)}, key=len, reverse=True):
         text = text.replace(secret, "***")
     return _TOKEN_LIKE.sub("***", text)
+
+
+def _forms(secret: str) -> set[str]:
+    """A secret as it is, and as it looks inside JSON and in an address."""
+    return {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], quote(secret, safe="")}

@@ -6,7 +6,7 @@ Verbs: `load`, `train` (yields steps), `score`, `generate`, `merge`; and two tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -50,6 +50,7 @@ class Job:
     resume: Path | None = None
     chat_template: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # dtype, device, attn_implementation, trust_remote_code
+    should_stop: Callable[[], bool] = lambda: False  # asked after every step; True saves a checkpoint and ends early
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +100,10 @@ class Backend(Protocol):
 
     def load(self, model: Path, adapter: Path | None = None, **settings: Any) -> Any: ...
 
-    def train(self, job: Job) -> Iterator[Step]:
-        """Yield every optimizer step; when the iterator ends, the result is on disk. The generator's `close()` saves
-        a checkpoint and stops. `return` value: a dict of facts (trainable and frozen counts, digests, bytes)."""
+    def train(self, job: Job) -> Generator[Step, None, dict[str, Any]]:
+        """Yield every optimizer step; when the iterator ends, the result is on disk, or, where `job.should_stop` (or the
+        generator's `close()`) ended it early, a checkpoint. `return` value: a dict of facts (trainable and frozen
+        counts, digests, bytes, `steps`, `stopped`)."""
         ...
 
     def score(self, handle: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:

@@ -28,7 +28,9 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     files = {name: sha for report in reports.values() for name, sha in report.artifacts.items()}
     gone = [name for name in files if not (run.path / name).exists()]
     changed = [name for name in files if name not in gone and digest(run.path / name) != files[name]]
-    why = f"{len(files)} artifacts" + (f"; missing: {gone[0]}" if gone else f"; changed: {changed[0]}" if changed else "")
+    why = f"{len(files)} artifacts" + (
+        f"; missing: {gone[0]}" if gone else f"; changed: {changed[0]}" if changed else ""
+    )
     intact = len(files) - len(gone) - len(changed)
     verdicts.append(judge("artifacts_intact", intact / len(files) if files else None, "==", 1.0, "share", ".", why))
     verdicts.append(_fresh(recipe, run))

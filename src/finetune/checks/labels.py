@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from finetune import evidence
 from finetune.answers import normalize
 from finetune.backends import Tokenizer, get
@@ -21,9 +23,11 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     tokenizer = get(recipe.backend).tokenizer(evidence.phases(run, recipe)["base"][0])
     trained = [sum(label != -100 for label in row["labels"]) for row in rows]
     aligned = sum(
-        all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True)) for row in rows
+        all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+        for row in rows
     )
-    ended = sum(_last_label(row["labels"]) in tokenizer.eos_ids for row in rows)
+    whole = [row for row in rows if not _cut(recipe, row)]
+    ended = sum(_last_label(row["labels"]) in tokenizer.eos_ids for row in whole)
     return [
         judge(
             "trained_tokens", min(trained), ">=", 1, "tokens", ROWS,
@@ -34,18 +38,24 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
             "a label is the token at its own place or -100: neither shifted nor taken from another row",
         ),
         judge(
-            "end_of_turn_trained", ended / len(rows), "==", 1.0, "share", ROWS,
-            "rows whose last label is an end-of-turn token; without it the model never learns to stop",
+            "end_of_turn_trained", ended / len(whole) if whole else None, "==", 1.0, "share", ROWS,
+            f"of {len(whole)} rows not cut short: the last label is an end-of-turn token, or the model never learns to stop",
         ),
         _labels_are_answers(recipe, rows, tokenizer),
     ]  # fmt: skip
+
+
+def _cut(recipe: Recipe, row: dict[str, Any]) -> bool:
+    """Whether truncation, asked for by the recipe, may have taken the end of this row."""
+    asked = recipe.data is not None and recipe.data.on_overlong == "truncate"
+    return asked and recipe.train is not None and len(row["input_ids"]) >= recipe.train.max_length
 
 
 def _last_label(labels: list[int]) -> int | None:
     return next((label for label in reversed(labels) if label != -100), None)
 
 
-def _labels_are_answers(recipe: Recipe, rows: list[dict[str, object]], tokenizer: Tokenizer) -> Verdict:
+def _labels_are_answers(recipe: Recipe, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> Verdict:
     """The trained tokens, decoded, against the answers read again from the data file."""
     name, data, train = "labels_are_answers", recipe.data, recipe.train
     if data is None or train is None:
@@ -57,15 +67,19 @@ def _labels_are_answers(recipe: Recipe, rows: list[dict[str, object]], tokenizer
     right, wrong = 0, ""
     for row in rows:
         labels, number = row["labels"], row["row"]
-        assert isinstance(labels, list) and isinstance(number, int)
-        said = normalize(tokenizer.decode([label for label in labels if label != -100], skip_special=True))
-        wanted = normalize(_answer(examples[number])) if number < len(examples) else None
-        if wanted is not None and _same(said, wanted, train.completion_only_loss, data.on_overlong == "truncate"):
+        said = _bare(tokenizer.decode([label for label in labels if label != -100], skip_special=True))
+        wanted = _bare(_answer(examples[number])) if number < len(examples) else None
+        if wanted is not None and _same(said, wanted, train.completion_only_loss, _cut(recipe, row)):
             right += 1
         elif not wrong:
             wrong = f"; first at {row['file']}:{row['line']}: trains {said[:60]!r} instead of {str(wanted)[:60]!r}"
     why = f"rows whose trained tokens spell the answer in the data, no more and no less{wrong}"
     return judge(name, right / len(rows), "==", 1.0, "share", ROWS, why)
+
+
+def _bare(text: str) -> str:
+    """Without spaces: between two answers of one conversation the tokens have none."""
+    return normalize(text).replace(" ", "")
 
 
 def _same(said: str, wanted: str, completion_only: bool, truncated: bool) -> bool:

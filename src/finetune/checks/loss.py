@@ -94,7 +94,12 @@ def _fall(recipe: Recipe, losses: list[float]) -> list[Verdict]:
 def _plain(recipe: Recipe) -> bool:
     """Whether the logged loss is the mean negative log-likelihood, which can be scored again."""
     train = recipe.train
-    return train is not None and train.loss_type == "nll" and not train.label_smoothing_factor and not train.neftune_noise_alpha
+    return (
+        train is not None
+        and train.loss_type == "nll"
+        and not train.label_smoothing_factor
+        and not train.neftune_noise_alpha
+    )
 
 
 def _scored_again(recipe: Recipe, run: Run, steps: list[dict[str, Any]]) -> list[Verdict]:

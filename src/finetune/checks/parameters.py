@@ -98,9 +98,12 @@ def _effect(run: Run) -> Verdict:
     path = run.path / place
     scores = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "base" not in scores or "trained" not in scores:
-        return missing(name, ">", EFFECT, "nats a token", place, "training rows were not scored with and without training")
+        return missing(
+            name, ">", EFFECT, "nats a token", place, "training rows were not scored with and without training"
+        )
     moved = [
-        abs(scores["trained"][row]["answer"][0] - scores["base"][row]["answer"][0]) / max(1, scores["base"][row]["answer"][1])
+        abs(scores["trained"][row]["answer"][0] - scores["base"][row]["answer"][0])
+        / max(1, scores["base"][row]["answer"][1])
         for row in scores["base"]
     ]
     why = f"mean change of the answers' log-probability over {len(moved)} rows, with training on and off"

@@ -50,7 +50,9 @@ def _scored(recipe: Recipe, run: Run) -> list[Verdict]:
         return [missing("dpo_prefers_chosen", ">=", bound, "share", PAIRS, "the pairs were not scored after alignment")]
     reference = "trained" if "trained" in pairs[0]["phases"] else "base"
     if reference not in pairs[0]["phases"]:
-        return [missing("dpo_prefers_chosen", ">=", bound, "share", PAIRS, "the pairs were not scored before alignment")]
+        return [
+            missing("dpo_prefers_chosen", ">=", bound, "share", PAIRS, "the pairs were not scored before alignment")
+        ]
     margins = []
     for pair in pairs:
         gain = {key: pair["phases"]["aligned"][key] - pair["phases"][reference][key] for key in ("chosen", "rejected")}

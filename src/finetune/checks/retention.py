@@ -26,7 +26,9 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
 def _controls(recipe: Recipe, run: Run) -> Verdict:
     name, bound = "controls_kept", recipe.expect.controls_kept_min
     path = run.path / ANSWERS
-    controls = [a for a in evidence.read_rows(run, ANSWERS, "evaluate") if a["set"] == "controls"] if path.is_file() else []
+    controls = (
+        [a for a in evidence.read_rows(run, ANSWERS, "evaluate") if a["set"] == "controls"] if path.is_file() else []
+    )
     known = [a for a in controls if a["phases"]["base"]["correct"]]
     if len(known) < KNOWN_MIN:
         why = f"the base answers {len(known)} of {len(controls)} controls; at least {KNOWN_MIN} are needed"

@@ -26,6 +26,14 @@ FIELD_KEYS = {
 }
 
 
+OLD_SECTIONS = ("training", "alignment", "dataset", "huggingface", "device")
+
+
+def is_old_key(option: str) -> bool:
+    """Whether `section.key=value` speaks of a section of the older files."""
+    return option.partition("=")[0].strip().partition(".")[0] in OLD_SECTIONS
+
+
 def is_legacy(mapping: dict[str, Any]) -> bool:
     return any(key in mapping for key in ("training", "alignment", "dataset"))
 
@@ -46,19 +54,24 @@ def migrate(mapping: dict[str, Any]) -> tuple[dict[str, Any], dict[tuple[str, ..
         place[path[-1]] = value
         origin[path] = old
 
-    is_align = "alignment" in mapping
-    section, old_section = ("align", "alignment") if is_align else ("train", "training")
+    sections = {"training": "train", "alignment": "align"}
+    is_align = "alignment" in mapping and "training" not in mapping
+    section = "align" if is_align else "train"
     data_path: tuple[str, ...] = ("align", "data") if is_align else ("data",)
     for key, value in mapping.items():
-        if key in ("training", "alignment") and isinstance(value, dict):
+        if key in sections and isinstance(value, dict):
             for inner, inner_value in value.items():
-                put((section, str(RENAMED.get(inner, inner))), inner_value, (old_section, inner))
+                put((sections[key], str(RENAMED.get(inner, inner))), inner_value, (key, inner))
         elif key == "dataset" and isinstance(value, dict):
             for inner, inner_value in value.items():
                 if inner in FIELD_KEYS:
                     put((*data_path, "fields", FIELD_KEYS[inner]), inner_value, ("dataset", inner))
                 elif not (inner == "format" and inner_value in FILE_TYPES):
                     put((*data_path, inner), inner_value, ("dataset", inner))
+        elif key == "dataset" and isinstance(value, str | list):
+            put((*data_path, "path"), value, ("dataset",))
+        elif key == "model" and isinstance(value, str):
+            put(("model", "path"), value, ("model",))
         elif key == "device":
             put(("model", "device"), value, ("device",))
         elif key == "huggingface" and isinstance(value, dict):
@@ -83,7 +96,7 @@ def downloads(mapping: dict[str, Any], base: Path) -> list[dict[str, Any]]:
     token = (mapping.get("huggingface") or {}).get("token")
     return [
         {
-            "repo": str(entry["repo"]),
+            "repo": _repo(str(entry["repo"]), base),
             "files": [str(name) for name in entry.get("files") or []],
             "output_dir": str(base / entry["output_dir"]) if entry.get("output_dir") else None,
             "revision": entry.get("revision"),
@@ -91,3 +104,8 @@ def downloads(mapping: dict[str, Any], base: Path) -> list[dict[str, Any]]:
         }
         for entry in mapping["models"]
     ]
+
+
+def _repo(name: str, base: Path) -> str:
+    """A directory or file from `base` where there is one; otherwise the name as it is."""
+    return str((base / name).resolve()) if name.startswith(".") or (base / name).exists() else name

@@ -17,8 +17,9 @@ from finetune.recipe import legacy, profiles, yaml
 from finetune.recipe.model import Recipe
 from finetune.secrets import is_secret_name, redact, remember
 
-Lines = dict[tuple[str | int, ...], int]
-_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+# The line of every path in the file; for a path given on the command line, the option instead.
+Lines = dict[tuple[str | int, ...], int | str]
+_REFERENCE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _PATH_KEYS = (
     ("data", "path"),
     ("data", "eval_path"),
@@ -41,10 +42,15 @@ def read_mapping(path: str | Path) -> tuple[dict[str, Any], Lines]:
     file = Path(path)
     if not file.is_file():
         raise MissingError(f"no recipe at {file}. Write one with: finetune init {file.name}")
-    value, lines = yaml.parse(file.read_text(encoding="utf-8"), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{file} is not a recipe:", [f"{file}:{line}: not UTF-8 text"]) from None
+    value, lines = yaml.parse(text, str(file))
     if not isinstance(value, dict):
         raise RecipeError(f"{file} is not a recipe:", [f"{file}:1: expected 'key: value' lines"])
-    return value, lines
+    return value, {**lines}
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -65,16 +71,23 @@ def load_mapping(
     base: Path | None = None,
 ) -> Recipe:
     """A recipe from a mapping, as `load`, resolving relative paths against `base` (kept as they are when None)."""
-    lines = dict(lines or {})
+    lines, options = dict(lines or {}), list(overrides)
     if legacy.is_legacy(mapping):
-        mapping, origin = legacy.migrate(mapping)
-        lines |= {new: lines[old] for new, old in origin.items() if old in lines}
+        old = [text for text in options if legacy.is_old_key(text)]
+        options = [text for text in options if text not in old]
+        mapping, origin = legacy.migrate(_override(mapping, old, lines))
+        lines |= {
+            new + place[len(before) :]: line
+            for new, before in origin.items()
+            for place, line in list(lines.items())
+            if place[: len(before)] == before
+        }
+    faults: list[str] = []
+    mapping = _expand(mapping, (), source, lines, faults)
+    mapping = _override(mapping, options, lines)
     if isinstance(mapping.get("model"), str):
         mapping = {**mapping, "model": {"path": mapping["model"]}}
     mapping = profiles.apply(mapping)
-    faults: list[str] = []
-    mapping = _expand(mapping, (), source, lines, faults)
-    mapping = _override(mapping, overrides)
     if base is not None:
         for keys in _PATH_KEYS:
             _resolve(mapping, keys, base)
@@ -82,7 +95,7 @@ def load_mapping(
     try:
         recipe = Recipe.model_validate(mapping)
     except ValidationError as error:
-        faults += [_describe(fault, source, lines) for fault in error.errors(include_url=False, include_input=False)]
+        faults += _describe(error, source, lines)
     if faults:
         raise RecipeError(f"{source} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:", faults)
     return recipe
@@ -112,29 +125,40 @@ def load_downloads(path: str | Path) -> list[dict[str, Any]]:
 
 def dump(recipe: Recipe, *, defaults: bool = False) -> str:
     """The recipe as YAML that `load` reads back to an equal recipe. A token becomes `${HF_TOKEN}`, never itself."""
-    mapping = recipe.model_dump(mode="json", exclude_unset=not defaults)
+    mapping = _escape(recipe.model_dump(mode="json", exclude_unset=not defaults))
     if recipe.model.token is not None:
         mapping["model"]["token"] = "${HF_TOKEN}"
     return yaml.write(mapping)
 
 
-def _override(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def _override(mapping: dict[str, Any], overrides: Iterable[str], lines: Lines) -> dict[str, Any]:
     for text in overrides:
         dotted, equals, value = text.partition("=")
-        keys = dotted.strip().split(".")
+        keys = tuple(dotted.strip().split("."))
         if not equals or not all(keys):
             raise UsageError(f"--set {redact(text)}: expected section.key=value, as in --set train.max_steps=1")
-        layer: Any = yaml.scalar(value)
+        layer: Any = yaml.scalar(value, f"--set {dotted}")
+        if keys == TOKEN_PATH:
+            remember(value)
+            layer = value or None
         for key in reversed(keys):
             layer = {key: layer}
         mapping = profiles.merge(mapping, layer)
-        if keys == list(TOKEN_PATH):
-            remember(value)
+        lines[keys] = f"--set {dotted.strip()}"
     return mapping
 
 
+def _escape(value: Any) -> Any:
+    """`value` with every `${NAME}` in it written so that loading leaves it alone."""
+    if isinstance(value, dict):
+        return {key: _escape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escape(inner) for inner in value]
+    return _REFERENCE.sub(lambda match: "$" + match.group(), value) if isinstance(value, str) else value
+
+
 def _expand(value: Any, path: tuple[str | int, ...], source: str, lines: Lines, faults: list[str]) -> Any:
-    """`value` with every `${NAME}` and `${NAME:-default}` replaced from the environment."""
+    """`value` with every `${NAME}` and `${NAME:-default}` replaced from the environment; `$${NAME}` stays `${NAME}`."""
     if isinstance(value, dict):
         return {key: _expand(inner, (*path, key), source, lines, faults) for key, inner in value.items()}
     if isinstance(value, list):
@@ -143,9 +167,13 @@ def _expand(value: Any, path: tuple[str | int, ...], source: str, lines: Lines, 
         return value
 
     def replace(match: re.Match[str]) -> str:
-        name, default = match.group(1), match.group(2)
+        escape, name, default = match.groups()
+        if escape:
+            return match.group()[1:]
         if is_secret_name(name) and path != TOKEN_PATH:
-            faults.append(f"{_place(source, path, lines)}: '${{{name}}}' holds a secret, which only model.token may name")
+            faults.append(
+                f"{_place(source, path, lines)}: '${{{name}}}' holds a secret, which only model.token may name"
+            )
             return ""
         found = os.environ.get(name, default)
         if found is None and path == TOKEN_PATH:
@@ -159,7 +187,9 @@ def _expand(value: Any, path: tuple[str | int, ...], source: str, lines: Lines, 
     if path == TOKEN_PATH:
         remember(expanded)
         if expanded == value and value and not value.startswith("<"):
-            warnings.warn(f"{_place(source, path, lines)}: a literal token; write '${{HF_TOKEN}}' instead", stacklevel=2)
+            warnings.warn(
+                f"{_place(source, path, lines)}: a literal token; write '${{HF_TOKEN}}' instead", stacklevel=2
+            )
         return expanded if expanded and not expanded.startswith("<") else None
     return expanded
 
@@ -198,20 +228,55 @@ def _place(source: str, path: tuple[str | int, ...], lines: Lines) -> str:
     known = path
     while known and known not in lines:
         known = known[:-1]
-    where = f"{source}:{lines[known]}" if known in lines else source
+    line = lines.get(known)
+    where = line if isinstance(line, str) else f"{source}:{line}" if line is not None else source
     return f"{where}: {'.'.join(str(part) for part in path)}" if path else where
 
 
-def _describe(fault: Any, source: str, lines: Lines) -> str:
-    path = tuple(part for part in fault["loc"] if not (isinstance(part, str) and part.startswith(("str", "list["))))
-    message = str(fault["msg"]).removeprefix("Value error, ")
+def _describe(error: ValidationError, source: str, lines: Lines) -> list[str]:
+    """One line for every path at fault; the alternatives of a key that takes several types are joined."""
+    found: dict[tuple[str | int, ...], list[str]] = {}
+    for fault in error.errors(include_url=False):
+        path = _real_path(fault["loc"])
+        messages = found.setdefault(path, [])
+        if (message := _message(fault, path)) not in messages:
+            messages.append(message)
+    # A list that is wrong inside is also no string, where either was allowed; only the inside is worth telling.
+    outer = {path[:length] for path in found for length in range(1, len(path))}
+    return [
+        redact(f"{_place(source, path, lines)}: {'; or: '.join(said)}")
+        for path, said in found.items()
+        if path not in outer
+    ]
+
+
+def _message(fault: Any, path: tuple[str | int, ...]) -> str:
     if fault["type"] == "extra_forbidden":
         section = _section(path[:-1])
         known = list(section.model_fields) if section else []
-        message = f"unknown key.{did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
-    elif fault["type"] == "missing":
-        message = "required, but missing"
-    return redact(f"{_place(source, path, lines)}: {message}")
+        return f"unknown key.{did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
+    if fault["type"] == "missing":
+        return "required, but missing"
+    message, value = str(fault["msg"]).removeprefix("Value error, "), fault["input"]
+    if path == TOKEN_PATH or isinstance(value, (dict, list)) or value is None:
+        return message
+    hint = did_you_mean(value, re.findall(r"'([^']*)'", message)) if isinstance(value, str) else ""
+    return f"{message}, not {value!r}.{hint}" if hint else f"{message}, not {value!r}"
+
+
+def _real_path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """A fault's path in the file: without the names that pydantic gives to the alternatives of a type."""
+    here: type[BaseModel] | None = Recipe
+    for index, part in enumerate(location):
+        if here is None or part not in here.model_fields:
+            return location[: index + 1]
+        field = here.model_fields[str(part)].annotation
+        here = _model_class(field)
+        if here is None:
+            rest = location[index + 1 :]
+            inside = tuple(item for item in rest if isinstance(item, int) or getattr(field, "__origin__", None) is dict)
+            return (*location[: index + 1], *inside)
+    return location
 
 
 def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:

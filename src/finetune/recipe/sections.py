@@ -23,7 +23,9 @@ class Model(Section):
     """Which model is trained. `path` is an embedded name, a hub id, a local directory, a GGUF file, or an adapter."""
 
     path: str = Field("smollm2-135m", min_length=1, description="Embedded name, hub id, local directory, or GGUF file.")
-    base_model: str | None = Field(None, description="The base of `path`, where `path` is an adapter that does not say.")
+    base_model: str | None = Field(
+        None, description="The base of `path`, where `path` is an adapter that does not say."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the weights in memory.")
     token: SecretStr | None = Field(None, description="Hub token; write `${HF_TOKEN}`. Never stored.")
@@ -40,7 +42,9 @@ DATA_FORMATS = ("auto", "chat", "prompt_completion", "instruction", "text", "pre
 class Data(Section):
     """Where the rows are and how to read them."""
 
-    path: str | list[str] = Field(description="File (json, jsonl, csv, parquet), hub data set `hub:owner/name`, or a list.")
+    path: str | list[str] = Field(
+        description="File (json, jsonl, csv, parquet), hub data set `hub:owner/name`, or a list."
+    )
     format: Literal["auto", "chat", "prompt_completion", "instruction", "text", "preference"] = Field(
         "auto", description="What a row holds; `auto` tells it from the columns."
     )
@@ -95,7 +99,9 @@ class Lora(Section):
     r: Positive = 16
     lora_alpha: PositiveFloat = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: str | list[str] = Field("all-linear", description="Module names, a regular expression, or all-linear.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="Module names, a regular expression, or all-linear."
+    )
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
@@ -191,7 +197,9 @@ class Evaluate(Section):
 
     probes: str | None = Field(None, description="Questions as trained and paraphrases: `prompt`, `answer`, `kind`.")
     controls: str | None = Field(None, description="General questions, never trained, that must stay answered.")
-    unseen: str | None = Field(None, description="Made-up facts of the same kind, never trained: the untrained control.")
+    unseen: str | None = Field(
+        None, description="Made-up facts of the same kind, never trained: the untrained control."
+    )
     heldout: str | None = Field(None, description="Plain text for perplexity, never trained.")
     max_new_tokens: Positive = 24
     batch_size: Positive = 8
@@ -207,7 +215,9 @@ class Expect(Section):
     )
     loss_below_unigram: bool = Field(True, description="The last window must beat the entropy of the answers' words.")
     learned_min: Fraction = Field(0.3, description="Share of probes that improve, as trained and paraphrased.")
-    unseen_margin_min: Fraction = Field(0.3, description="Share improved less the share of untrained controls improved.")
+    unseen_margin_min: Fraction = Field(
+        0.3, description="Share improved less the share of untrained controls improved."
+    )
     stopped_min: Fraction = Field(0.9, description="Share of trained probes whose answer ends by itself.")
     controls_kept_min: Fraction = Field(0.7, description="Share of controls known before that are known after.")
     heldout_ratio_max: PositiveFloat = Field(1.5, description="Perplexity of held-out text after, divided by before.")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
 
-from finetune.errors import RecipeError
+from finetune.errors import RecipeError, UsageError
 
 Path = tuple[str | int, ...]
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 
 
 def parse(text: str, source: str) -> tuple[Any, dict[Path, int]]:
@@ -21,13 +24,19 @@ def parse(text: str, source: str) -> tuple[Any, dict[Path, int]]:
         node = YAML(typ="safe", pure=True).compose(io.StringIO(text))
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = (error.problem or error.context or "not valid YAML").splitlines()[0]
+        # The message about a repeated key quotes both values, and one may be a token.
+        problem = (error.problem or error.context or "not valid YAML").splitlines()[0].partition(" with value ")[0]
         raise RecipeError(f"{source} is not valid YAML:", [f"{source}:{line}: {problem}"]) from None
     except (YAMLError, ValueError) as error:
         raise RecipeError(f"{source} is not valid YAML:", [f"{source}: {str(error).splitlines()[0]}"]) from None
     lines: dict[Path, int] = {}
-    if node is not None:
-        _index(node, (), lines)
+    try:
+        if node is not None:
+            _index(node, (), lines)
+    except RecursionError:
+        raise RecipeError(
+            f"{source} is not a recipe:", [f"{source}: a value that contains itself (&name, *name)"]
+        ) from None
     return value, lines
 
 
@@ -43,17 +52,32 @@ def _index(node: Node, path: Path, lines: dict[Path, int]) -> None:
             _index(child, (*path, index), lines)
 
 
-def scalar(text: str) -> Any:
-    """One value as the user typed it after `--set key=`."""
-    return YAML(typ="safe", pure=True).load(text) if text else ""
+def scalar(text: str, option: str) -> Any:
+    """One value as the user typed it after `option`. Raises UsageError where it is no YAML."""
+    try:
+        return YAML(typ="safe", pure=True).load(text) if text else ""
+    except (YAMLError, ValueError):
+        raise UsageError(f"{option}: the value is not valid YAML; put it in double quotes inside the shell's") from None
+
+
+class _Representer(SafeRepresenter):
+    """Quotes and escapes what the library writes plainly and then reads as a line break or not at all."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        style = '"' if _UNSAFE.search(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def write(value: Any) -> str:
     """`value` as block-style YAML that `parse` reads back unchanged."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.allow_unicode = True
-    yaml.width = 4096
+    yaml.width = 2**31
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
     yaml.dump(value, stream)

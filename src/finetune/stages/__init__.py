@@ -125,7 +125,12 @@ def fingerprint(stage: Stage, recipe: Recipe, run: Run) -> str:
 
 
 def execute(
-    stage: Stage, recipe: Recipe, run: Run, *, force: bool = False, on_start: Callable[[Stage], None] = lambda stage: None
+    stage: Stage,
+    recipe: Recipe,
+    run: Run,
+    *,
+    force: bool = False,
+    on_start: Callable[[Stage], None] = lambda stage: None,
 ) -> tuple[Report, bool]:
     """The stage's report, and whether it ran now. One that finished with the same inputs is not run again."""
     mark = fingerprint(stage, recipe, run)

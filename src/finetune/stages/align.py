@@ -9,7 +9,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.sections import Lora
 from finetune.run import Run
 from finetune.stages import Result
-from finetune.stages.training import clear, execute_job, job_options
+from finetune.training import clear, execute_job, job_options
 
 
 def run(recipe: Recipe, run: Run) -> Result:

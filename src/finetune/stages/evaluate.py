@@ -126,7 +126,9 @@ def _sample_rows(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
     stored = {row["row"]: row for row in evidence.read_rows(run, "prepare/train.jsonl", "prepare")}
     steps = evidence.steps(run, "train")
     wanted = [row for step in (*steps[:1], *reversed(steps[1:])) for row in step["rows"] if row in stored]
-    chosen = list(dict.fromkeys([*wanted, *stored]))[: max(recipe.evaluate.score_rows, len(steps[0]["rows"]) if steps else 0)]
+    chosen = list(dict.fromkeys([*wanted, *stored]))[
+        : max(recipe.evaluate.score_rows, len(steps[0]["rows"]) if steps else 0)
+    ]
     return [stored[row] for row in chosen]
 
 

@@ -18,8 +18,7 @@ from finetune.experiment import in_fresh_process, score_request, train_request
 from finetune.recipe import Recipe
 from finetune.run import Run, write_json, write_jsonl
 from finetune.stages import Result
-from finetune.stages.train import sft_job
-from finetune.stages.training import checkpoints
+from finetune.training import checkpoints, sft_job
 
 MEMORY_STEPS = 2  # the second step has gradients, optimizer state and activations at once
 FRESH_QUESTIONS = 8

@@ -47,7 +47,9 @@ def make(directory: Path, architecture: str = "llama", *, texts: Sequence[str] =
     """
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UsageError(f"unknown architecture '{architecture}'.{did_you_mean(architecture, ARCHITECTURES)} Known: {known}.")
+        raise UsageError(
+            f"unknown architecture '{architecture}'.{did_you_mean(architecture, ARCHITECTURES)} Known: {known}."
+        )
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -79,7 +81,10 @@ def _tokenizer(texts: Sequence[str]) -> Any:
     )
     bpe.train_from_iterator(texts or ["the quick brown fox jumps over the lazy dog"], trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"]
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
     )
     tokenizer.chat_template = CHATML
     return tokenizer

@@ -71,7 +71,9 @@ class TrainingSuccessValidator:
 
         place = Path(directory)
         weights = [f for f in place.glob("*.safetensors") if f.stat().st_size > 0]
-        return bool(weights) and all((place / name).is_file() and (place / name).stat().st_size > 0 for name in expected)
+        return bool(weights) and all(
+            (place / name).is_file() and (place / name).stat().st_size > 0 for name in expected
+        )
 
 
 def _right(text: str, case: Mapping[str, Any]) -> bool:

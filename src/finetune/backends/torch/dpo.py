@@ -23,7 +23,7 @@ def make_trainer(job: Job, model: Any, tokenizer: HFTokenizer) -> Any:
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**arguments(job), **options, loss_type=[job.options.get("loss_type", "sigmoid")]),
-        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        train_dataset=Dataset.from_list([{"prompt": "1\n", "chosen": "2", "rejected": "3"}]),
         processing_class=tokenizer.hf,
     )
     rows = read_rows(job.rows)

@@ -30,7 +30,6 @@ def read(directory: Path) -> dict[str, TensorFacts]:
 
 def tensor_facts(tensor: torch.Tensor) -> TensorFacts:
     tensor = tensor.detach().cpu().contiguous()
-    sha256 = hashlib.sha256(tensor.view(torch.uint8).numpy().data if tensor.dim() else bytes(tensor.view(1).view(torch.uint8).tolist()))
-    return TensorFacts(
-        sha256=sha256.hexdigest(), shape=tuple(tensor.shape), norm=float(tensor.float().norm())
-    )
+    stored = tensor.reshape(-1).view(torch.uint8).numpy()
+    sha256 = hashlib.sha256(stored.data).hexdigest()
+    return TensorFacts(sha256=sha256, shape=tuple(tensor.shape), norm=float(tensor.float().norm()))

@@ -21,7 +21,9 @@ class HFTokenizer:
         except (OSError, ValueError) as error:
             raise StageError(f"no usable tokenizer in {directory}: {str(error).splitlines()[0]}") from None
         if self.hf.eos_token is None:
-            raise StageError(f"the tokenizer in {directory} has no end-of-text token (eos_token); set one in its config")
+            raise StageError(
+                f"the tokenizer in {directory} has no end-of-text token (eos_token); set one in its config"
+            )
         if self.hf.pad_token is None:
             self.hf.pad_token = self.hf.eos_token
         self.eos_token: str = self.hf.eos_token

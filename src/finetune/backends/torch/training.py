@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,20 @@ from finetune.lookup import load as load_reference
 OBJECTIVES = {"sft": "finetune.backends.torch.sft:make_trainer", "dpo": "finetune.backends.torch.dpo:make_trainer"}
 # Recipe keys that are training arguments of transformers and TRL under the same name.
 ARGUMENTS = (
-    "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-    "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim adam_beta1 adam_beta2 adam_epsilon "
-    "max_length gradient_checkpointing bf16 fp16 tf32 torch_compile seed data_seed full_determinism logging_steps "
-    "save_strategy save_steps save_total_limit eval_strategy eval_steps dataloader_num_workers report_to"
-).split()
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_length", "gradient_checkpointing",
+    "bf16", "fp16", "tf32", "torch_compile", "seed", "data_seed", "full_determinism", "logging_steps",
+    "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps", "dataloader_num_workers",
+    "report_to",
+)  # fmt: skip
 
 
 def arguments(job: Job, *names: str) -> dict[str, Any]:
     """The keyword arguments for an SFTConfig or DPOConfig, with every surprising default set by hand."""
-    options = job.options
+    from finetune.recipe.sections import Optimization
+
+    options = {**Optimization().model_dump(mode="json"), **job.options}  # never TRL's own defaults
     chosen = {name: options[name] for name in (*ARGUMENTS, *names) if name in options}
     if chosen.get("data_seed") is None:
         chosen["data_seed"] = chosen.get("seed", 0)
@@ -80,7 +84,7 @@ def train(job: Job) -> Generator[Step, None, dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def adapted(job: Job, model: Any) -> Any:
@@ -109,7 +113,7 @@ def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
     recorder = Recorder(trainer.data_collator)
     trainer.data_collator = recorder
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Reporter(trainer, recorder, put, stop))
+    trainer.add_callback(Reporter(trainer, recorder, put, lambda: stop.is_set() or job.should_stop()))
     _save(job, trainer.model, tokenizer, job.out / "initial", weights_of_full=False)
     frozen_before = frozen_digest(trainer.model)
     trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
@@ -122,12 +126,12 @@ def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
         "world_size": trainer.args.world_size,
         "device": trainer.args.device.type,
         "steps": trainer.state.global_step,
-        "stopped": stop.is_set(),
+        "stopped": trainer.state.global_step < trainer.state.max_steps and reporter.stopped,
         "resumed_from": _step_of(job.resume) if job.resume else None,
     }
     if torch.cuda.is_available():
         facts["device_peak_bytes"] = torch.cuda.max_memory_allocated()
-    if not stop.is_set():
+    if not facts["stopped"]:
         _save(job, trainer.model, tokenizer, job.out / ("adapter" if job.method == "lora" else "model"))
     return facts
 
@@ -188,13 +192,14 @@ class Recorder:
         return batch
 
 
-class Reporter(TrainerCallback):  # type: ignore[misc]
+class Reporter(TrainerCallback):
     """Turns the trainer's logs into steps, measures the training state once, and stops on request."""
 
-    def __init__(self, trainer: Any, recorder: Recorder, put: Any, stop: threading.Event) -> None:
+    def __init__(self, trainer: Any, recorder: Recorder, put: Any, stop: Callable[[], bool]) -> None:
         self.trainer, self.recorder, self.put, self.stop = trainer, recorder, put, stop
         self.state_bytes: dict[str, int] = {"gradient_bytes": 0, "optimizer_bytes": 0}
         self.pending: list[tuple[tuple[int, ...], int, int]] = []
+        self.stopped = False
         self.began = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -212,7 +217,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self._consume()
         if not self.state_bytes["optimizer_bytes"]:
             self.state_bytes["optimizer_bytes"] = _optimizer_bytes(self.trainer.optimizer)
-        if self.stop.is_set():
+        if self.stop():
+            self.stopped = True
             control.should_save = True
             control.should_training_stop = True
         return control

@@ -1,17 +1,19 @@
-"""What the stages `train` and `align` share: run a job, write its events, survive an interruption, publish."""
+"""What trainings share: make a job, run it, write its events, survive an interruption, publish."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune import evidence
 from finetune.backends import Job, get
 from finetune.console import progress, say
 from finetune.errors import Interrupted, StageError
-from finetune.evidence import steps as stored_steps
+from finetune.interruption import stop_requests
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Optimization
 from finetune.run import Run, write_json
@@ -28,14 +30,16 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
 
     Ctrl-C saves a checkpoint and raises Interrupted with the command that resumes.
     """
-    begun = json.loads((job.resume / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] if job.resume else 0
+    begun = (
+        json.loads((job.resume / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] if job.resume else 0
+    )
     run.event("training", stage=stage, resumed_from=begun or None, objective=job.objective, method=job.method)
-    stream = get(recipe.backend).train(job)
     facts: dict[str, Any] = {}
     tokens, seconds = 0, 0.0
     bar = None
     stack = ExitStack()
     try:
+        stream = get(recipe.backend).train(replace(job, should_stop=stack.enter_context(stop_requests())))
         while True:
             try:
                 step = next(stream)
@@ -60,9 +64,6 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
             if bar is None:
                 bar = stack.enter_context(progress(step.total, stage))
             bar.update(step.step, loss=step.loss, tokens_per_second=step.tokens / step.seconds if step.seconds else 0.0)
-    except KeyboardInterrupt:
-        stream.close()
-        raise Interrupted(_resume_hint(job.out, stage)) from None
     except MemoryError:
         raise StageError(_memory_hint()) from None
     except RuntimeError as error:
@@ -71,10 +72,14 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
         raise
     finally:
         stack.close()
-    taken = stored_steps(run, stage)
+    if facts["stopped"]:
+        raise Interrupted(_resume_hint(job.out, stage))
+    taken = evidence.steps(run, stage)
     if not taken:
         raise StageError(f"the stage '{stage}' ended without a single logged step; see {run.events_path}")
-    write_json(job.out / "trainer_logs.json", [{k: v for k, v in s.items() if k not in ("event", "stage")} for s in taken])
+    write_json(
+        job.out / "trainer_logs.json", [{k: v for k, v in s.items() if k not in ("event", "stage")} for s in taken]
+    )
     result = job.out / ("adapter" if job.method == "lora" else "model")
     _publish(job.out, result, recipe, stage)
     peak = {"device": facts.pop("device_peak_bytes")} if "device_peak_bytes" in facts else {}
@@ -99,6 +104,28 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+def sft_job(recipe: Recipe, run: Run, out: Path) -> Job:
+    """The job that this recipe asks for, writing to `out`."""
+    train = recipe.train
+    assert train is not None
+    found = evidence.fetched(run)
+    held_out = run.path / "prepare" / "eval.jsonl"
+    return Job(
+        objective="sft",
+        method=train.method,
+        model=Path(found["base"]),
+        adapter=Path(found["adapter"]) if found["adapter"] and train.method == "lora" else None,
+        out=out,
+        rows=evidence.required(run, "prepare/train.jsonl", "prepare"),
+        eval_rows=held_out if held_out.is_file() else None,
+        options=job_options(train),
+        lora=train.lora.model_dump(mode="json") if train.method == "lora" else None,
+        resume=run.resume,
+        chat_template=(run.path / "prepare" / "chat_template.jinja").read_text(encoding="utf-8"),
+        settings=evidence.model_settings(recipe),
+    )
+
+
 def job_options(section: Optimization) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude={"lora", "data", "output_dir", "method"})
 
@@ -116,10 +143,7 @@ def _publish(out: Path, result: Path, recipe: Recipe, stage: str) -> None:
 
 
 def _resume_hint(out: Path, stage: str) -> str:
-    saved = checkpoints(out)
-    if not saved:
-        return f"interrupted before the first step of '{stage}' was done; nothing was saved"
-    return f"interrupted; saved {saved[-1].name} in {out}. Go on with: finetune {stage} RECIPE --resume"
+    return f"interrupted; saved {checkpoints(out)[-1].name} in {out}. Go on with: finetune {stage} RECIPE --resume"
 
 
 def _memory_hint() -> str:

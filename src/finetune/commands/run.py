@@ -1,0 +1,62 @@
+"""`finetune run`: all stages, the checks, the report."""
+
+from __future__ import annotations
+
+import click
+
+from finetune import console
+from finetune.commands.options import (
+    load_recipe,
+    output_options,
+    print_json,
+    recipe_options,
+    run_options,
+    show_plan,
+    working,
+)
+
+
+@click.command("run")
+@recipe_options
+@run_options
+@output_options
+def command(
+    recipe: str | None,
+    config: str | None,
+    example: str | None,
+    overrides: tuple[str, ...],
+    run_path: str | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Run all stages of a recipe, verify what came out, and report it. Ends with 1 when a check failed.
+
+    RECIPE is a file, or a directory that holds a recipe.yaml; ./recipe.yaml by default. Stages whose inputs have not
+    changed are not run again. To try it without a recipe: finetune run --example quickstart
+    """
+    from finetune.pipeline import run_directory
+
+    loaded = load_recipe(recipe, config, example, overrides)
+    run = run_directory(loaded, run_path)
+    if dry_run:
+        show_plan(loaded, run, None, force=force, as_json=as_json)
+        return 0
+    working(loaded, run, None, force=force)
+    from contextlib import redirect_stdout
+    from sys import stderr
+
+    from finetune.checks import verify
+
+    console.say("== verify")
+    with run.locked(), redirect_stdout(stderr):
+        verdicts = verify(loaded, run)
+    if as_json:
+        from finetune.report.summary import as_dict
+
+        print_json(as_dict(run))
+    else:
+        from finetune.report.terminal import show
+
+        show(run)
+    return 0 if verdicts and all(verdict.passed for verdict in verdicts) else 1

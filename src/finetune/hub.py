@@ -1,0 +1,205 @@
+"""The Hugging Face hub: whole model repositories or single files, and one clear message for each way it can fail."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from finetune import console
+from finetune.errors import FinetuneError, MissingError, ResourceError, StageError, UsageError
+from finetune.lookup import missing_package
+from finetune.secrets import redact, remember
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
+_NEVER = ("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.tflite", "*.mlmodel", "*.gguf", "onnx/*", "openvino/*", "coreml/*")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_WEIGHTS = ("*.safetensors", *_PICKLES)
+OFFLINE = "What works offline: the embedded model smollm2-135m, a local directory, or a GGUF file."
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` can be a repository's name: `owner/name`, or an old bare one like `gpt2`."""
+    return bool(_ID.fullmatch(text))
+
+
+def snapshot(repo: str, *, revision: str | None = None, token: str | None = None, into: Path | None = None) -> Path:
+    """Download a model repository, pickled weights only where it has no safetensors, and return its directory.
+
+    That is `into`, or the hub's own cache. Without a connection a complete earlier download is used.
+    """
+    with _explained(repo, revision, token) as hub:
+        try:
+            commit, sizes = _listing(repo, revision, token)
+        except Exception as error:
+            if not _is_connection(error):
+                raise
+            return _cached(repo, revision, into)
+        chosen = wanted(sizes)
+        if not any(fnmatch(name, pattern) for name in chosen for pattern in _WEIGHTS):
+            raise MissingError(f"the hub repository '{repo}' holds no safetensors or PyTorch weights")
+        check_space(into or _cache(), _missing_bytes(repo, commit, chosen, sizes, into))
+        console.say(f"downloading {repo} ({len(chosen)} files, {sum(sizes[name] for name in chosen) / 1e6:.0f} MB)")
+        # An empty pattern list would mean everything; the names themselves mean exactly these.
+        path = hub.snapshot_download(
+            repo, revision=revision, token=token, local_dir=into, allow_patterns=[_literal(name) for name in chosen]
+        )
+    return Path(path)
+
+
+def files(
+    repo: str, names: Iterable[str], into: Path | None, *, revision: str | None = None, token: str | None = None
+) -> Path:
+    """Download the named files of a repository into a directory (the hub's cache when None), and return it."""
+    with _explained(repo, revision, token) as hub:
+        commit, sizes = _listing(repo, revision, token)
+        check_space(into or _cache(), _missing_bytes(repo, commit, names, sizes, into))
+        places = [
+            Path(hub.hf_hub_download(repo, name, revision=commit, token=token, local_dir=into)).parents[name.count("/")]
+            for name in names
+        ]
+    return into or places[0]
+
+
+def names(repo: str, *, revision: str | None = None, token: str | None = None) -> list[str]:
+    """The files that a repository holds."""
+    with _explained(repo, revision, token):
+        return list(_listing(repo, revision, token)[1])
+
+
+def wanted(sizes: Iterable[str]) -> list[str]:
+    """The files of a model repository that are worth downloading."""
+    kept = [name for name in sizes if not any(fnmatch(name, pattern) for pattern in _NEVER)]
+    if any(name.endswith(".safetensors") for name in kept):
+        kept = [name for name in kept if not any(fnmatch(name, pattern) for pattern in _PICKLES)]
+    return kept
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise ResourceError where `directory`'s disk has less free than `needed` bytes and a twentieth more."""
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed * 1.05 > free:
+        raise ResourceError(
+            f"{directory} needs {needed / 1e6:.0f} MB and has {free / 1e6:.0f} MB free. Make room, or choose another "
+            "place: FT_CACHE_DIR for our cache, HF_HOME for the hub's"
+        )
+
+
+def _listing(repo: str, revision: str | None, token: str | None) -> tuple[str, dict[str, int]]:
+    """The commit that a revision stands for, and the size of every file in it."""
+    from huggingface_hub import HfApi
+
+    info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True)
+    return str(info.sha), {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+
+
+def _missing_bytes(repo: str, commit: str, chosen: Iterable[str], sizes: dict[str, int], into: Path | None) -> int:
+    from huggingface_hub import try_to_load_from_cache
+
+    def here(name: str) -> bool:
+        if into is not None:
+            return (into / name).is_file()
+        return isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
+
+    return sum(sizes.get(name, 0) for name in chosen if not here(name))
+
+
+def _cached(repo: str, revision: str | None, into: Path | None) -> Path:
+    """An earlier download; an incomplete one raises the hub's LocalEntryNotFoundError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    # Which files were wanted then depends on whether there were safetensors among them, which is not known now.
+    for unwanted in ((*_NEVER, *_PICKLES), _NEVER):
+        try:
+            path = Path(
+                snapshot_download(
+                    repo, revision=revision, local_dir=into, local_files_only=True, ignore_patterns=list(unwanted)
+                )
+            )
+        except LocalEntryNotFoundError:
+            continue
+        if any(any(path.glob(pattern)) for pattern in _WEIGHTS):
+            return path
+    raise LocalEntryNotFoundError(f"{repo} is not in the cache")
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _is_connection(error: BaseException) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    # The HTTP library below the hub's has changed its name twice; its errors are all called so.
+    client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
+    return isinstance(error, OfflineModeIsEnabled) or (client and not hasattr(error, "response"))
+
+
+@contextmanager
+def _explained(repo: str, revision: str | None, token: str | None) -> Iterator[Any]:
+    """The hub's library; its errors inside become ours. Their own text is dropped: it can hold addresses and tokens."""
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import constants, errors, utils
+    except ModuleNotFoundError as error:
+        raise MissingError(missing_package(error.name or "huggingface_hub")) from None
+    if token:
+        remember(token)
+    shown = not utils.are_progress_bars_disabled()
+    if console.mode() != "terminal":
+        utils.disable_progress_bars()
+    try:
+        yield hub
+    except FinetuneError:
+        raise
+    except Exception as error:
+        raise _translated(error, errors, repo, revision, constants.is_offline_mode()) from None
+    finally:
+        if shown:
+            utils.enable_progress_bars()
+
+
+def _translated(error: Exception, errors: Any, repo: str, revision: str | None, offline: bool) -> Exception:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HFValidationError):
+        return UsageError(f"'{repo}' is no hub repository's name; expected owner/name, or an old bare one like gpt2")
+    if isinstance(error, errors.GatedRepoError):
+        return MissingError(
+            f"the hub repository '{repo}' is gated: accept its terms on its page, then set HF_TOKEN to a token of that "
+            "account (and write 'token: ${HF_TOKEN}' under model)"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return MissingError(f"the hub repository '{repo}' has no revision '{revision}'. Check model.revision")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return MissingError(
+            f"the hub has no repository '{repo}', or it is private and the token may not read it. Check the name; "
+            "for a private one set HF_TOKEN"
+        )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return MissingError(f"the hub repository '{repo}' lacks a file that was asked for")
+    if status == 401:
+        return MissingError(f"the hub refused the token for '{repo}' (401). Set HF_TOKEN to a valid one, or unset it")
+    if status == 403:
+        return MissingError(f"the hub forbids access to '{repo}' (403). The token lacks the right to read it")
+    if status == 429:
+        return MissingError(f"the hub is being asked too often (429) for '{repo}'. Wait a few minutes, or set HF_TOKEN")
+    if status is not None:
+        return MissingError(f"the hub answered {status} for '{repo}'. Try again later. {OFFLINE}")
+    if isinstance(error, errors.LocalEntryNotFoundError) or _is_connection(error):
+        why = "HF_HUB_OFFLINE is set" if offline else "no connection"
+        return MissingError(f"the hub cannot be reached ({why}), and '{repo}' is not in its cache. {OFFLINE}")
+    if isinstance(error, OSError):
+        return StageError(f"downloading '{repo}' failed: {redact(str(error)).partition(chr(10))[0]}")
+    return error

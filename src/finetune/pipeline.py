@@ -1,0 +1,186 @@
+"""Stages in order, in one locked run directory. What the command line does, for Python and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import FinetuneError, MissingError, UsageError
+from finetune.recipe import Recipe, dump, load
+from finetune.run import Report, Run, write_text
+from finetune.stages import Stage, execute, fingerprint, plan
+
+Moment = Literal["start", "done", "kept"]
+# Told what happens: a stage starts (no report yet), is done, or was kept because nothing had changed.
+Listener = Callable[[Moment, Stage, Report | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What would happen to one stage. `why` is one phrase."""
+
+    stage: str
+    runs: bool
+    why: str
+
+
+def run_directory(recipe: Recipe, path: str | Path | None = None) -> Run:
+    """The run that a recipe goes into: `path`, or `output_dir/name`."""
+    return Run(path if path is not None else Path(recipe.output_dir) / recipe.name)
+
+
+def chosen(recipe: Recipe, only: Iterable[str] | None = None) -> list[Stage]:
+    """`plan`, refusing a stage that the recipe has no section for."""
+    names = None if only is None else list(only)
+    stages = plan(recipe, names)
+    for name in names or ():
+        if name not in {stage.name for stage in stages}:
+            raise UsageError(f"the recipe does not ask for '{name}': it has no '{name}' section")
+    return stages
+
+
+def preview(recipe: Recipe, run: Run, only: Iterable[str] | None = None, *, force: bool = False) -> list[Planned]:
+    """What `run_stages` would do, and why. Reads the run, writes nothing."""
+    names = None if only is None else list(only)
+    planned: list[Planned] = []
+    for stage in chosen(recipe, names):
+        rerun = [before.stage for before in planned if before.runs and before.stage in stage.needs]
+        why = _why(stage, recipe, run, rerun, force and (names is None or stage.name in names))
+        planned.append(Planned(stage=stage.name, runs=bool(why), why=why or "up to date"))
+    return planned
+
+
+def run_stages(
+    recipe: Recipe,
+    run: Run,
+    only: Iterable[str] | None = None,
+    *,
+    force: bool = False,
+    resume: Path | None = None,
+    listener: Listener = lambda moment, stage, report: None,
+) -> list[Report]:
+    """Run the stages whose inputs have changed and return the reports of all of them.
+
+    `only` names stages (what they need runs too); `force` runs them (all, without `only`) again whatever was done;
+    `resume` is the checkpoint that the last stage named in `only` starts from. The run is locked meanwhile and gets the
+    recipe and the manifest. Raises LockedError, ResourceError, and whatever a stage raises, which becomes an event.
+    """
+    from finetune.estimate import check_start
+
+    names = None if only is None else list(only)
+    stages = chosen(recipe, names)
+    reports = []
+    with run.locked():
+        planned = preview(recipe, run, names, force=force)
+        if any(step.runs and step.stage in ("train", "align") for step in planned):
+            check_start(recipe, run.path)
+        store(recipe, run)
+        for stage in stages:
+            named = names is None or stage.name in names
+            resumed = resume if names and stage.name == names[-1] else None
+            run.resume = resumed
+            try:
+                report, ran = execute(
+                    stage,
+                    recipe,
+                    run,
+                    force=(force and named) or resumed is not None,
+                    on_start=lambda stage: listener("start", stage, None),
+                )
+            except KeyboardInterrupt as error:
+                run.event("stage_interrupted", stage=stage.name, message=str(error))
+                raise
+            except Exception as error:
+                run.event("stage_failed", stage=stage.name, error=type(error).__name__, message=str(error))
+                raise
+            finally:
+                run.resume = None
+            listener("done" if ran else "kept", stage, report)
+            reports.append(report)
+    return reports
+
+
+def store(recipe: Recipe, run: Run) -> None:
+    """Write the recipe and the manifest into the run; a recipe that replaces another one is an event."""
+    from finetune.manifest import collect
+
+    path, text = run.path / "recipe.yaml", dump(recipe)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        run.event("recipe", replaced=path.is_file(), name=recipe.name)
+        write_text(path, text)
+    run.update_manifest(**collect(recipe))
+
+
+def checkpoint(recipe: Recipe, run: Run, stage: str, wanted: str) -> Path:
+    """The checkpoint that `--resume wanted` means for train or align: a directory, or `last`, the newest there is.
+
+    Raises MissingError where there is none, UsageError for a directory that is none; both list those that exist.
+    """
+    section = recipe.train if stage == "train" else recipe.align
+    places = [run.path / stage]
+    if section is not None and section.output_dir:
+        places.append(Path(section.output_dir))
+    found = [path for place in places for path in place.glob("checkpoint-*") if _is_checkpoint(path)]
+    known = sorted(found, key=_number)
+    exist = f" Those that exist: {', '.join(str(path) for path in known)}." if known else ""
+    if wanted == "last":
+        if not known:
+            where = " or ".join(str(place) for place in places)
+            raise MissingError(f"nothing to resume: no checkpoint in {where}. Start with: finetune {stage} RECIPE")
+        return max(known, key=lambda path: (_number(path), path.stat().st_mtime)).resolve()
+    for path in (Path(wanted), *(place / wanted for place in places)):
+        if _is_checkpoint(path):
+            return path.resolve()
+    if not Path(wanted).exists():
+        raise MissingError(f"no checkpoint at {wanted}.{exist}")
+    raise UsageError(f"{wanted} is not a checkpoint: it holds no trainer_state.json.{exist}")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "trainer_state.json").is_file()
+
+
+def _number(path: Path) -> int:
+    tail = path.name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else -1
+
+
+def _why(stage: Stage, recipe: Recipe, run: Run, rerun: list[str], forced: bool) -> str:
+    """Why a stage would run; empty when it is up to date."""
+    done = run.report(stage.name)
+    if forced:
+        return "forced"
+    if done is None:
+        failed = run.events("stage_started", stage=stage.name)
+        return "did not finish the last time" if failed else "has not run yet"
+    if rerun:
+        return f"'{rerun[0]}' runs before it"
+    gone = [name for name in done.artifacts if not (run.path / name).exists()]
+    if gone:
+        return f"{gone[0]} is gone"
+    if fingerprint(stage, recipe, run) == done.fingerprint:
+        return ""
+    changes = _changes(stage, recipe, run)
+    return f"changed: {', '.join(changes)}" if changes else "its data, an earlier stage or finetune's version changed"
+
+
+def _changes(stage: Stage, recipe: Recipe, run: Run) -> list[str]:
+    """The recipe keys of this stage that differ from the stored recipe, at most three."""
+    try:
+        old = load(run.path / "recipe.yaml")
+    except FinetuneError:
+        return []
+    before, after = (_flat(each.model_dump(mode="json", include=set(stage.sections))) for each in (old, recipe))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key) and not key.endswith(".token")]
+    return [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys[:3]] + (["..."] if len(keys) > 3 else [])
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    leaves: dict[str, Any] = {}
+    for name, inner in value.items():
+        leaves |= _flat(inner, f"{path}.{name}".lstrip("."))
+    return leaves

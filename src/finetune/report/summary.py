@@ -1,0 +1,93 @@
+"""A stored run as plain data: what every report, on a terminal or as JSON, is made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from finetune.run import Report, Run, read_jsonl
+from finetune.stages import STAGES
+
+PHASES = ("base", "trained", "aligned")
+SETS = ("probes", "controls", "unseen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How one kind of question of one set went in one phase. `logprob` is the mean per token of the right answer."""
+
+    set: str
+    kind: str
+    phase: str
+    asked: int
+    right: int
+    logprob: float | None
+
+
+def reports(run: Run) -> list[Report]:
+    """The reports of the stages that finished, in the stages' order."""
+    return [report for stage in STAGES if (report := run.report(stage.name)) is not None]
+
+
+def answers(run: Run) -> list[dict[str, Any]]:
+    """Every question with its answers, or nothing when none was asked."""
+    path = run.path / "evaluate" / "answers.jsonl"
+    return read_jsonl(path) if path.is_file() else []
+
+
+def verdicts(run: Run) -> dict[str, Any] | None:
+    """The stored verdicts, or None when nothing was verified."""
+    path = run.path / "verdicts.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def phases(rows: list[dict[str, Any]]) -> list[str]:
+    """The phases that were asked, in order."""
+    return [phase for phase in PHASES if any(phase in row.get("phases", {}) for row in rows)]
+
+
+def scores(rows: list[dict[str, Any]]) -> list[Score]:
+    """Right answers and log-probabilities by set, kind and phase."""
+    found = []
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((str(row["set"]), str(row.get("kind") or "")), []).append(row)
+    for group, members in sorted(groups.items(), key=lambda item: rank(item[0][0])):
+        for phase in phases(rows):
+            given = [row["phases"][phase] for row in members if phase in row["phases"]]
+            logprobs = [answer["logprob"] for answer in given if answer.get("logprob") is not None]
+            found.append(
+                Score(
+                    set=group[0],
+                    kind=group[1],
+                    phase=phase,
+                    asked=len(given),
+                    right=sum(bool(answer.get("correct")) for answer in given),
+                    logprob=sum(logprobs) / len(logprobs) if logprobs else None,
+                )
+            )
+    return found
+
+
+def size(run: Run) -> int:
+    """Bytes of all files of a run."""
+    return sum(path.lstat().st_size for path in run.path.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def as_dict(run: Run) -> dict[str, Any]:
+    """The whole report as plain data, for `--json`."""
+    stored = verdicts(run)
+    return {
+        "run": str(run.path),
+        "passed": stored["passed"] if stored else None,
+        "stages": [asdict(report) for report in reports(run)],
+        "scores": [asdict(score) for score in scores(answers(run))],
+        "answers": answers(run),
+        "verdicts": stored["verdicts"] if stored else [],
+        "manifest": run.manifest(),
+    }
+
+
+def rank(name: str) -> int:
+    return SETS.index(name) if name in SETS else len(SETS)

@@ -1,0 +1,234 @@
+"""A stored run for a reader at a terminal: answers before and after, verdicts, times, files. Fits 80 columns."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from finetune.console import duration
+from finetune.memory import human
+from finetune.report import summary
+from finetune.run import Report, Run
+from finetune.secrets import redact
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SHOWN = {"probes": 4, "controls": 2, "unseen": 2}  # questions of a set; the rest is in the file
+_TITLES = {
+    "probes": "What it was taught",
+    "controls": "What it must not forget",
+    "unseen": "What it was never told (it should not know)",
+}
+_TELLING = ("first_loss", "last_loss", "tokens_per_second", "seconds_per_step", "rows", "trained_tokens")
+_WRAPPED = ("result", "why", "found", "get it with")
+_COLUMN = {"base": "before", "trained": "after", "aligned": "aligned"}
+
+
+def render(run: Run, *, width: int = 80) -> str:
+    """The report as plain text."""
+    stream = io.StringIO()
+    _write(_console(stream, width), run)
+    return stream.getvalue()
+
+
+def show(run: Run) -> None:
+    """Print the report to stdout, coloured where that is a terminal."""
+    _write(_console(sys.stdout), run)
+
+
+def show_verdicts(verdicts: list[dict[str, Any]]) -> None:
+    """Print the verdicts alone."""
+    console = _console(sys.stdout)
+    _write_verdicts(console, verdicts)
+    console.print(_conclusion(verdicts))
+
+
+def show_answers(run: Run) -> None:
+    """Print the answers alone."""
+    console = _console(sys.stdout)
+    _write_answers(console, summary.answers(run))
+
+
+def show_table(headings: list[str], rows: list[list[str]]) -> None:
+    """Print any small table. A heading that starts with `>` is a right-aligned column."""
+    table = _table(headings)
+    for row in rows:
+        table.add_row(*(_plain(cell) for cell in row))
+    _console(sys.stdout).print(table)
+
+
+def _console(stream: TextIO, width: int | None = None) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=False)
+
+
+def _table(headings: list[str], title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, title_style="bold")
+    for heading in headings:
+        name = heading.lstrip(">")
+        justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
+        table.add_column(name, justify=justify, no_wrap=name not in _WRAPPED, overflow="fold")
+    return table
+
+
+def _plain(text: str, style: str = "") -> Any:
+    """Text as it is: square brackets in a model's answer are no markup."""
+    from rich.text import Text
+
+    return Text(redact(text), style=style)
+
+
+def _write(console: Console, run: Run) -> None:
+    rows = summary.answers(run)
+    stored = summary.verdicts(run)
+    reports = summary.reports(run)
+    if rows:
+        _write_answers(console, rows)
+    if stored:
+        _write_verdicts(console, stored["verdicts"])
+    if reports:
+        console.print(_stage_table(reports))
+    _write_files(console, run, reports)
+    if stored:
+        console.print(_conclusion(stored["verdicts"]))
+    else:
+        console.print(_plain("not verified yet"))
+    console.print(_plain(f"verify again: finetune verify {_short(run)}"), soft_wrap=True)
+
+
+def _write_answers(console: Console, rows: list[dict[str, Any]]) -> None:
+    """A few questions of every set, each answer on one line, then the counts of all of them."""
+    phases = summary.phases(rows)
+    for name in sorted({row["set"] for row in rows}, key=summary.rank):
+        members = [row for row in rows if row["set"] == name]
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        for row in members:
+            kinds.setdefault(str(row.get("kind") or ""), []).append(row)
+        each = max(1, SHOWN.get(name, 2) // len(kinds))
+        shown = [row for kind in kinds.values() for row in kind[:each]]
+        console.print(_plain(_TITLES.get(name, name), "bold"))
+        for row in shown:
+            _line(
+                console, "", f"{_one_line(row['prompt'])}  (expected: {row.get('match') or _one_line(row['answer'])})"
+            )
+            for phase in phases:
+                _line(console, _COLUMN[phase], *_answer(row["phases"].get(phase)))
+        if len(shown) < len(members):
+            console.print(_plain(f"  and {len(members) - len(shown)} more in evaluate/answers.jsonl", "dim"))
+        console.print()
+    console.print(_score_table(rows, phases))
+
+
+def _line(console: Console, label: str, text: str, style: str = "") -> None:
+    console.print(_plain(f"  {label:<9}{text}" if label else f"  {text}", style), no_wrap=True, overflow="ellipsis")
+
+
+def _answer(given: dict[str, Any] | None) -> tuple[str, str]:
+    if given is None:
+        return "", ""
+    right = bool(given.get("correct"))
+    cut = "..." if given.get("finish") == "length" else ""
+    return f"{'+' if right else '-'} {_one_line(given['text'])}{cut}", "green" if right else "dim"
+
+
+def _score_table(rows: list[dict[str, Any]], phases: list[str]) -> Table:
+    headings = ["set", "kind", *(f">{_COLUMN[phase]}" for phase in phases)]
+    table = _table(headings, "Right answers (+), mean log-probability a token of the right answer")
+    scores = summary.scores(rows)
+    for name, kind in dict.fromkeys((score.set, score.kind) for score in scores):
+        group = {score.phase: score for score in scores if (score.set, score.kind) == (name, kind)}
+        table.add_row(_plain(name), _plain(kind), *(_plain(_score(group.get(phase))) for phase in phases))
+    return table
+
+
+def _score(score: summary.Score | None) -> str:
+    if score is None or not score.asked:
+        return ""
+    logprob = "" if score.logprob is None else f" {score.logprob:7.2f}"
+    return f"{score.right}/{score.asked}{logprob}"
+
+
+def _write_verdicts(console: Console, verdicts: list[dict[str, Any]]) -> None:
+    """Two lines a verdict: the number against its bound, and why."""
+    from rich.padding import Padding
+
+    width = max((len(verdict["name"]) for verdict in verdicts), default=0)
+    console.print(_plain("Verdicts", "bold"))
+    for verdict in verdicts:
+        measured = "nothing" if verdict["measured"] is None else number(verdict["measured"])
+        held = f"{measured} {verdict['compare']} {number(verdict['bound'])} {verdict['unit']}".rstrip()
+        passed = bool(verdict["passed"])
+        state, style = ("pass", "green") if passed else ("FAIL", "bold red")
+        console.print(_plain(f"  {state}  {verdict['name']:<{width}}  {held}", style))
+        if passed:  # the sentence of a failure is worth more lines than that of a success
+            console.print(_plain(f"        {verdict['why']}", "dim"), no_wrap=True, overflow="ellipsis")
+        else:
+            console.print(Padding(_plain(verdict["why"]), (0, 0, 0, 8)))
+    console.print()
+
+
+def _conclusion(verdicts: list[dict[str, Any]]) -> Any:
+    failed = [verdict["name"] for verdict in verdicts if not verdict["passed"]]
+    if not verdicts:
+        return _plain("no check was run", "bold red")
+    if failed:
+        return _plain(f"{len(failed)} of {len(verdicts)} checks failed: {', '.join(failed)}", "bold red")
+    return _plain(f"all {len(verdicts)} checks passed", "bold green")
+
+
+def _stage_table(reports: list[Report]) -> Table:
+    table = _table(["stage", ">time", ">peak memory", "result"], "Stages")
+    for report in reports:
+        peaks = " + ".join(human(size) + (" GPU" if kind == "device" else "") for kind, size in report.peak.items())
+        result = ", ".join(metric_lines(report))
+        table.add_row(_plain(report.stage), _plain(duration(report.seconds)), _plain(peaks), _plain(result))
+    table.add_row(_plain("all"), _plain(duration(sum(report.seconds for report in reports))), "", "")
+    return table
+
+
+def metric_lines(report: Report, limit: int = 4) -> list[str]:
+    """The plain numbers of a report, as `name value`, the most telling first."""
+    lines = []
+    known = [name for name in _TELLING if name in report.metrics]
+    for name in dict.fromkeys([*known, *report.metrics]):
+        value = report.metrics[name]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            text = human(value) if name.endswith("bytes") else number(value)
+            lines.append(f"{name.removesuffix('_bytes').replace('_', ' ')} {text}")
+    return lines[:limit]
+
+
+def _write_files(console: Console, run: Run, reports: list[Report]) -> None:
+    console.print(_plain("Files", "bold"))
+    console.print(_plain(f"  {run.path}"), soft_wrap=True)
+    for report in reports:
+        tops = list(dict.fromkeys("/".join(name.split("/")[:2]) for name in report.artifacts))
+        for name in tops:
+            console.print(_plain(f"    {name}"), soft_wrap=True)
+    console.print()
+
+
+def number(value: float) -> str:
+    """A number at a glance: large and whole ones grouped, others with four digits."""
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def _one_line(text: Any) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def _short(run: Run) -> str:
+    from pathlib import Path
+
+    here = Path.cwd()
+    return str(run.path.relative_to(here)) if run.path.is_relative_to(here) else str(run.path)

@@ -1,0 +1,383 @@
+"""What every backend must do, written once. A subclass supplies the fixtures `backend`, `model_dir`, `rows`, `pairs`
+(class scope or wider), and may override `options`, `lora` and `settings`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.backends import Backend, Job, Step
+
+ODD_TEXTS = [
+    "",
+    "plain words.",
+    " leading and trailing ",
+    "tabs\tnewlines\n\n\r\nand a NUL \x00 byte",
+    "naïve Straße Ελλάδα Русский 中文字 日本語 한국어",
+    "עברית العربية",
+    "emoji 👩‍👩‍👧‍👦 flags 🇪🇺 skin 👍🏽",
+    "combining é vs é, zalgo z̸̢̛a",
+    "zero\u200bwidth\ufeff \u2028 separators\u00a0",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 beyond the BMP 𐍈",
+    "{{ jinja }} {% raw %} <b>&amp;</b> \\n ${HOME}",
+]
+FACTS = {
+    "trainable_parameters",
+    "frozen_parameters",
+    "frozen_sha256_before",
+    "frozen_sha256_after",
+    "world_size",
+    "trainable_bytes",
+    "gradient_bytes",
+    "optimizer_bytes",
+    "weight_bytes",
+    "steps",
+    "resumed_from",
+    "stopped",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: its steps, the facts it returned, and where it wrote."""
+
+    steps: list[Step]
+    facts: dict[str, Any]
+    out: Path
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+
+def run(backend: Backend, job: Job) -> Trained:
+    """Train to the end."""
+    steps: list[Step] = []
+    training = backend.train(job)
+    while True:
+        try:
+            steps.append(next(training))
+        except StopIteration as end:
+            return Trained(steps, end.value, job.out)
+
+
+def read(rows: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+
+
+def split(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """An SFT row with one answer at its end, as (prompt ids, answer ids)."""
+    start = next(index for index, label in enumerate(row["labels"]) if label != -100)
+    return row["input_ids"][:start], row["input_ids"][start:]
+
+
+class BackendContract:
+    """Subclass as `class TestMine(BackendContract)`; every method is a claim about the backend."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls) -> Backend:
+        raise NotImplementedError("a subclass gives the backend")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model_dir(cls) -> Path:
+        raise NotImplementedError("a subclass gives the directory of a small model")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def rows(cls) -> Path:
+        raise NotImplementedError("a subclass gives a JSONL file of 4 SFT rows, each with one answer at its end")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def pairs(cls) -> Path:
+        raise NotImplementedError("a subclass gives a JSONL file of at least 2 DPO rows")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """What all trainings share; 4 rows in batches of 2 make an epoch of 2 steps."""
+        return {
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 2,
+            "max_steps": 4,
+            "save_steps": 2,
+            "save_total_limit": None,
+            "seed": 1,
+        }
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def lora(cls) -> dict[str, Any]:
+        return {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        return {}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def job(cls, backend, model_dir, rows, options, lora, settings):
+        """A function: the job that writes into `out`, with `changes` to its options or (by name) its fields."""
+        template = backend.tokenizer(model_dir).chat_template
+
+        def make(out: Path, **changes: Any) -> Job:
+            fields = {key: changes.pop(key) for key in list(changes) if key in Job.__dataclass_fields__}
+            method = fields.pop("method", "lora")
+            return Job(
+                **{
+                    "objective": "sft",
+                    "method": method,
+                    "model": model_dir,
+                    "out": out,
+                    "rows": rows,
+                    "options": {**options, **changes},
+                    "lora": lora if method == "lora" else None,
+                    "chat_template": template,
+                    "settings": settings,
+                    **fields,
+                }
+            )
+
+        return make
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def trained(cls, backend, job, tmp_path_factory) -> Trained:
+        """The uninterrupted LoRA training that most claims read: 4 steps, a checkpoint after 2 and 4."""
+        return run(backend, job(tmp_path_factory.mktemp("trained")))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def handle(cls, backend, model_dir, settings):
+        return backend.load(model_dir, **settings)
+
+    # -- tokenizer ------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("text", ODD_TEXTS, ids=range(len(ODD_TEXTS)))
+    def test_tokenizer_round_trips_odd_unicode(self, backend, model_dir, text):
+        tokenizer = backend.tokenizer(model_dir)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_tokenizer_knows_special_tokens_in_text_and_adds_none(self, backend, model_dir):
+        tokenizer = backend.tokenizer(model_dir)
+        (end,) = tokenizer.encode(tokenizer.eos_token)
+        assert end in tokenizer.eos_ids
+        assert not set(tokenizer.encode("some words")) & set(tokenizer.eos_ids)
+        assert tokenizer.decode([*tokenizer.encode("words"), end], skip_special=True) == "words"
+
+    # -- score ----------------------------------------------------------------------------------------------------
+
+    def test_score_is_one_log_probability_for_every_target_token(self, backend, handle, rows):
+        asked = [split(row) for row in read(rows)]
+        scores = backend.score(handle, asked)
+        assert [len(score) for score in scores] == [len(target) for _, target in asked]
+        assert all(math.isfinite(value) and value <= 0 for score in scores for value in score)
+
+    def test_scoring_in_a_batch_equals_scoring_alone(self, backend, handle, rows):
+        asked = [split(row) for row in read(rows)]
+        asked.append((asked[0][0][-3:], asked[0][1][:1]))  # much shorter than the rest, so that padding would show
+        together = backend.score(handle, asked)
+        alone = [backend.score(handle, [one])[0] for one in asked]
+        assert [value for score in together for value in score] == pytest.approx(
+            [value for score in alone for value in score], abs=1e-4
+        )
+
+    def test_score_forces_the_teacher(self, backend, handle, rows):
+        prompt, answer = split(read(rows)[0])
+        (whole,) = backend.score(handle, [(prompt, answer)])
+        parts = backend.score(handle, [([*prompt, *answer[:at]], [token]) for at, token in enumerate(answer)])
+        assert whole == pytest.approx([part for (part,) in parts], abs=1e-4)
+
+    def test_probabilities_of_the_next_token_sum_to_one(self, backend, handle, model_dir, rows):
+        prompt, _ = split(read(rows)[0])
+        size = backend.tokenizer(model_dir).vocab_size
+        if size > 4096:
+            pytest.skip(f"a vocabulary of {size} tokens is too large to score one by one")
+        scores = backend.score(handle, [(prompt, [token]) for token in range(size)])
+        assert sum(math.exp(score[0]) for score in scores) == pytest.approx(1.0, abs=1e-3)
+
+    # -- generate -------------------------------------------------------------------------------------------------
+
+    def test_generation_is_deterministic_and_the_same_in_a_batch_as_alone(self, backend, handle, rows):
+        prompts = [split(row)[0] for row in read(rows)]
+        first = backend.generate(handle, prompts, max_new_tokens=6)
+        assert backend.generate(handle, prompts, max_new_tokens=6) == first
+        assert [backend.generate(handle, [prompt], max_new_tokens=6)[0] for prompt in prompts] == first
+        assert all(len(answer.ids) <= 6 and answer.finish in ("stop", "length") for answer in first)
+
+    def test_generation_takes_the_likeliest_token(self, backend, handle, model_dir, rows):
+        tokenizer = backend.tokenizer(model_dir)
+        prompt, answer = split(read(rows)[0])
+        (made,) = backend.generate(handle, [prompt], max_new_tokens=3)
+        step = max(1, tokenizer.vocab_size // 256)
+        others = sorted({*range(0, tokenizer.vocab_size, step), *answer, *tokenizer.eos_ids})
+        context = list(prompt)
+        for token in made.ids:
+            mine, *rest = (score[0] for score in backend.score(handle, [(context, [t]) for t in (token, *others)]))
+            assert mine >= max(rest) - 1e-4
+            context.append(token)
+        if made.finish == "stop":
+            end, *rest = (
+                max(score[0] for score in backend.score(handle, [(context, [token]) for token in group]))
+                for group in (tokenizer.eos_ids, others)
+            )
+            assert end >= max(rest) - 1e-4
+
+    # -- train ----------------------------------------------------------------------------------------------------
+
+    def test_training_yields_exactly_max_steps_with_finite_losses(self, trained):
+        assert [step.step for step in trained.steps] == [1, 2, 3, 4]
+        assert {step.total for step in trained.steps} == {4}
+        assert all(math.isfinite(loss) and loss > 0 for loss in trained.losses)
+        assert all(step.tokens >= step.trained_tokens > 0 and step.learning_rate > 0 for step in trained.steps)
+
+    def test_training_returns_its_facts(self, trained):
+        assert trained.facts.keys() >= FACTS
+        assert trained.facts["steps"] == 4
+        assert trained.facts["resumed_from"] is None
+        assert trained.facts["world_size"] == 1
+        assert 0 < trained.facts["trainable_parameters"] < trained.facts["frozen_parameters"]
+        assert trained.facts["weight_bytes"] > trained.facts["trainable_bytes"] >= trained.facts["trainable_parameters"]
+
+    def test_an_epoch_sees_every_row_once(self, trained, rows):
+        numbers = sorted(row["row"] for row in read(rows))
+        assert sorted(number for step in trained.steps[: len(numbers) // 2] for number in step.rows) == numbers
+
+    def test_logged_loss_is_that_of_the_answers_under_the_untrained_model(self, backend, handle, trained, rows):
+        by_number = {row["row"]: split(row) for row in read(rows)}
+        first = trained.steps[0]
+        scores = backend.score(handle, [by_number[number] for number in first.rows])
+        values = [value for score in scores for value in score]
+        assert first.loss == pytest.approx(-sum(values) / len(values), rel=2e-3)
+        assert first.trained_tokens == len(values)
+
+    def test_training_lowers_the_loss_of_its_rows(self, backend, model_dir, handle, trained, rows, settings):
+        asked = [split(row) for row in read(rows)]
+        after = backend.load(model_dir, trained.out / "adapter", **settings)
+        before, now = (sum(map(sum, backend.score(model, asked))) for model in (handle, after))
+        assert now > before
+
+    def test_learning_rate_zero_learns_nothing(self, backend, job, rows, tmp_path):
+        still = run(backend, job(tmp_path, learning_rate=0.0, per_device_train_batch_size=len(read(rows)), max_steps=3))
+        assert still.losses == pytest.approx([still.losses[0]] * 3, rel=1e-6)
+        assert backend.tensors(tmp_path / "adapter") == backend.tensors(tmp_path / "initial")
+
+    def test_accumulated_batches_equal_one_large_batch(self, backend, job, tmp_path):
+        large = run(backend, job(tmp_path / "large", per_device_train_batch_size=4, max_steps=2))
+        small = run(
+            backend,
+            job(tmp_path / "small", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2),
+        )
+        assert small.losses == pytest.approx(large.losses, abs=1e-3)
+
+    # -- LoRA -----------------------------------------------------------------------------------------------------
+
+    def test_a_new_adapter_has_zero_b_and_nonzero_a(self, backend, trained):
+        initial = backend.tensors(trained.out / "initial")
+        b = {name: facts for name, facts in initial.items() if "lora_B" in name}
+        a = {name: facts for name, facts in initial.items() if "lora_A" in name}
+        assert len(a) == len(b) >= 4
+        assert all(facts.norm == 0 for facts in b.values())
+        assert all(facts.norm > 0 for facts in a.values())
+
+    def test_training_changes_every_adapter_tensor_and_no_frozen_weight(self, backend, trained):
+        before, after = (backend.tensors(trained.out / name) for name in ("initial", "adapter"))
+        assert before.keys() == after.keys()
+        assert [name for name in before if before[name].sha256 == after[name].sha256] == []
+        assert all(before[name].shape == after[name].shape for name in before)
+        assert trained.facts["frozen_sha256_before"] == trained.facts["frozen_sha256_after"]
+
+    def test_merged_model_scores_as_base_with_adapter(self, backend, model_dir, trained, rows, settings, tmp_path):
+        merged = backend.merge(model_dir, trained.out / "adapter", tmp_path / "merged", **settings)
+        asked = [split(row) for row in read(rows)]
+        ours, theirs, base = (
+            [value for score in backend.score(model, asked) for value in score]
+            for model in (
+                backend.load(merged, **settings),
+                backend.load(model_dir, trained.out / "adapter", **settings),
+                backend.load(model_dir, **settings),
+            )
+        )
+        assert ours == pytest.approx(theirs, abs=1e-4)
+        assert ours != pytest.approx(base, abs=1e-3)
+        text = "Any text, <b>ö</b>"
+        assert backend.tokenizer(merged).encode(text) == backend.tokenizer(model_dir).encode(text)
+
+    def test_full_training_writes_a_model_and_freezes_nothing(self, backend, job, model_dir, tmp_path):
+        full = run(backend, job(tmp_path, method="full", max_steps=2, save_strategy="no"))
+        before, after = backend.tensors(model_dir), backend.tensors(tmp_path / "model")
+        assert full.facts["frozen_parameters"] == 0
+        assert before.keys() == after.keys()
+        assert any(before[name].sha256 != after[name].sha256 for name in before)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def test_resume_equals_the_uninterrupted_training(self, backend, job, trained, tmp_path):
+        rest = run(backend, job(tmp_path, resume=trained.out / "checkpoint-2"))
+        assert [step.step for step in rest.steps] == [3, 4]
+        assert rest.losses == trained.losses[2:]
+        assert [step.rows for step in rest.steps] == [step.rows for step in trained.steps[2:]]
+        assert rest.facts["resumed_from"] == 2
+        assert backend.tensors(tmp_path / "adapter") == backend.tensors(trained.out / "adapter")
+
+    def test_closing_saves_a_checkpoint_from_which_training_goes_on(self, backend, job, trained, tmp_path):
+        training = backend.train(job(tmp_path, save_strategy="no"))
+        next(training)
+        training.close()
+        self.goes_on_from_the_only_checkpoint(backend, job, trained, tmp_path)
+
+    def test_a_wish_to_stop_saves_a_checkpoint_and_loses_no_step(self, backend, job, trained, tmp_path):
+        stopped = run(backend, job(tmp_path, save_strategy="no", should_stop=lambda: True))
+        assert stopped.losses == trained.losses[:1]
+        assert stopped.facts["stopped"]
+        state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text(encoding="utf-8"))
+        assert state["global_step"] == 1
+        assert not trained.facts["stopped"]
+        self.goes_on_from_the_only_checkpoint(backend, job, trained, tmp_path)
+
+    def goes_on_from_the_only_checkpoint(self, backend, job, trained, out):
+        (checkpoint,) = out.glob("checkpoint-*")
+        assert not (out / "adapter").exists()
+        done = int(checkpoint.name.removeprefix("checkpoint-"))
+        assert 1 <= done < 4
+        rest = run(backend, job(out, save_strategy="no", resume=checkpoint))
+        assert rest.losses == trained.losses[done:]
+        assert backend.tensors(out / "adapter") == backend.tensors(trained.out / "adapter")
+
+    def test_save_steps_and_save_total_limit_are_honoured(self, backend, job, tmp_path):
+        run(backend, job(tmp_path, save_steps=1, save_total_limit=2))
+        assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+    # -- DPO ------------------------------------------------------------------------------------------------------
+
+    def test_dpo_starts_at_ln_2_and_its_margins_grow(self, backend, job, trained, pairs, tmp_path):
+        size = len(read(pairs))
+        aligned = run(
+            backend,
+            job(
+                tmp_path,
+                objective="dpo",
+                rows=pairs,
+                adapter=trained.out / "adapter",
+                per_device_train_batch_size=size,
+                beta=0.1,
+                loss_type="sigmoid",
+                save_strategy="no",
+            ),
+        )
+        assert aligned.losses[0] == pytest.approx(math.log(2), abs=1e-4)
+        assert aligned.losses[-1] < aligned.losses[0]
+        first, last = aligned.steps[0].extra, aligned.steps[-1].extra
+        assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+        assert last["rewards/margins"] > first["rewards/margins"]
+        assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], abs=1e-3)
+        assert 0 <= last["rewards/accuracies"] <= 1

