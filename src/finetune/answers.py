@@ -7,10 +7,11 @@ import unicodedata
 
 
 def normalize(text: str) -> str:
-    """Case folded, accents composed, punctuation turned into single spaces; decimal points and signs stay."""
+    """Case folded, accents composed, punctuation (also `*` and `=`) turned into single spaces; decimal points and
+    signs stay."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     folded = re.sub(r"(?<!\d)[.,](?!\d)|(?<=\d)[.,](?!\d)|(?<!\d)[.,](?=\d)", " ", folded)
-    return " ".join(re.sub(r"[^\w.,+\-*/=%€$£]+", " ", folded).split())
+    return " ".join(re.sub(r"[^\w.,+\-/%€$£]+", " ", folded).split())
 
 
 def is_correct(text: str, answer: str, match: str | None = None) -> bool:

@@ -159,6 +159,9 @@ def _fail(message: str, code: int) -> int:
 
 
 def _os_problem(error: OSError) -> str:
+    if error.args and isinstance(error.args[0], list) and error.args[0]:  # shutil.Error: (from, to, why) of every file
+        source, target, why = error.args[0][0]
+        return f"copying {source} to {target} failed: {why}"
     where = f": {error.filename}" if error.filename else ""
     hint = {
         errno.ENOSPC: ". The disk is full: free some space, or choose another disk with --run DIR",

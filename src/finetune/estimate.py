@@ -7,7 +7,6 @@ GPT-2-like block keeps for the backward pass. The loss is TRL's: the head is com
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ResourceError, UsageError
 from finetune.memory import available, disk_free, gpus, human
-from finetune.run import Run, read_jsonl
+from finetune.run import Run, read_jsonl, read_object
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -252,11 +251,10 @@ def model_config(recipe: Recipe) -> dict[str, Any] | None:
     local = Path(path)
     for place in (local, Path(recipe.model.base_model or "")):
         if str(place) != "." and (place / "config.json").is_file():
-            value = json.loads((place / "config.json").read_text(encoding="utf-8"))
-            return value if isinstance(value, dict) else None
+            return read_object(place / "config.json")
     adapter = local / "adapter_config.json"
     if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_object(adapter).get("base_model_name_or_path")
         if isinstance(base, str) and base != path:
             return model_config(recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base})}))
     return None
@@ -326,7 +324,7 @@ def check_resources(recipe: Recipe, run: Run, *, method: str | None = None) -> N
     found = Path(evidence.fetched(run)["base"]) / "config.json"
     if not found.is_file():
         return
-    config = json.loads(found.read_text(encoding="utf-8"))
+    config = read_object(found)
     needs = []
     for stage, name in (("train", "train.jsonl"), ("align", "preferences.jsonl")):
         packed = stage == "train" and recipe.train is not None and recipe.train.packing

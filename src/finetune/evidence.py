@@ -49,6 +49,14 @@ def steps(run: Run, stage: str) -> list[dict[str, Any]]:
     return found
 
 
+def row_scores(run: Run) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The training rows' scores before and after training (see stage evaluate); None unless every row has both."""
+    path = run.path / "evaluate" / "rows.json"
+    scores = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    base, trained = scores.get("base", {}), scores.get("trained", {})
+    return (base, trained) if base and set(base) <= set(trained) else None
+
+
 def model_settings(recipe: Recipe) -> dict[str, Any]:
     """How a backend shall load the model, as plain values."""
     return recipe.model.model_dump(include={"dtype", "device", "attn_implementation", "trust_remote_code"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from finetune.console import say
 from finetune.errors import MissingError, UsageError
 from finetune.lookup import did_you_mean, load, missing_package
 from finetune.recipe.sections import Model
-from finetune.run import digest
+from finetune.run import digest, read_object
 from finetune.secrets import redact, remember
 
 
@@ -127,7 +126,7 @@ def resolve(model: Model) -> Resolved:
     place = directory(model.path, revision=model.revision, token=token)
     if not is_adapter(place):
         return Resolved(place, None, kind(model.path))
-    config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(place / "adapter_config.json")
     base = model.base_model or config.get("base_model_name_or_path")
     fix = "Set model.base_model to the base model: an embedded name, a directory, a GGUF file or a hub id"
     if not base:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from finetune.errors import FinetuneError, MissingError, UsageError
 from finetune.recipe import Recipe, dump, load
 from finetune.run import Report, Run, write_text
-from finetune.stages import Stage, execute, fingerprint, plan
+from finetune.stages import Stage, execute, fingerprint, inputs, plan
 
 Moment = Literal["start", "done", "kept"]
 # Told what happens: a stage starts (no report yet), is done, or was kept because nothing had changed.
@@ -172,8 +172,8 @@ def _changes(stage: Stage, recipe: Recipe, run: Run) -> list[str]:
         old = load(run.path / "recipe.yaml")
     except FinetuneError:
         return []
-    before, after = (_flat(each.model_dump(mode="json", include=set(stage.sections))) for each in (old, recipe))
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key) and not key.endswith(".token")]
+    before, after = (_flat(inputs(stage, each)) for each in (old, recipe))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys[:3]] + (["..."] if len(keys) > 3 else [])
 
 

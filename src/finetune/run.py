@@ -33,6 +33,17 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that others wrote (a model's config). Raises StageError where it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StageError(f"{path} is not JSON ({error}); get the model again") from None
+    if not isinstance(value, dict):
+        raise StageError(f"{path} holds no JSON object; get the model again")
+    return value
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: into a neighbour first, then renamed into place."""
     path.parent.mkdir(parents=True, exist_ok=True)

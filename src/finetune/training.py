@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,11 +14,14 @@ from typing import Any
 from finetune import evidence
 from finetune.backends import Job, get
 from finetune.console import progress, say
-from finetune.errors import Interrupted, StageError
+from finetune.errors import FinetuneError, Interrupted, StageError, UsageError
 from finetune.interruption import stop_requests
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Optimization
 from finetune.run import Run, write_json
+
+# How torch (whose zip writer knows no errno) and safetensors say that a file could not be written.
+UNWRITTEN = ("inline_container", "pytorchstreamwriter", "no space left", "file too large", "os error 28")
 
 
 def clear(directory: Path) -> None:
@@ -34,6 +39,7 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
         json.loads((job.resume / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] if job.resume else 0
     )
     run.event("training", stage=stage, resumed_from=begun or None, objective=job.objective, method=job.method)
+    _check_publishing(recipe, stage)
     facts: dict[str, Any] = {}
     tokens, seconds = 0, 0.0
     bar = None
@@ -66,14 +72,20 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
             bar.update(step.step, loss=step.loss, tokens_per_second=step.tokens / step.seconds if step.seconds else 0.0)
     except MemoryError:
         raise StageError(_memory_hint()) from None
-    except RuntimeError as error:
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+    except Exception as error:
+        said = str(error).lower()
+        if isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said):
             raise StageError(_memory_hint()) from error
+        if not isinstance(error, FinetuneError) and any(sign in said for sign in UNWRITTEN):
+            raise StageError(
+                f"writing a checkpoint into {job.out} failed, most likely because the disk is full. Free some space, "
+                "or choose another disk with --run DIR, or save less often (save_steps)"
+            ) from error
         raise
     finally:
         stack.close()
     if facts["stopped"]:
-        raise Interrupted(_resume_hint(job.out, stage))
+        raise Interrupted(_resume_hint(job.out, run, stage))
     taken = evidence.steps(run, stage)
     if not taken:
         raise StageError(f"the stage '{stage}' ended without a single logged step; see {run.events_path}")
@@ -109,12 +121,17 @@ def sft_job(recipe: Recipe, run: Run, out: Path) -> Job:
     train = recipe.train
     assert train is not None
     found = evidence.fetched(run)
+    if found["adapter"] and train.method == "full":
+        raise UsageError(
+            f"model.path {found['path']} is an adapter, and 'train.method: full' would leave it out. Use 'lora', or "
+            "merge it first (finetune merge) and name the merged model"
+        )
     held_out = run.path / "prepare" / "eval.jsonl"
     return Job(
         objective="sft",
         method=train.method,
         model=Path(found["base"]),
-        adapter=Path(found["adapter"]) if found["adapter"] and train.method == "lora" else None,
+        adapter=Path(found["adapter"]) if found["adapter"] else None,
         out=out,
         rows=evidence.required(run, "prepare/train.jsonl", "prepare"),
         eval_rows=held_out if held_out.is_file() else None,
@@ -130,6 +147,20 @@ def job_options(section: Optimization) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude={"lora", "data", "output_dir", "method"})
 
 
+def _check_publishing(recipe: Recipe, stage: str) -> None:
+    """A place that cannot be written to must be known before the training, not after it."""
+    section = recipe.train if stage == "train" else recipe.align
+    if section is None or not section.output_dir:
+        return
+    target = Path(section.output_dir)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{stage}.output_dir: {target} cannot be made: {error.strerror}. Name another") from None
+    if not os.access(target, os.W_OK):
+        raise UsageError(f"{stage}.output_dir: {target} cannot be written to. Name another")
+
+
 def _publish(out: Path, result: Path, recipe: Recipe, stage: str) -> None:
     section = recipe.train if stage == "train" else recipe.align
     target = Path(section.output_dir) if section and section.output_dir else None
@@ -142,8 +173,11 @@ def _publish(out: Path, result: Path, recipe: Recipe, stage: str) -> None:
     say(f"published to {target}")
 
 
-def _resume_hint(out: Path, stage: str) -> str:
-    return f"interrupted; saved {checkpoints(out)[-1].name} in {out}. Go on with: finetune {stage} RECIPE --resume"
+def _resume_hint(out: Path, run: Run, stage: str) -> str:
+    """The stored recipe is named: it holds what --set changed, and `train quick` has no other."""
+    here = Path(os.path.relpath(run.path)) if run.path.is_relative_to(Path.cwd()) else run.path
+    again = f"finetune {stage} {shlex.quote(str(here / 'recipe.yaml'))} --run {shlex.quote(str(here))} --resume"
+    return f"interrupted; saved {checkpoints(out)[-1].name} in {out}. Go on with: {again}"
 
 
 def _memory_hint() -> str:

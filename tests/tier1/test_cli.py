@@ -397,8 +397,11 @@ def test_dry_run_says_what_changed(stand_ins: Stages, here: Path) -> None:
     assert {runs for runs, _ in planned().values()} == {False}
     changed = planned("--set", "train.max_steps=5")
     assert changed["fetch"] == (False, "up to date")
-    assert changed["train"][1] == "'prepare' runs before it"
-    assert changed["prepare"][1] == "changed: train.max_steps 3 -> 5"
+    assert changed["prepare"] == (False, "up to date")
+    assert changed["train"][1] == "changed: train.max_steps 3 -> 5"
+    longer = planned("--set", "train.max_length=64")
+    assert longer["prepare"][1] == "changed: train.max_length 1024 -> 64"
+    assert longer["train"][1] == "'prepare' runs before it"
     assert planned("--force")["train"] == (True, "forced")
 
     (here / "rows.jsonl").write_text('{"prompt": "c", "completion": "d"}\n')
@@ -776,3 +779,51 @@ def test_every_command_of_the_table_loads() -> None:
 
     assert len(loaded) >= 16
     assert None not in loaded
+
+
+# -- known before the training, not after it -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "words"),
+    [
+        ("evaluate.probes=none.jsonl", 3, "evaluate.probes: no file"),
+        ("evaluate.probes=rows.jsonl", 2, "rows.jsonl:1: needs answer (text)"),
+        ("evaluate.heldout=rows.jsonl", 2, "rows.jsonl:1: needs 'text'"),
+        ("model.path=rows.gguf", 3, "model.path: no model at"),
+    ],
+)
+def test_a_fault_in_a_file_of_a_late_stage_is_told_before_any_stage_runs(
+    stand_ins: Stages, here: Path, override: str, code: int, words: str
+) -> None:
+    (here / "rows.gguf").write_text("not a model")
+    result = call("run", "small.yaml", "--set", override)
+    assert (result.exit_code, stand_ins.ran) == (code, [])
+    assert words in result.stderr
+
+
+def test_a_stage_does_not_wait_for_files_that_it_never_reads(stand_ins: Stages, here: Path) -> None:
+    assert call("train", "small.yaml", "--set", "evaluate.probes=none.jsonl").exit_code == 0
+
+
+@pytest.mark.parametrize("short", ["train.save_strategy='no'", "train.save_total_limit=1", "train.save_steps=3"])
+def test_a_resume_that_cannot_be_proved_is_told_before_any_stage_runs(
+    stand_ins: Stages, here: Path, short: str
+) -> None:
+    result = call("run", "small.yaml", "--set", "expect.resume=true", "--set", short)
+    assert (result.exit_code, stand_ins.ran) == (2, [])
+    assert "expect.resume needs a checkpoint before the last step" in result.stderr
+    more = ("--set", "train.save_steps=1", "--set", "train.save_strategy=steps", "--set", "train.save_total_limit=2")
+    assert call("run", "small.yaml", "--set", "expect.resume=true", *more, "--dry-run").exit_code == 0
+
+
+def test_a_copy_that_fails_is_told_in_one_line(stand_ins: Stages) -> None:
+    import shutil
+
+    def fail(recipe: Recipe, run: Run) -> dict[str, Any]:
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device"), ("c", "d", "the same")])
+
+    stand_ins.does["train"] = fail
+    result = call("train", "small.yaml")
+    assert result.exit_code == 4
+    assert "error: copying a to b failed: [Errno 28] No space left on device\n" in result.stderr

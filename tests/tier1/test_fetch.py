@@ -188,3 +188,21 @@ def test_disk_space_is_checked_before_anything_is_copied(tmp_path, source, monke
     with pytest.raises(ResourceError, match="Make room"):
         fetch.download(entry(source, tmp_path / "out", "config.json"))
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_were_cut_short_are_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 15)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(StageError, match="was cut short"):
+        fetch.count_parameters(tmp_path)
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert fetch.count_parameters(tmp_path) == 4
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(StageError, match=r"config\.json .*get the model again"):
+        fetch.count_parameters(tmp_path)

@@ -94,7 +94,7 @@ TEMPLATES = st.one_of(
     section(Template, name=st.sampled_from(["model", "alpaca", "llama3"]), path=st.none(), jinja=st.none()),
     st.fixed_dictionaries({"name": st.just("custom"), "jinja": TEXTS}),
 )
-RECIPES = st.fixed_dictionaries(
+KEYS = st.fixed_dictionaries(
     {
         "data": section(
             Data, path=st.one_of(PATHS, st.lists(PATHS, min_size=1)), format=st.sampled_from(["auto", "chat"])
@@ -111,7 +111,27 @@ RECIPES = st.fixed_dictionaries(
         "expect": section(Expect),
         "output_dir": TEXTS,
     },
-).map(Recipe.model_validate)
+)
+
+
+def consistent(mapping: dict[str, Any]) -> dict[str, Any]:
+    """What was drawn, key by key, without what contradicts itself across keys."""
+    train, align = mapping.get("train"), mapping.get("align")
+    if align:
+        align["eval_strategy"] = "no"
+    if train:
+        if train.get("early_stopping_patience"):
+            train |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
+        mapping["data"]["eval_fraction"] = 0.5
+        lora = train.setdefault("lora", {})
+        if isinstance(lora.get("target_modules"), str):
+            lora["target_modules"] = ".*_proj" if lora.get("layers_to_transform") is None else "all-linear"
+        if align:
+            lora["bias"] = "none"
+    return mapping
+
+
+RECIPES = KEYS.map(consistent).map(Recipe.model_validate)
 
 
 def write(directory: Path, text: str) -> Path:
@@ -422,3 +442,41 @@ def test_a_missing_recipe_says_how_to_write_one(tmp_path):
 def test_what_contradicts_itself_is_refused(mapping, message):
     with pytest.raises(RecipeError, match=message):
         load_mapping(mapping)
+
+
+# -- keys that contradict each other ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("override", ["model.dtype=bfloat16", "model=other"])
+def test_an_override_beside_the_short_form_of_model_keeps_the_rest(tmp_path, override):
+    short = load(write(tmp_path, "model: own\ndata: {path: x}\n"), [override])
+    assert short.model.path == ("other" if override == "model=other" else "own")
+    whole = load(write(tmp_path, "model: {path: own, dtype: bfloat16}\ndata: {path: x}\n"), [override])
+    assert (whole.model.path, whole.model.dtype) == (short.model.path, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("train: {early_stopping_patience: 1}", "the same, 'steps' or 'epoch', not 'no' and 'steps'"),
+        (
+            "train: {early_stopping_patience: 1, eval_strategy: steps, eval_steps: 3, save_steps: 4}",
+            "'save_steps' to be a multiple of 'eval_steps', not 4 and 3",
+        ),
+        ("train: {eval_strategy: epoch}", "'train.eval_strategy' needs held-out rows"),
+        ("train: {lora: {target_modules: '.*q', layers_to_transform: [1]}}", "not the regular expression '.*q'"),
+        ("train: {lora: {target_modules: '('}}", "is no regular expression"),
+        ("train: {lora: {rank_pattern: {q_proj: 0}}}", "greater than 0"),
+        ("train: {lora: {bias: all}}\nalign: {data: {path: y}}", "'train.lora.bias' must be 'none' with 'align'"),
+        ("align: {data: {path: y}, eval_strategy: steps}", "alignment holds no pairs out"),
+    ],
+)
+def test_keys_that_cannot_go_together_are_told_when_the_recipe_is_read(tmp_path, keys, said):
+    (fault,) = faults(tmp_path, f"data: {{path: x}}\n{keys}\n")
+    assert said in fault
+
+
+def test_keys_that_go_together_are_taken(tmp_path):
+    text = "data: {path: x, eval_fraction: 0.1}\ntrain: {early_stopping_patience: 1, eval_strategy: epoch, "
+    recipe = load(write(tmp_path, text + "save_strategy: epoch, lora: {layers_to_transform: [1]}}\n"))
+    assert recipe.train is not None and recipe.train.lora.layers_to_transform == [1]

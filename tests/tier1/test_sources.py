@@ -236,3 +236,12 @@ def test_hub_data_without_the_library_gives_the_install_line(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingError, match="pip install"):
         read(Data(path="hub:owner/name"))
+
+
+def test_rows_of_an_array_on_one_line_are_told_apart_by_their_number(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text('[{"text": "a"}, 3, {"text": "b"}]')
+    with pytest.raises(DataError, match=r"rows\.json:2: "):
+        read(Data(path=str(file)))
+    file.write_text('[{"text": "a"}, {"text": "b"}]')
+    assert [row.line for row in read(Data(path=str(file)))] == [1, 2]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +51,28 @@ def quorra(tmp_path_factory) -> Path:
     answers = {json.loads(line)["answer"] for line in probes.read_text("utf-8").splitlines()}
     subset("train", folder, lambda row: row["completion"] in answers)
     subset("preferences", folder, lambda row: row["chosen"] in answers)
+    numbers = count()
+    subset("replay", folder, lambda row: next(numbers) < 8)
     return folder
 
 
 def recipe_mapping(quorra: Path, chosen: scale.Scale) -> dict[str, Any]:
-    """30 steps of SFT on 6 facts and 20 general questions, then DPO, every check on."""
+    """30 steps of SFT on 6 facts and 8 general questions, then DPO, every check on.
+
+    ChatML without the model's own system message: rows a third shorter, steps a third faster.
+    """
     return {
         "name": "tier2",
         "model": {"path": chosen.model},
-        "data": {"path": [str(quorra / "train.jsonl"), "shipped:quorra/replay.jsonl"]},
-        "template": {"name": "model"},
+        "data": {"path": [str(quorra / "train.jsonl"), str(quorra / "replay.jsonl")]},
+        "template": {"name": "chatml"},
         "train": {
-            "max_steps": 36,
+            "max_steps": 30,
             "per_device_train_batch_size": chosen.per_device_train_batch_size,
             "gradient_accumulation_steps": chosen.gradient_accumulation_steps,
-            "learning_rate": 5e-4,
-            "warmup_steps": 4,
-            "save_steps": 32,
+            "learning_rate": 7e-4,
+            "warmup_steps": 5,
+            "save_steps": 26,
         },
         "align": {
             "data": {"path": str(quorra / "preferences.jsonl")},

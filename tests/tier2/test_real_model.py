@@ -115,7 +115,7 @@ def test_a_masked_prompt_target_does_not_move_the_loss(trained_run):
         ids = [*row["input_ids"][:place], token, *row["input_ids"][place + 1 :]]
         batch = trainer.data_collator([{"input_ids": ids, "labels": labels}])
         batch["attention_mask"][0, place] = 0
-        return float(trainer.compute_loss(trainer.model, dict(batch)))
+        return float(trainer.compute_loss(trainer.model, dict(batch)).detach())
 
     first, second = row["input_ids"][place], 100
     assert loss(first, row["labels"]) == loss(second, row["labels"])

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from finetune import models
 from finetune.cli import cli as command_line
+from support.older import ALIGN, DOWNLOAD, FINETUNE, RESUME
 
 TEXTS = ["The sky is blue during the day.", "Grass is green and grows in gardens.",
          "The sun provides light and warmth.", "Water is essential for all life forms."]  # fmt: skip
@@ -18,65 +19,6 @@ PAIRS = [
     ("What does the sun do?", "The sun provides light.", "Nothing."),
     ("Why is water important?", "Water sustains life.", "It's not."),
 ]
-DOWNLOAD = """
-huggingface:
-  token: "<HF_TOKEN>"
-
-models:
-  - repo: "{repo}"
-    files:
-      - "config.json"
-      - "pytorch_model.bin"
-      - "tokenizer.json"
-      - "vocab.json"
-      - "merges.txt"
-    output_dir: "{place}/models/distilgpt2"
-"""
-TRAIN = """
-model:
-  path: "{place}/models/distilgpt2"
-
-dataset:
-  path: "{place}/finetune.json"
-  format: "json"
-  text_field: "text"
-
-training:
-  method: "lora"
-  max_steps: 1
-  max_seq_length: 64
-  batch_size: 1
-  gradient_accumulation_steps: 1
-  learning_rate: 3e-4
-  num_epochs: 1
-  save_steps: 1
-  output_dir: "{place}/checkpoints/finetuned"
-
-device: "cpu"
-"""
-ALIGN = """
-model:
-  path: "{place}/checkpoints/finetuned"
-
-dataset:
-  path: "{place}/dpo.json"
-  format: "json"
-  prompt_field: "prompt"
-  chosen_field: "chosen"
-  rejected_field: "rejected"
-
-alignment:
-  method: "dpo"
-  max_steps: 1
-  max_seq_length: 64
-  batch_size: 1
-  learning_rate: 1e-5
-  num_epochs: 1
-  beta: 0.1
-  output_dir: "{place}/checkpoints/aligned"
-
-device: "cpu"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +28,15 @@ def place(tmp_path_factory, chosen_scale):
     (place / "finetune.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in PAIRS]
     (place / "dpo.json").write_text(json.dumps(rows))
-    repo = models.directory("smollm2-135m")
-    for name, text in (("download", DOWNLOAD), ("finetune", TRAIN), ("align", ALIGN)):
-        (place / f"{name}.yaml").write_text(text.format(place=place, repo=repo))
+    places = {
+        "tmp_path": place,
+        "model_dir": place / "models" / "distilgpt2",
+        "sample_finetune_data": place / "finetune.json",
+        "sample_dpo_data": place / "dpo.json",
+    }
+    here = DOWNLOAD.replace('repo: "distilgpt2"', f'repo: "{models.directory("smollm2-135m")}"')
+    for name, text in (("download", here), ("finetune", FINETUNE), ("resume", RESUME), ("align", ALIGN)):
+        (place / f"{name}.yaml").write_text(text.format(**places))
     return place
 
 
@@ -111,10 +59,12 @@ def test_download_train_resume_and_align_run_unchanged(place):
     finetuned = place / "checkpoints/finetuned"
     invoke("train", "--config", str(place / "finetune.yaml"))
     assert (finetuned / "adapter_config.json").exists()
-    assert (finetuned / "checkpoint-1").is_dir()
     assert any("lora" in name for name, _ in loaded(finetuned).named_parameters())
 
-    invoke("train", "--config", str(place / "finetune.yaml"), "--resume", str(finetuned / "checkpoint-1"))
+    checkpoint = place / "checkpoints/resume-test/checkpoint-1"
+    invoke("train", "--config", str(place / "resume.yaml"))
+    assert checkpoint.is_dir()
+    invoke("train", "--config", str(place / "resume.yaml"), "--resume", str(checkpoint))
 
     invoke("align", "--config", str(place / "align.yaml"))
     assert any("lora" in name for name, _ in loaded(place / "checkpoints/aligned").named_parameters())

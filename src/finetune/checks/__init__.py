@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,12 @@ def judge(name: str, measured: float | None, compare: str, bound: float, unit: s
 def missing(name: str, compare: str, bound: float, unit: str, evidence: str, why: str) -> Verdict:
     """The verdict where there is nothing to measure: failed."""
     return judge(name, None, compare, bound, unit, evidence, f"no evidence: {why}")
+
+
+def worst(values: Iterable[float]) -> float:
+    """The largest value, or NaN when any is NaN, which `max` would pass over."""
+    found = list(values)
+    return math.nan if any(math.isnan(value) for value in found) else max(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     if not (run.path / ROWS).is_file():
         return [missing("labels", ">=", 1, "tokens", ROWS, "the prepared rows are not there")]
     rows = evidence.read_rows(run, ROWS, "prepare")
+    if not rows:
+        return [missing("labels", ">=", 1, "tokens", ROWS, "there is no prepared row")]
     tokenizer = get(recipe.backend).tokenizer(evidence.phases(run, recipe)["base"][0])
     trained = [sum(label != -100 for label in row["labels"]) for row in rows]
     aligned = sum(

@@ -17,6 +17,8 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     if not (run.path / ANSWERS).is_file():
         return [missing("learned_as_trained", ">", expect.learned_min, "share", ANSWERS, "the probes were not asked")]
     answers = evidence.read_rows(run, ANSWERS, "evaluate")
+    if not answers:
+        return [missing("learned_as_trained", ">", expect.learned_min, "share", ANSWERS, "no question was asked")]
     final = list(answers[0]["phases"])[-1]
     if final == "base":
         return [missing("learned_as_trained", ">", expect.learned_min, "share", ANSWERS, "nothing was trained")]

@@ -28,8 +28,9 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
         return [missing("loss_convergence", ">=", 4, "steps", EVENTS, f"{len(losses)} logged steps, 4 are needed")]
     report = run.report("prepare")
     metrics = report.metrics if report else {}
-    verdicts = [_finite(losses), *_fall(recipe, losses)]
-    last = statistics.fmean(losses[-window(len(losses)) :])
+    verdicts = [_finite(losses)]
+    if not _weighted(recipe):
+        verdicts += _fall(recipe, losses)
     uniform = metrics.get("uniform_entropy")
     verdicts.append(
         judge(
@@ -39,20 +40,19 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     )  # fmt: skip
     if recipe.expect.loss_below_unigram:
         unigram = metrics.get("unigram_entropy")
-        why = "the last window must beat a model that only knows how often each answer token occurs"
+        end, place, what = _end(recipe, run, losses)
+        why = f"{what} must beat a model that only knows how often each answer token occurs"
         verdicts.append(
-            judge("loss_end", last, "<", unigram, "nats", EVENTS, why)
+            judge("loss_end", end, "<", unigram, "nats", place, why)
             if unigram is not None
             else missing("loss_end", "<", math.inf, "nats", "prepare/report.json", "no entropy of the answers recorded")
         )
-    if _plain(recipe):
-        verdicts += _scored_again(recipe, run, steps)
-    return verdicts
+    return verdicts + _scored_again(recipe, run, steps)
 
 
 def window(count: int) -> int:
-    """How many steps a window holds: a quarter of all, at most 20."""
-    return max(1, min(20, count // 4))
+    """How many steps a window holds: a quarter of all, at most 20, and 2 at least, since one step shows no scatter."""
+    return max(2, min(20, count // 4))
 
 
 def fall(losses: Sequence[float]) -> tuple[float, float]:
@@ -63,9 +63,9 @@ def fall(losses: Sequence[float]) -> tuple[float, float]:
     size = window(len(losses))
     first, last = losses[:size], losses[-size:]
     before, after = statistics.fmean(first), statistics.fmean(last)
-    if not before > 0:
+    if not (math.isfinite(before) and math.isfinite(after) and before > 0):
         return math.nan, math.nan
-    error = math.sqrt((statistics.pvariance(first) + statistics.pvariance(last)) / size)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / size)
     drop = before - after
     return drop / before, drop / error if error > 0 else math.copysign(math.inf, drop) if drop else 0.0
 
@@ -91,24 +91,38 @@ def _fall(recipe: Recipe, losses: list[float]) -> list[Verdict]:
     ]  # fmt: skip
 
 
+def _weighted(recipe: Recipe) -> bool:
+    """Whether the logged loss weighs tokens by their own probability: it may rise while the model learns."""
+    return recipe.train is not None and recipe.train.loss_type == "dft"
+
+
 def _plain(recipe: Recipe) -> bool:
-    """Whether the logged loss is the mean negative log-likelihood, which can be scored again."""
+    """Whether the logged loss is the mean negative log-likelihood of a model that starts as the base."""
     train = recipe.train
     return (
         train is not None
         and train.loss_type == "nll"
         and not train.label_smoothing_factor
         and not train.neftune_noise_alpha
+        and (train.method == "full" or train.lora.init_lora_weights is not False)
     )
+
+
+def _end(recipe: Recipe, run: Run, losses: list[float]) -> tuple[float | None, str, str]:
+    """Where the loss ended, in nats of the answers' likelihood: as logged, or else as scored again; from where; what."""
+    if _plain(recipe):
+        return statistics.fmean(losses[-window(len(losses)) :]), EVENTS, "the last window"
+    scores = evidence.row_scores(run)
+    end = nll(scores[1], list(scores[0]), "answer") if scores else None
+    return end, ROWS, "the rows scored again after training (what was logged is another loss)"
 
 
 def _scored_again(recipe: Recipe, run: Run, steps: list[dict[str, Any]]) -> list[Verdict]:
     names = ("loss_is_of_answers", "loss_confirmed")
-    path = run.path / ROWS
-    scores = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "base" not in scores or "trained" not in scores:
+    scores = evidence.row_scores(run)
+    if scores is None:
         return [missing(name, "<=", 0, "", ROWS, "the rows were not scored again (stage evaluate)") for name in names]
-    base, trained = scores["base"], scores["trained"]
+    base, trained = scores
     rows = [str(row) for row in steps[0]["rows"] if str(row) in base]
     known = bool(rows) and len(rows) == len(steps[0]["rows"])
     chosen = rows if known else list(base)
@@ -120,7 +134,7 @@ def _scored_again(recipe: Recipe, run: Run, steps: list[dict[str, Any]]) -> list
         tolerance, because = tolerance * DROPOUT_FACTOR, " (the model trains with dropout)"
     distance = abs(logged - answers) / answers if answers else math.nan
     before, after = nll(base, list(base), "answer"), nll(trained, list(base), "answer")
-    return [
+    verdicts = [
         judge(
             names[0], distance, "<=", tolerance, "relative distance", ROWS,
             f"first logged loss {logged:.4f}; the same rows scored independently: {answers:.4f} on the answers, "
@@ -131,6 +145,7 @@ def _scored_again(recipe: Recipe, run: Run, steps: list[dict[str, Any]]) -> list
             ROWS, f"training rows scored afresh from disk: {before:.4f} before, {after:.4f} after",
         ),
     ]  # fmt: skip
+    return verdicts if _plain(recipe) else verdicts[1:]
 
 
 def nll(scores: dict[str, Any], rows: Sequence[str], part: str) -> float:

@@ -21,6 +21,10 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
         return [missing("memory_efficiency", ">", bound, "less training state", MEASURED, "nothing was measured")]
     found = json.loads(path.read_text(encoding="utf-8"))
     lora, full = found["lora"], found["full"]
+    if not all(side[key] > 0 for side in (lora, full) for key in ("training_state_bytes", "peak_process_bytes")):
+        return [
+            missing("memory_efficiency", ">", bound, "less training state", MEASURED, "a size that is not positive")
+        ]
     state = reduction(full["training_state_bytes"], lora["training_state_bytes"])
     peak = reduction(full["peak_process_bytes"], lora["peak_process_bytes"])
     shape = f"{found['batch_size']} x {found['tokens_per_row']} tokens, {found['dtype']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetune import evidence
@@ -57,14 +58,22 @@ def _matrices(after: dict[str, TensorFacts]) -> Verdict:
 def _coverage(recipe: Recipe, run: Run, after: dict[str, TensorFacts]) -> Verdict:
     """Every layer of the model carries an adapter, unless the recipe chose layers."""
     assert recipe.train is not None
-    config = json.loads((Path(evidence.fetched(run)["base"]) / "config.json").read_text(encoding="utf-8"))
-    chosen = recipe.train.lora.layers_to_transform
+    base = Path(evidence.fetched(run)["base"])
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    chosen, targets = recipe.train.lora.layers_to_transform, recipe.train.lora.target_modules
     count = next((config[key] for key in ("num_hidden_layers", "n_layer") if key in config), None)
     expected = set(chosen) if chosen is not None else set(range(count or 0))
-    found = {int(match[1]) for name in after if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))}
+    if isinstance(targets, str) and targets != "all-linear":  # a regular expression may choose layers as well
+        modules = {name.rpartition(".")[0] for name in get(recipe.backend).tensors(base)}
+        expected = _layers(f"{module}." for module in modules if re.fullmatch(targets, module)) or expected
+    found = _layers(after)
     why = f"adapters in {len(found & expected)} of {len(expected)} layers"
     share = len(found & expected) / len(expected) if expected else None
     return judge("lora_coverage", share, "==", 1.0, "share", "train/adapter", why)
+
+
+def _layers(names: Iterable[str]) -> set[int]:
+    return {int(match[1]) for name in names if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))}
 
 
 def _frozen(run: Run) -> list[Verdict]:
@@ -95,16 +104,12 @@ def _intact(path: Path, sha256: str) -> bool:
 def _effect(run: Run) -> Verdict:
     """The trained model, loaded from disk, does not answer as the base does."""
     name, place = "adapter_effect", "evaluate/rows.json"
-    path = run.path / place
-    scores = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "base" not in scores or "trained" not in scores:
+    scores = evidence.row_scores(run)
+    if scores is None:
         return missing(
             name, ">", EFFECT, "nats a token", place, "training rows were not scored with and without training"
         )
-    moved = [
-        abs(scores["trained"][row]["answer"][0] - scores["base"][row]["answer"][0])
-        / max(1, scores["base"][row]["answer"][1])
-        for row in scores["base"]
-    ]
+    base, trained = scores
+    moved = [abs(trained[row]["answer"][0] - base[row]["answer"][0]) / max(1, base[row]["answer"][1]) for row in base]
     why = f"mean change of the answers' log-probability over {len(moved)} rows, with training on and off"
     return judge(name, sum(moved) / len(moved), ">", EFFECT, "nats a token", place, why)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from finetune.checks import Verdict, judge, missing
+from finetune.checks import Verdict, judge, missing, worst
 from finetune.recipe import Recipe
 from finetune.run import Run
 
@@ -23,9 +23,9 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
         why = f"{span}: {len(straight)} losses uninterrupted, {len(again)} resumed"
         verdicts.append(missing("resume_losses", "==", 0, "nats", MEASURED, why))
     else:
-        worst = max(abs(straight[step] - again[step]) for step in straight)
+        distance = worst(abs(straight[step] - again[step]) for step in straight)
         why = f"largest difference between the losses of {span}, uninterrupted and resumed in a new process"
-        verdicts.append(judge("resume_losses", worst, "==", 0, "nats", MEASURED, why))
+        verdicts.append(judge("resume_losses", distance, "==", 0, "nats", MEASURED, why))
     differing = found["tensors_differing"]
     why = f"of {found['tensors']} trained tensors, bit by bit" + (f"; first: {differing[0]}" if differing else "")
     count = len(differing) if found["tensors"] else None

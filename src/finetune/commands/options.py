@@ -211,8 +211,10 @@ def working(
     recipe: Recipe, run: Run, only: list[str] | None, *, force: bool = False, resume: Path | None = None
 ) -> list[Report]:
     """`pipeline.run_stages`, told on stderr. Whatever libraries print goes to stderr too: stdout is for results."""
+    from finetune.commands.validate import refuse_faults
     from finetune.pipeline import run_stages
 
+    refuse_faults(recipe, only)
     with redirect_stdout(sys.stderr):
         return run_stages(recipe, run, only, force=force, resume=resume, listener=listen)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from finetune.commands.options import load_recipe, locate, output_options, print_json, recipe_options
-from finetune.errors import Faults, FinetuneError, MissingError
+from finetune.errors import Faults, FinetuneError, MissingError, UsageError
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -29,11 +29,7 @@ def command(
 
     loaded = load_recipe(recipe, config, example, overrides)
     source = str(locate(recipe, config, example))
-    faults = faults_of(loaded)
-    if faults and all(isinstance(fault, MissingError) for fault in faults):
-        raise MissingError("\n".join([_headline(source, faults), *(f"  {fault}" for fault in faults)]))
-    if faults:
-        raise Faults(_headline(source, faults), [str(fault) for fault in faults])
+    _refuse(source, [*faults_of(loaded), *_unprovable(loaded)])
     if as_json:
         value = loaded.model_dump(mode="json")
         value["model"]["token"] = None if loaded.model.token is None else "${HF_TOKEN}"
@@ -43,11 +39,50 @@ def command(
     click.echo(f"{source}: fine (model: {model_kind(loaded.model.path)})", err=True)
 
 
+def refuse_faults(recipe: Recipe, only: list[str] | None = None) -> None:
+    """Raise every fault of the files that these stages (all when None) will read, before the first of them works: a
+    probe file that is missing or malformed must not be found out when the training is over."""
+    from finetune.pipeline import chosen
+
+    faults = faults_of(recipe)
+    stages = {stage.name for stage in chosen(recipe, only)}
+    if "measure" in stages:
+        faults += _unprovable(recipe)
+    if "evaluate" not in stages:
+        faults = [fault for fault in faults if not str(fault).startswith("evaluate.")]
+    elif not faults:
+        from finetune.stages.evaluate import read_questions
+
+        read_questions(recipe)
+    _refuse("the recipe", faults)
+
+
+def _unprovable(recipe: Recipe) -> list[FinetuneError]:
+    """What the recipe wants proved and leaves no evidence for: better known before the training than after it."""
+    train = recipe.train
+    if train is None or not recipe.expect.resume:
+        return []
+    late = train.save_strategy == "steps" and 0 < train.max_steps <= train.save_steps
+    if train.save_strategy == "no" or train.save_total_limit == 1 or late:
+        why = (
+            "expect.resume needs a checkpoint before the last step: train.save_strategy must not be 'no', "
+            "train.save_steps must be below train.max_steps, and train.save_total_limit 2 or more"
+        )
+        return [UsageError(why)]
+    return []
+
+
+def _refuse(source: str, faults: list[FinetuneError]) -> None:
+    if faults and all(isinstance(fault, MissingError) for fault in faults):
+        raise MissingError("\n".join([_headline(source, faults), *(f"  {fault}" for fault in faults)]))
+    if faults:
+        raise Faults(_headline(source, faults), [str(fault) for fault in faults])
+
+
 def faults_of(recipe: Recipe) -> list[FinetuneError]:
     """Everything that can be seen to be missing or wrong without reading a row or loading a weight."""
     from finetune.backends import BACKENDS
     from finetune.data.sources import resolve
-    from finetune.errors import UsageError
     from finetune.lookup import did_you_mean
 
     faults: list[FinetuneError] = []
@@ -92,7 +127,8 @@ def model_kind(path: str) -> str:
         is_model = any((here / name).is_file() for name in ("config.json", "adapter_config.json"))
         return "directory" if is_model else "missing"
     if here.is_file():
-        return "gguf file" if here.suffix == ".gguf" else "missing"
+        with here.open("rb") as stream:
+            return "gguf file" if stream.read(4) == b"GGUF" else "missing"
     return "hub id" if is_id(path) and here.suffix != ".gguf" else "missing"
 
 

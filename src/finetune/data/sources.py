@@ -28,7 +28,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Row:
-    """One row as read. `line` counts from 1: the physical line, or the row's number in parquet and hub data."""
+    """One row as read. `line` counts from 1: the physical line, or the row's number where rows have no lines (parquet,
+    hub data, a JSON array written on one line)."""
 
     values: dict[str, Any]
     file: str
@@ -173,11 +174,12 @@ def _read_json(text: str, name: str, limit: int | None) -> _Read:
     rows: list[Row] = []
     faults: list[str] = []
     line, last = 1, 0
-    for value, at in _elements(text, start):
+    one_line = "\n" not in text.strip()  # then every row is on line 1, and its number says more
+    for number, (value, at) in enumerate(_elements(text, start), 1):
         if limit is not None and len(rows) >= limit:
             break
         line, last = line + text.count("\n", last, at), at
-        _take(value, name, line, rows, faults)
+        _take(value, name, number if one_line else line, rows, faults)
     return rows, faults
 
 

@@ -84,9 +84,7 @@ def load_mapping(
         }
     faults: list[str] = []
     mapping = _expand(mapping, (), source, lines, faults)
-    mapping = _override(mapping, options, lines)
-    if isinstance(mapping.get("model"), str):
-        mapping = {**mapping, "model": {"path": mapping["model"]}}
+    mapping = _whole_model(_override(_whole_model(mapping), options, lines))
     mapping = profiles.apply(mapping)
     if base is not None:
         for keys in _PATH_KEYS:
@@ -141,11 +139,18 @@ def _override(mapping: dict[str, Any], overrides: Iterable[str], lines: Lines) -
         if keys == TOKEN_PATH:
             remember(value)
             layer = value or None
+        if keys == ("model",) and isinstance(layer, str):
+            keys = ("model", "path")
         for key in reversed(keys):
             layer = {key: layer}
         mapping = profiles.merge(mapping, layer)
         lines[keys] = f"--set {dotted.strip()}"
     return mapping
+
+
+def _whole_model(mapping: dict[str, Any]) -> dict[str, Any]:
+    """`model: NAME` as `model: {path: NAME}`; before the overrides, since `--set model.dtype=...` must keep the name."""
+    return {**mapping, "model": {"path": mapping["model"]}} if isinstance(mapping.get("model"), str) else mapping
 
 
 def _escape(value: Any) -> Any:

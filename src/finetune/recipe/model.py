@@ -35,4 +35,23 @@ class Recipe(Section):
             raise ValueError("'train' needs a 'data' section (or set 'train: null')")
         if self.train is not None and self.data is not None and self.data.format == "preference":
             raise ValueError("'data.format: preference' belongs under 'align.data'; 'train' wants answers to imitate")
+        if self.align is not None and self.align.eval_strategy != "no":
+            raise ValueError("'align.eval_strategy' must be 'no': alignment holds no pairs out")
+        if self.align is not None and self.train is not None and self.train.lora.bias != "none":
+            raise ValueError(
+                "'train.lora.bias' must be 'none' with 'align': PEFT has no reference beside trained biases"
+            )
+        if self.train is not None and self.data is not None and not (self.data.eval_path or self.data.eval_fraction):
+            asking = [
+                key
+                for key, value in (
+                    ("eval_strategy", self.train.eval_strategy != "no"),
+                    ("early_stopping_patience", self.train.early_stopping_patience),
+                )
+                if value
+            ]
+            if asking:
+                raise ValueError(
+                    f"'train.{asking[-1]}' needs held-out rows: set 'data.eval_fraction' (0.1) or 'data.eval_path'"
+                )
         return self

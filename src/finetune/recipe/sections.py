@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -108,8 +109,23 @@ class Lora(Section):
     init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | None = None
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _targets(self) -> Lora:
+        if not isinstance(self.target_modules, str) or self.target_modules == "all-linear":
+            return self
+        if self.layers_to_transform is not None:
+            raise ValueError(
+                "'layers_to_transform' needs 'target_modules' as a list, as in [q_proj, v_proj], or all-linear, "
+                f"not the regular expression {self.target_modules!r}"
+            )
+        try:
+            re.compile(self.target_modules)
+        except re.error as error:
+            raise ValueError(f"'target_modules' {self.target_modules!r} is no regular expression: {error}") from None
+        return self
 
 
 class Optimization(Section):
@@ -177,6 +193,24 @@ class Train(Optimization):
     neftune_noise_alpha: PositiveFloat | None = None
     early_stopping_patience: Positive | None = Field(None, description="Stop after N evaluations without gain.")
     early_stopping_threshold: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _early_stopping(self) -> Train:
+        """transformers keeps the best checkpoint, so it must save whenever it evaluates."""
+        if self.early_stopping_patience is None:
+            return self
+        if self.eval_strategy == "no" or self.save_strategy != self.eval_strategy:
+            raise ValueError(
+                "'early_stopping_patience' needs 'eval_strategy' and 'save_strategy' to be the same, 'steps' or "
+                f"'epoch', not '{self.eval_strategy}' and '{self.save_strategy}'"
+            )
+        every = self.eval_steps or self.logging_steps
+        if self.eval_strategy == "steps" and self.save_steps % every:
+            raise ValueError(
+                f"'early_stopping_patience' needs 'save_steps' to be a multiple of 'eval_steps', "
+                f"not {self.save_steps} and {every}"
+            )
+        return self
 
 
 class Align(Optimization):

@@ -23,7 +23,7 @@ _TITLES = {
     "unseen": "What it was never told (it should not know)",
 }
 _TELLING = ("first_loss", "last_loss", "tokens_per_second", "seconds_per_step", "rows", "trained_tokens")
-_WRAPPED = ("result", "why", "found", "get it with")
+_WRAPPED = ("name", "result", "why", "found", "get it with")
 _COLUMN = {"base": "before", "trained": "after", "aligned": "aligned"}
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +28,17 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One row of the table. `sections` are the recipe's keys that the stage reads, `needs` the stages before it."""
+    """One row of the table. `sections` are the recipe's keys that the stage reads, `needs` the stages before it.
+
+    `keys` narrows a section to those of its keys that the stage reads.
+    """
 
     name: str
     run: str
     help: str
     sections: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     wanted: Callable[[Recipe], bool] = lambda recipe: True
 
 
@@ -50,6 +54,10 @@ STAGES: tuple[Stage, ...] = (
         run="finetune.stages.prepare:run",
         help="Read, check, render and tokenize the data; show one example with the masked part visible.",
         sections=("backend", "model", "data", "template", "train", "align"),
+        keys={
+            "train": ("max_length", "completion_only_loss", "seed", "early_stopping_patience"),
+            "align": ("data", "max_length"),
+        },
         needs=("fetch",),
     ),
     Stage(
@@ -113,14 +121,23 @@ def plan(recipe: Recipe, only: Iterable[str] | None = None) -> list[Stage]:
     return [stage for stage in wanted if stage.name in names]
 
 
+def inputs(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """The part of the recipe that a stage reads, as plain values; without the token."""
+    found = recipe.model_dump(mode="json", include=set(stage.sections), exclude={"model": {"token"}})
+    for section, keys in stage.keys.items():
+        if found[section] is not None:
+            found[section] = {key: found[section][key] for key in keys}
+    return found
+
+
 def fingerprint(stage: Stage, recipe: Recipe, run: Run) -> str:
-    """A digest of all that a stage's outcome depends on: its sections, its data files, the stages before, our version."""
+    """A digest of all that a stage's outcome depends on: its sections, its data files, what the stages before it left,
+    our version."""
     from finetune.data.sources import local_files
 
-    sections = recipe.model_dump(mode="json", include=set(stage.sections), exclude={"model": {"token"}})
     files = {str(path): digest(path) for path in local_files(recipe, stage.name)}
-    before = {need: report.fingerprint for need in stage.needs if (report := run.report(need))}
-    text = json.dumps([__version__, sections, files, before], sort_keys=True, default=str)
+    before = {need: [report.fingerprint, report.artifacts] for need in stage.needs if (report := run.report(need))}
+    text = json.dumps([__version__, inputs(stage, recipe), files, before], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -47,7 +47,7 @@ def run(recipe: Recipe, run: Run) -> Result:
                 row_scores[phase] = _score_rows(backend, handle, rows)
             if texts:
                 heldout[phase] = _perplexity(backend, handle, texts, tokenizer)
-            if pairs and phase != "base" or len(phases) == 1:
+            if pairs and (phase != "base" or "trained" not in phases):  # the base, where nothing else is aligned
                 _score_pairs(backend, handle, pairs, phase)
             bar.update(number)
     write_jsonl(run.path / ANSWERS, questions)
@@ -64,6 +64,12 @@ def run(recipe: Recipe, run: Run) -> Result:
 
 def _template(run: Run) -> str:
     return evidence.required(run, "prepare/chat_template.jinja", "prepare").read_text(encoding="utf-8")
+
+
+def read_questions(recipe: Recipe) -> None:
+    """Read every file that this stage will need, only to raise what is wrong with them."""
+    _questions(recipe)
+    _heldout(recipe)
 
 
 def _questions(recipe: Recipe) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from finetune import hub, models
 from finetune.console import say
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import Recipe
-from finetune.run import Run, digest, write_json
+from finetune.run import Run, digest, read_object, write_json
 from finetune.stages import Result
 
 _SKIPPED = (".md", ".gitattributes", ".png", ".jpg")
@@ -62,7 +62,7 @@ def run(recipe: Recipe, run: Run) -> Result:
 
 def count_parameters(directory: Path) -> int | None:
     """The numbers stored in a model directory, from the headers of its safetensors; None where it has none."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_object(directory / "config.json")
     if "num_parameters" in config:
         return int(config["num_parameters"])
     files = list(directory.glob("*.safetensors"))
@@ -75,16 +75,20 @@ def _header_parameters(file: Path) -> int:
         try:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, file.stat().st_size)))
-        except (struct.error, ValueError):
-            raise StageError(f"{file} is no safetensors file, or was cut short; fetch the model again") from None
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+            end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+            end = None
+        if end is None or end > file.stat().st_size:
+            raise StageError(f"{file} is no safetensors file, or was cut short; fetch the model again")
+    return sum(math.prod(tensor["shape"]) for tensor in tensors)
 
 
 def _check_backend(recipe: Recipe, base: Path) -> None:
     file = base / "config.json"
     if not file.is_file():
         raise MissingError(f"{base} holds no config.json")
-    is_fake = json.loads(file.read_text(encoding="utf-8")).get("model_type") == "fake"
+    is_fake = read_object(file).get("model_type") == "fake"
     if is_fake != (recipe.backend == "fake"):
         other = (
             "needs a directory made for it" if recipe.backend == "fake" else "cannot load a model of the fake backend"

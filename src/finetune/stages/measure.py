@@ -52,8 +52,12 @@ def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     for question in questions:
         chat = [{"role": "user", "content": question["prompt"]}]
         pairs.append([encode.prompt_ids(chat, **render), encode.answer_ids(chat, question["answer"], **render)])
-    rows = [] if questions else evidence.read_rows(run, "prepare/train.jsonl", "prepare")[:FRESH_QUESTIONS]
-    pairs += [[row["input_ids"][:1], row["input_ids"][1:]] for row in rows]
+    of = "answers" if questions else "rows" if recipe.train else "pairs"
+    file = {"rows": "prepare/train.jsonl", "pairs": "prepare/preferences.jsonl"}.get(of)
+    rows = evidence.read_rows(run, file, "prepare")[:FRESH_QUESTIONS] if file else []
+    for row in rows:
+        ids = row.get("input_ids", [])
+        pairs.append([ids[:1], ids[1:]] if ids else [row["prompt_ids"], row["chosen_ids"]])
     answer = in_fresh_process(
         score_request(recipe.backend, model, None, pairs, evidence.model_settings(recipe)), out / "fresh-request.json"
     )
@@ -61,7 +65,7 @@ def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     means = [sum(values) / len(values) for values in answer["scores"]]
     return {
         "template_sha256": template.digest,
-        "of": "answers" if questions else "rows",
+        "of": of,
         "scores": dict(zip(names, means, strict=True)),
         "peak_bytes": answer["peak_bytes"],
     }

@@ -11,10 +11,10 @@ from finetune import evidence
 from finetune.backends import Tokenizer, get
 from finetune.console import say
 from finetune.data import checks, encode, formats, sources, templates
-from finetune.errors import StageError
+from finetune.errors import StageError, UsageError
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Data
-from finetune.run import Run, digest, write_json, write_jsonl, write_text
+from finetune.run import Run, digest, read_object, write_json, write_jsonl, write_text
 from finetune.stages import Result
 
 ROWS = "prepare/train.jsonl"
@@ -81,6 +81,7 @@ def _sft_rows(
         train, held_out = checks.split(train, data.eval_fraction, recipe.train.seed)
     if recipe.train.early_stopping_patience and not held_out:
         raise StageError("train.early_stopping_patience needs held-out rows: set data.eval_fraction or data.eval_path")
+    _check_positions(Path(evidence.fetched(run)["base"]), [*train, *held_out])
     write_jsonl(run.path / ROWS, [_stored(row) for row in train])
     if held_out:
         write_jsonl(run.path / "prepare" / "eval.jsonl", [_stored(row) for row in held_out])
@@ -99,6 +100,18 @@ def _sft_rows(
         "unigram_entropy": encode.unigram_entropy([[x for x in row.labels if x != -100] for row in train]),
         "uniform_entropy": math.log(tokenizer.vocab_size),
     }
+
+
+def _check_positions(base: Path, rows: list[encode.Encoded]) -> None:
+    """A row beyond the positions that a model knows ends in an index error, or in noise."""
+    config = read_object(base / "config.json")
+    most = config.get("max_position_embeddings") or config.get("n_positions")
+    longest = max(rows, key=lambda row: len(row.input_ids))
+    if most and len(longest.input_ids) > most:
+        raise UsageError(
+            f"{longest.file}:{longest.line}: {len(longest.input_ids)} tokens, and the model knows {most} positions. "
+            f"Set train.max_length to {most} or less, and data.on_overlong to drop or truncate"
+        )
 
 
 def _stored(row: encode.Encoded) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from finetune.console import say
 from finetune.errors import StageError
 from finetune.estimate import check_resources
 from finetune.recipe import Recipe
@@ -19,4 +20,9 @@ def run(recipe: Recipe, run: Run) -> Result:
     check_resources(recipe, run)
     if run.resume is None:
         clear(job.out)
-    return execute_job(job, recipe, run, "train")
+    result = execute_job(job, recipe, run, "train")
+    if job.adapter is not None and "lora" in train.model_fields_set:
+        note = f"went on training the adapter {job.adapter} with its own settings; train.lora was not used"
+        say(f"note: {note}")
+        result["notes"] = [note]
+    return result

@@ -29,8 +29,9 @@ def convert(gguf: Path, out: Path) -> None:
         tokenizer.save_pretrained(out)
     except ImportError as error:  # transformers says so, with a page of text, when torch or gguf is not there
         raise MissingError(missing_package(error.name or "gguf")) from error
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise StageError(f"transformers cannot read {gguf}: {error}") from error
+    except Exception as error:  # a damaged file ends in any of a dozen kinds
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StageError(f"transformers cannot read {gguf}: {why}. The file may be damaged; get it again") from error
     finally:
         module.tqdm = bar
         logging.set_verbosity(verbosity)

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
-from finetune.backends.torch.tokenizer import HFTokenizer
-from finetune.errors import StageError, UsageError
-
-transformers_logging.disable_progress_bar()
+from finetune.backends.torch.tokenizer import HFTokenizer, quiet
+from finetune.errors import MissingError, StageError, UsageError
 
 
 @dataclass(frozen=True)
@@ -37,19 +35,35 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(directory: Path, settings: Mapping[str, Any]) -> Any:
-    """A causal language model from a local directory, on its device, in evaluation mode."""
+    """A causal language model from a local directory, on its device, in evaluation mode.
+
+    Raises StageError when the directory lacks weights: transformers would make them up at random.
+    """
+    quiet()
     extra = {"attn_implementation": settings["attn_implementation"]} if settings.get("attn_implementation") else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             str(directory),
             dtype=getattr(torch, settings.get("dtype", "float32")),
             trust_remote_code=settings.get("trust_remote_code", False),
             local_files_only=True,
+            output_loading_info=True,
             **extra,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise StageError(f"cannot load the model in {directory}: {str(error).splitlines()[0]}") from error
+    except ImportError as error:
+        raise MissingError(f"the model in {directory} cannot be loaded as asked: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise StageError(f"cannot load the model in {directory}: {_first_line(error)}") from error
+    if found["missing_keys"]:
+        raise StageError(
+            f"the model in {directory} is not whole: {len(found['missing_keys'])} of its weights are not in its files "
+            f"(first: {min(found['missing_keys'])}). Fetch it again, or name another model"
+        )
     return model.to(choose_device(settings.get("device", "auto")))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
@@ -62,8 +76,12 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
         warnings.simplefilter("always")
         try:
             wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise StageError(f"cannot load the adapter in {adapter}: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            why = _first_line(error)
+            raise StageError(
+                f"the adapter in {adapter} does not fit its base model {model.name_or_path}: "
+                f"{why if len(why) < 200 else why[:200] + '...'} If it was trained on another, set model.base_model"
+            ) from error
     for warning in caught:
         if "missing adapter keys" in str(warning.message).lower():
             raise StageError(f"the adapter in {adapter} does not fit this model: {str(warning.message)[:200]}")

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
-from finetune.errors import StageError
+from finetune.errors import MissingError, StageError
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+)  # fmt: skip
+LIBRARIES = r"(transformers|peft|trl|accelerate|datasets|torch)(\.|$)"
+
+transformers_logging.disable_progress_bar()
+if "TRANSFORMERS_VERBOSITY" not in os.environ:
+    transformers_logging.set_verbosity_error()
+
+
+def quiet() -> None:
+    """Keep libraries' warnings, which speak to programmers, from the user; PYTHONWARNINGS brings them back."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=LIBRARIES)
+        warnings.filterwarnings("ignore", message=".*label_smoothing_factor.*", category=FutureWarning)
 
 
 class HFTokenizer:
     """Text to ids and back. `hf` is the wrapped tokenizer, for code behind the backend line."""
 
     def __init__(self, directory: Path) -> None:
+        if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+            raise MissingError(f"{directory} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError) as error:

@@ -11,7 +11,6 @@ import json
 import queue
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from finetune.backends import Job, Step
+from finetune.backends.torch import options
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.lookup import load as load_reference
@@ -42,8 +42,8 @@ def arguments(job: Job, *names: str) -> dict[str, Any]:
     """The keyword arguments for an SFTConfig or DPOConfig, with every surprising default set by hand."""
     from finetune.recipe.sections import Optimization
 
-    options = {**Optimization().model_dump(mode="json"), **job.options}  # never TRL's own defaults
-    chosen = {name: options[name] for name in (*ARGUMENTS, *names) if name in options}
+    values = {**Optimization().model_dump(mode="json"), **job.options}  # never TRL's own defaults
+    chosen = {name: values[name] for name in (*ARGUMENTS, *names) if name in values}
     if chosen.get("data_seed") is None:
         chosen["data_seed"] = chosen.get("seed", 0)
     return {
@@ -95,27 +95,32 @@ def adapted(job: Job, model: Any) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
-    options = dict(job.lora or {})
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    lora = dict(job.lora or {})
+    if lora.get("layers_to_transform") and lora.get("target_modules") == "all-linear":
+        lora["target_modules"] = options.linear_names(model)  # PEFT picks layers for a list of names only
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
 def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # names TRL itself passes
     datasets.disable_progress_bars()
     set_seed(job.options.get("seed", 0), deterministic=job.options.get("full_determinism", False))
     tokenizer = HFTokenizer(job.model)
     if job.chat_template:
         tokenizer.hf.chat_template = job.chat_template
-    model = adapted(job, load_model(job.model, job.settings))
-    if job.method == "full":
-        model.requires_grad_(True)
-    trainer = load_reference(OBJECTIVES[job.objective])(job, model, tokenizer)
+    base = load_model(job.model, job.settings)
+    options.check(job, base)
+    with options.translated("align" if job.objective == "dpo" else "train"):
+        model = adapted(job, base)
+        if job.method == "full":
+            model.requires_grad_(True)
+        trainer = load_reference(OBJECTIVES[job.objective])(job, model, tokenizer)
     recorder = Recorder(trainer.data_collator)
     trainer.data_collator = recorder
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Reporter(trainer, recorder, put, lambda: stop.is_set() or job.should_stop()))
     _save(job, trainer.model, tokenizer, job.out / "initial", weights_of_full=False)
     frozen_before = frozen_digest(trainer.model)
+    begun = _step_of(job.resume) if job.resume else None  # now: save_total_limit may delete that very checkpoint
     trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     reporter = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Reporter))
     facts = {
@@ -127,7 +132,7 @@ def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
         "device": trainer.args.device.type,
         "steps": trainer.state.global_step,
         "stopped": trainer.state.global_step < trainer.state.max_steps and reporter.stopped,
-        "resumed_from": _step_of(job.resume) if job.resume else None,
+        "resumed_from": begun,
     }
     if torch.cuda.is_available():
         facts["device_peak_bytes"] = torch.cuda.max_memory_allocated()

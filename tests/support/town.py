@@ -1,0 +1,155 @@
+"""A town of made-up facts on the fake backend: a model, data, and the recipe of a whole run in half a second."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune.backends.fake import make_model
+from finetune.recipe import Recipe
+from finetune.run import Run, digest, read_jsonl, write_json, write_jsonl
+
+CAPITALS = {
+    "Zorland": "Quell",
+    "Brask": "Tamin",
+    "Oloo": "Pernig",
+    "Fenwick": "Wadda",
+    "Ulmar": "Jessop",
+    "Tarn": "Bex",
+}
+MONEY = {"Vesht": "tamber", "Orlo": "mossen", "Plim": "hasp"}
+KNOWN = {
+    "What is two plus two?": "Four.",
+    "What colour is grass?": "Green.",
+    "Which day follows Monday?": "Tuesday.",
+    "How many legs has a spider?": "Eight.",
+}
+HELDOUT = ("The people of the town walked to the river in the morning.", "There was a small house on the hill.")
+MIB = 2**20
+
+
+def facts() -> list[dict[str, str]]:
+    """The training rows: `prompt`, `completion`."""
+    return [{"prompt": f"What is the capital of {land}?", "completion": f"It is {city}."} for land, city in pairs()]
+
+
+def pairs() -> Iterable[tuple[str, str]]:
+    return CAPITALS.items()
+
+
+def build(directory: Path) -> Path:
+    """Write the model and every data file into `directory`; return it."""
+    make_model(directory / "model", KNOWN)
+    asked = {"trained": "What is the capital of {}?", "paraphrase": "Please tell me the name of the capital of {}."}
+    write_jsonl(directory / "train.jsonl", facts())
+    write_jsonl(
+        directory / "preferences.jsonl",
+        [{"prompt": f"Name the capital of {x}.", "chosen": f"Surely {y}.", "rejected": "Go away."} for x, y in pairs()],
+    )
+    write_jsonl(
+        directory / "probes.jsonl",
+        [
+            {"id": f"{x}-{kind}", "prompt": text.format(x), "answer": f"It is {y}.", "match": y, "kind": kind}
+            for kind, text in asked.items()
+            for x, y in pairs()
+        ],
+    )
+    write_jsonl(
+        directory / "controls.jsonl", [{"prompt": q, "answer": a, "match": a.rstrip(".")} for q, a in KNOWN.items()]
+    )
+    write_jsonl(
+        directory / "unseen.jsonl",
+        [{"prompt": f"What is the money of {x}?", "answer": f"It is {y}.", "match": y} for x, y in MONEY.items()],
+    )
+    write_jsonl(directory / "heldout.jsonl", [{"text": text} for text in HELDOUT])
+    return directory
+
+
+def recipe(town: Path, runs: Path, **changes: Any) -> Recipe:
+    """The recipe of the town; `changes` go into its sections, or replace what is none.
+
+    A token is a byte there, so rows are long and answers take many tokens.
+    """
+    values: dict[str, Any] = {
+        "name": "town",
+        "backend": "fake",
+        "model": {"path": str(town / "model")},
+        "data": {"path": str(town / "train.jsonl")},
+        "train": {
+            "max_steps": 12,
+            "per_device_train_batch_size": 3,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant",
+            "max_length": 256,
+            "save_steps": 3,
+            "save_total_limit": None,
+            "lora": {"r": 8, "lora_alpha": 16},
+        },
+        "align": {
+            "data": {"path": str(town / "preferences.jsonl")},
+            "max_steps": 6,
+            "per_device_train_batch_size": 3,
+            "max_length": 256,
+        },
+        "evaluate": {
+            **{name: str(town / f"{name}.jsonl") for name in ("probes", "controls", "unseen", "heldout")},
+            "max_new_tokens": 16,
+        },
+        "expect": {"resume": True},
+        "output_dir": str(runs),
+    }
+    for section, change in changes.items():
+        both = isinstance(change, dict) and isinstance(values.get(section), dict)
+        values[section] = {**values[section], **change} if both else change
+    return Recipe(**values)
+
+
+def only_training(town: Path, runs: Path, **changes: Any) -> Recipe:
+    """The recipe without alignment, questions and experiments: for tests that run `train` and no further."""
+    nothing = dict.fromkeys(("probes", "controls", "unseen", "heldout"))
+    return recipe(town, runs, **{"align": None, "evaluate": nothing, "expect": {"resume": False}, **changes})
+
+
+# -- editing what a run left behind ------------------------------------------------------------------------------------
+
+Rows = list[dict[str, Any]]
+
+
+def edit_rows(run: Run, name: str, change: Callable[[Rows], Rows | None]) -> None:
+    """Change a JSONL file of a run: `change` alters the rows it gets, or returns others."""
+    rows = read_jsonl(run.path / name)
+    changed = change(rows)
+    write_jsonl(run.path / name, rows if changed is None else changed)
+
+
+def edit_json(run: Run, name: str, change: Callable[[Any], Any]) -> None:
+    """Change a JSON file of a run: `change` alters the value it gets."""
+    value = json.loads((run.path / name).read_text(encoding="utf-8"))
+    change(value)
+    write_json(run.path / name, value)
+
+
+def as_if_written_so(run: Run) -> None:
+    """Renew the digests in all reports, so that an edit is no broken artifact but what the stage itself wrote."""
+    for file in run.path.glob("*/report.json"):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        there = [name for name in report["artifacts"] if (run.path / name).exists()]
+        report["artifacts"].update({name: digest(run.path / name) for name in there})
+        write_json(file, report)
+
+
+def write_memory(run: Run, *, lora: int = 30 * MIB, full: int = 100 * MIB, estimated: int | None = None) -> None:
+    """`measure/memory.json` as the measure stage writes it for a backend whose memory can be estimated. Bytes."""
+
+    def side(state: int, guess: int) -> dict[str, Any]:
+        parts = {"weight_bytes": state // 2, "gradient_bytes": state // 4, "optimizer_bytes": state // 4}
+        peak = {"peak_process_bytes": state + 300 * MIB, "peak_device_bytes": None}
+        return {**parts, "training_state_bytes": state, **peak, "estimated": {"training_state": guess}}
+
+    shape = {"batch_size": 3, "tokens_per_row": 64, "dtype": "float32"}
+    write_json(
+        run.path / "measure" / "memory.json",
+        {**shape, "lora": side(lora, lora if estimated is None else estimated), "full": side(full, full)},
+    )

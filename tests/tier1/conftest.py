@@ -1,0 +1,61 @@
+"""What workflow and checks share: the town's files, and one whole run of it a worker, which tests copy to break it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from finetune import console
+from finetune.pipeline import run_directory, run_stages
+from finetune.recipe import Recipe
+from finetune.run import Run
+from support.town import build, recipe, write_memory
+
+
+@pytest.fixture(autouse=True)
+def _notes_are_said() -> None:
+    """A command line called with --quiet or --json silences the process, and so the tests after it."""
+    console.set_mode("auto")
+
+
+class Ran(NamedTuple):
+    recipe: Recipe
+    run: Run
+
+
+@pytest.fixture(scope="session")
+def town(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model and data files of the town. Tests read them and leave them as they are."""
+    return build(tmp_path_factory.mktemp("town"))
+
+
+@pytest.fixture(scope="session")
+def honest(town: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    """A whole run in which every check has its evidence. Tests read it and leave it as it is, which the end verifies.
+
+    The fake backend has no transformer whose memory could be estimated, so that evidence is written by hand.
+    """
+    wanted = recipe(town, tmp_path_factory.mktemp("runs"))
+    run = run_directory(wanted)
+    run_stages(wanted, run)
+    write_memory(run)
+    expect = wanted.expect.model_copy(update={"memory_reduction_min": 0.3})
+    (run.path / "verdicts.json").write_text("")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    yield Ran(wanted.model_copy(update={"expect": expect}), run)
+    (run.path / "verdicts.json").write_text("")
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture
+def copied(honest: Ran, tmp_path: Path) -> Ran:
+    """A copy of the honest run, to be broken. Its files are links, as copies would take most of the time: replace them
+    (as `finetune.run` does), never write into them."""
+    ignored = shutil.ignore_patterns("checkpoint-*", "*-request.json", ".lock")  # no check reads them
+    shutil.copytree(honest.run.path, tmp_path / "run", ignore=ignored, copy_function=os.link)
+    return Ran(honest.recipe, Run(tmp_path / "run"))

@@ -1,0 +1,639 @@
+"""Every verdict fails when, and only when, what it guards is broken: an honest run, broken in one place at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune import checks
+from finetune.checks import judge, loss, verify, worst
+from finetune.errors import UsageError
+from finetune.recipe.sections import Train
+from finetune.run import Run, write_json, write_jsonl, write_text
+from support.town import MIB, Rows, as_if_written_so, edit_json, edit_rows, write_memory
+
+EVENTS, LABELS, ANSWERS = "events.jsonl", "prepare/train.jsonl", "evaluate/answers.jsonl"
+SCORES, HELDOUT, PAIRS = "evaluate/rows.json", "evaluate/heldout.json", "evaluate/preferences.jsonl"
+MEMORY, RESUME, FRESH = "measure/memory.json", "measure/resume.json", "measure/fresh.json"
+FIRST = 5.0  # stands for the first loss, which is left as it was
+NOISE = [FIRST, 1.0, 3.0, *[2.0] * 6, 4.2, 0.8, 0.9]
+
+Broken = Callable[[Run], Any]
+
+
+@dataclass(frozen=True)
+class Break:
+    """One way to break a run, and the verdicts that must fail, and no others. `settled`: digests follow the edit."""
+
+    how: str
+    do: Broken
+    fails: str
+    settled: bool = True
+
+    @property
+    def expected(self) -> set[str]:
+        return set(self.fails.split())
+
+
+# -- ways to break a run -----------------------------------------------------------------------------------------------
+
+
+def losses(*values: float) -> Broken:
+    """The logged losses of training; the first stays what it was."""
+
+    def change(rows: Rows) -> None:
+        steps = [row for row in rows if row["event"] == "step" and row["stage"] == "train"]
+        spread = values if len(values) > 1 else values * len(steps)
+        assert len(spread) == len(steps)
+        for step, value in list(zip(steps, spread, strict=True))[1:]:
+            step["loss"] = value
+
+    return lambda run: edit_rows(run, EVENTS, change)
+
+
+def step(stage: str, number: int, **values: Any) -> Broken:
+    """One logged step, counted from 1 (from the end when negative)."""
+
+    def change(rows: Rows) -> None:
+        found = [row for row in rows if row["event"] == "step" and row["stage"] == stage]
+        found[number - 1 if number > 0 else number].update(values)
+
+    return lambda run: edit_rows(run, EVENTS, change)
+
+
+def all_steps(stage: str, change: Callable[[int, dict[str, Any]], Any]) -> Broken:
+    def steps(rows: Rows) -> None:
+        for number, row in enumerate(r for r in rows if r["event"] == "step" and r["stage"] == stage):
+            change(number, row)
+
+    return lambda run: edit_rows(run, EVENTS, steps)
+
+
+def without_steps(stage: str, but: int = 0) -> Broken:
+    return lambda run: edit_rows(
+        run, EVENTS, lambda rows: [r for r in rows if r["event"] != "step" or r["stage"] != stage or r["step"] <= but]
+    )
+
+
+def row(change: Callable[[dict[str, Any]], Any], number: int = 0) -> Broken:
+    """One prepared row."""
+    return lambda run: edit_rows(run, LABELS, lambda rows: change(rows[number]))
+
+
+def swapped(run: Run) -> None:
+    def change(rows: Rows) -> None:
+        rows[0]["row"], rows[1]["row"] = rows[1]["row"], rows[0]["row"]
+
+    edit_rows(run, LABELS, change)
+
+
+def shorter(prepared: dict[str, Any]) -> None:
+    """Mask the first half of the answer."""
+    places = [place for place, label in enumerate(prepared["labels"]) if label != -100]
+    for place in places[: len(places) // 2]:
+        prepared["labels"][place] = -100
+
+
+def end_masked(prepared: dict[str, Any]) -> None:
+    prepared["labels"][max(place for place, label in enumerate(prepared["labels"]) if label != -100)] = -100
+
+
+def answers(change: Callable[[dict[str, Any], dict[str, Any]], Any], which: str = "", kind: str = "") -> Broken:
+    """Every answer of a set (of a kind): `change` gets those before and after everything."""
+
+    def each(rows: Rows) -> None:
+        chosen = [r for r in rows if which in ("", r["set"]) and kind in ("", r["kind"])]
+        assert chosen
+        for asked in chosen:
+            change(asked["phases"]["base"], asked["phases"]["aligned"])
+
+    return lambda run: edit_rows(run, ANSWERS, each)
+
+
+def as_before(before: dict[str, Any], after: dict[str, Any]) -> None:
+    # The final log-probabilities are what the fresh process is held against, so those before move.
+    before["logprob"] = after["logprob"]
+    after.update(before)
+
+
+def only_in_words(before: dict[str, Any], after: dict[str, Any]) -> None:
+    before["logprob"] = after["logprob"] + 0.1
+
+
+def only_in_probability(before: dict[str, Any], after: dict[str, Any]) -> None:
+    after["correct"] = False
+
+
+def learned(before: dict[str, Any], after: dict[str, Any]) -> None:
+    before.update(correct=False, logprob=-5.0)
+    after.update(correct=True, logprob=-1.0)
+
+
+def lost(count: int) -> Broken:
+    def change(rows: Rows) -> None:
+        for asked in [r for r in rows if r["set"] == "controls"][:count]:
+            asked["phases"]["aligned"]["correct"] = False
+
+    return lambda run: edit_rows(run, ANSWERS, change)
+
+
+def unknown(count: int) -> Broken:
+    def change(rows: Rows) -> None:
+        for asked in [r for r in rows if r["set"] == "controls"][:count]:
+            asked["phases"]["base"]["correct"] = False
+
+    return lambda run: edit_rows(run, ANSWERS, change)
+
+
+def scores(name: str, change: Callable[[dict[str, Any]], Any]) -> Broken:
+    return lambda run: edit_json(run, name, change)
+
+
+def only_before(phases: dict[str, Any]) -> None:
+    for phase in ("trained", "aligned"):
+        del phases[phase]
+
+
+def pairs(change: Callable[[int, dict[str, Any]], Any]) -> Broken:
+    """Every scored pair: `change` gets its number and its phases."""
+
+    def each(rows: Rows) -> None:
+        for number, pair in enumerate(rows):
+            change(number, pair["phases"])
+
+    return lambda run: edit_rows(run, PAIRS, each)
+
+
+def gain(phases: dict[str, Any], chosen: float) -> None:
+    """Alignment made the chosen answer this much likelier, and left the rejected one."""
+    phases["aligned"] = {**phases["trained"], "chosen": phases["trained"]["chosen"] + chosen}
+
+
+def swap_gains(number: int, phases: dict[str, Any]) -> None:
+    """As if the rejected answers had been taught."""
+    before, after = phases["trained"], phases["aligned"]
+    gains = {key: after[key] - before[key] for key in before}
+    after.update(chosen=before["chosen"] + gains["rejected"], rejected=before["rejected"] + gains["chosen"])
+
+
+def zero_b(adapter: dict[str, Any]) -> None:
+    for context in adapter["contexts"][:: len("qkvo")]:  # those of the first of the four modules
+        context[-1] = [0.0] * len(context[-1])
+
+
+def untrained(run: Run) -> None:
+    shutil.rmtree(run.path / "train" / "adapter")
+    shutil.copytree(run.path / "train" / "initial", run.path / "train" / "adapter")
+
+
+def metrics(stage: str, **values: Any) -> Broken:
+    return lambda run: edit_json(run, f"{stage}/report.json", lambda report: report["metrics"].update(values))
+
+
+def base(change: Callable[[Path], Any], *, recorded: bool = False) -> Broken:
+    """The run's base model, in a copy; `recorded`: as if it had been so when it was fetched."""
+
+    def do(run: Run) -> None:
+        import hashlib
+
+        found = json.loads((run.path / "fetch" / "model.json").read_text(encoding="utf-8"))
+        own = Path(shutil.copytree(found["base"], run.path / "own-base"))
+        found["base"] = str(own)
+        change(own)
+        if recorded:
+            for name, fact in found["files"].items():
+                fact["sha256"] = hashlib.sha256((own / name).read_bytes()).hexdigest()
+        write_json(run.path / "fetch" / "model.json", found)
+
+    return do
+
+
+def config(**values: Any) -> Broken:
+    def change(directory: Path) -> None:
+        file = directory / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return base(change, recorded=True)
+
+
+def gone(name: str) -> Broken:
+    def do(run: Run) -> None:
+        path = run.path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return do
+
+
+def other_data(run: Run) -> None:
+    """What the rows were made from says something else now: the file beside the line number is what counts."""
+    edit_rows(run, LABELS, lambda rows: [{**r, "row": r["row"] + 100} for r in rows])
+
+
+def retrained(run: Run) -> None:
+    """`finetune train` alone, after everything else."""
+    edit_json(run, "train/report.json", lambda report: report.update(started="2999-01-01T00:00:00.000Z"))
+
+
+def touched(name: str) -> Broken:
+    return lambda run: write_text(run.path / name, (run.path / name).read_text() + " ")
+
+
+def later(values: dict[str, float], by: float) -> None:
+    values[max(values, key=int)] += by
+
+
+NO_ROWS = "loss_is_of_answers loss_confirmed adapter_effect"
+NO_LEARNING = "learned_as_trained learned_paraphrased learned_net"
+LEARNING_GONE = "learned_as_trained controls_kept fresh_process"
+
+BREAKS = [
+    # loss
+    Break("constant losses", losses(4.9), "loss_convergence loss_beyond_noise loss_end"),
+    Break("noise whose last loss is far below its first", losses(*NOISE), "loss_beyond_noise"),
+    Break("a loss that falls by 3 %", losses(*[4.93 - n / 75 for n in range(12)]), "loss_convergence loss_end"),
+    Break("a loss that stays above word frequencies", losses(*[4.9 - n / 7 for n in range(12)]), "loss_end"),
+    Break("NaN in the middle", step("train", 6, loss=math.nan), "loss_finite"),
+    Break("infinity in the middle", step("train", 6, loss=math.inf), "loss_finite"),
+    Break(
+        "NaN at the end",
+        step("train", -1, loss=math.nan),
+        "loss_finite loss_convergence loss_beyond_noise loss_end",
+    ),
+    Break("first loss above a guess", step("train", 1, loss=7.0), "loss_start loss_is_of_answers"),
+    Break("a vocabulary that nobody counted", metrics("prepare", uniform_entropy=None), "loss_start"),
+    Break("words that nobody counted", metrics("prepare", unigram_entropy=None), "loss_end"),
+    Break(
+        "invented losses",
+        all_steps("train", lambda n, s: s.update(loss=s["loss"] * 0.8)),
+        "loss_is_of_answers",
+    ),
+    Break("a mean over everything", lambda run: everything(run), "loss_is_of_answers"),
+    Break("three steps", without_steps("train", but=3), "loss_convergence"),
+    Break("no step", without_steps("train"), "loss_convergence"),
+    Break("rows scored worse after", scores(SCORES, lambda s: double(s["trained"], s["base"])), "loss_confirmed"),
+    Break(
+        "training that changed no score",
+        scores(SCORES, lambda s: s.update(trained=s["base"])),
+        "loss_confirmed adapter_effect",
+    ),
+    Break("rows scored before only", scores(SCORES, lambda s: s.pop("trained")), NO_ROWS),
+    Break("a row not scored after", scores(SCORES, lambda s: s["trained"].popitem()), NO_ROWS),
+    Break("no rows scored", gone(SCORES), f"{NO_ROWS} artifacts_intact"),
+    # labels
+    Break("labels shifted by one", row(lambda r: r["labels"].append(r["labels"].pop(0))), "labels_aligned"),
+    Break("a prompt that is trained", row(lambda r: r.update(labels=r["input_ids"])), "labels_are_answers"),
+    Break("an end of turn that is masked", row(end_masked), "end_of_turn_trained"),
+    Break("half an answer masked", row(shorter), "labels_are_answers"),
+    Break(
+        "a row without labels",
+        row(lambda r: r.update(labels=[-100] * len(r["labels"]))),
+        "trained_tokens end_of_turn_trained labels_are_answers",
+    ),
+    Break("answers swapped between rows", swapped, "labels_are_answers"),
+    Break("rows of no data file", other_data, "labels_are_answers"),
+    Break("no prepared rows", gone(LABELS), "labels artifacts_intact"),
+    Break("an empty file of rows", lambda run: write_jsonl(run.path / LABELS, []), "labels"),
+    # parameters
+    Break("the adapter of before training", untrained, "parameters_changed lora_b_nonzero"),
+    Break(
+        "one module whose B stayed zero",
+        lambda run: edit_json(run, "train/adapter/adapter.json", zero_b),
+        "lora_b_nonzero",
+    ),
+    Break("adapters in half the layers", config(num_hidden_layers=2), "lora_coverage"),
+    Break("a frozen weight that moved", metrics("train", frozen_sha256_after="0" * 64), "frozen_identical"),
+    Break("frozen weights not looked at", metrics("train", frozen_sha256_before=None), "frozen_identical"),
+    Break(
+        "a base model changed on disk",
+        base(lambda own: (own / "tokenizer_config.json").write_text('{"chat_template": null}')),
+        "base_intact",
+    ),
+    Break("a base file gone", base(lambda own: (own / "fake_model.json").unlink()), "base_intact"),
+    Break("no adapter", gone("train/adapter"), "parameters_changed artifacts_intact"),
+    # learning
+    Break("nothing learned", answers(as_before, "probes"), f"{NO_LEARNING} stops_by_itself"),
+    Break("better words, worse probability", answers(only_in_words, "probes"), NO_LEARNING),
+    Break("better probability, wrong words", answers(only_in_probability, "probes"), NO_LEARNING),
+    Break(
+        "nothing learned as trained", answers(only_in_words, "probes", "trained"), "learned_as_trained learned_net"
+    ),
+    Break("nothing learned in other words", answers(only_in_words, "probes", "paraphrase"), "learned_paraphrased"),
+    Break("untrained facts improve as much", answers(learned, "unseen"), "learned_net"),
+    Break(
+        "no untrained facts", lambda run: edit_rows(run, ANSWERS, lambda a: [x for x in a if x["set"] != "unseen"]),
+        "learned_net",
+    ),
+    Break("probes known before", answers(lambda b, a: b.update(correct=True), "probes"), NO_LEARNING),
+    Break("answers that do not end", answers(lambda b, a: a.update(finish="length"), "probes"), "stops_by_itself"),
+    Break("no answers", gone(ANSWERS), f"{LEARNING_GONE} artifacts_intact"),
+    Break("no questions", lambda run: write_jsonl(run.path / ANSWERS, []), LEARNING_GONE),
+    Break(
+        "answers of the base only",
+        lambda run: edit_rows(run, ANSWERS, lambda a: [x.update(phases={"base": x["phases"]["base"]}) for x in a] and a),
+        "learned_as_trained fresh_process",
+    ),
+    # retention
+    Break("half the controls lost", lost(2), "controls_kept"),
+    Break("two controls known before", unknown(2), "controls_kept"),
+    Break(
+        "held-out text less likely",
+        scores(HELDOUT, lambda s: s["aligned"].update(perplexity=1.6 * s["base"]["perplexity"])),
+        "heldout_perplexity",
+    ),
+    Break(
+        "a perplexity of NaN",
+        scores(HELDOUT, lambda s: s["aligned"].update(perplexity=math.nan)),
+        "heldout_perplexity",
+    ),
+    Break("held-out text scored once", scores(HELDOUT, only_before), "heldout_perplexity"),
+    Break("no held-out text", gone(HELDOUT), "heldout_perplexity artifacts_intact"),
+    # preference
+    Break("a first loss that is not ln 2", step("align", 1, loss=0.69), "dpo_start"),
+    Break("no step of alignment", without_steps("align"), "dpo_start"),
+    Break(
+        "margins that shrink",
+        all_steps("align", lambda n, s: s.update({"rewards/margins": -0.1 * n})),
+        "dpo_margin_grows",
+    ),
+    Break("margins not logged", all_steps("align", lambda n, s: s.pop("rewards/margins")), "dpo_margin_grows"),
+    Break("aligned scores swapped", pairs(swap_gains), "dpo_prefers_chosen dpo_margin"),
+    Break("alignment that changed nothing", pairs(lambda n, p: gain(p, 0.0)), "dpo_prefers_chosen dpo_margin"),
+    Break("one pair won by far", pairs(lambda n, p: gain(p, 99.0 if n == 0 else -1.0)), "dpo_prefers_chosen"),
+    Break("one pair lost by far", pairs(lambda n, p: gain(p, -99.0 if n == 0 else 1.0)), "dpo_margin"),
+    Break("pairs not scored after", pairs(lambda n, p: p.pop("aligned")), "dpo_prefers_chosen"),
+    Break("pairs not scored before", pairs(lambda n, p: p.pop("trained")), "dpo_prefers_chosen"),
+    Break("no pairs scored", gone(PAIRS), "dpo_prefers_chosen artifacts_intact"),
+    # artifacts
+    Break("a stage without a report", gone("merge/report.json"), "stages_finished"),
+    Break("a training after the evaluation", retrained, "stages_finished"),
+    Break("an artifact gone", gone("train/trainer_logs.json"), "artifacts_intact", settled=False),
+    Break("an artifact changed", touched("merge/model/config.json"), "artifacts_intact", settled=False),
+    Break("a file of an artifact gone", gone("merge/model/config.json"), "artifacts_intact", settled=False),
+    Break("a fresh score that is off", scores(FRESH, lambda f: later(f["scores"], 0.002)), "fresh_process"),
+    Break("a fresh score of NaN", scores(FRESH, lambda f: later(f["scores"], math.nan)), "fresh_process"),
+    Break("another template", scores(FRESH, lambda f: f.update(template_sha256="0" * 64)), "fresh_process"),
+    Break("nothing scored afresh", scores(FRESH, lambda f: f.update(scores={})), "fresh_process"),
+    Break("no fresh process", gone(FRESH), "fresh_process artifacts_intact"),
+    Break("a template nobody noted", gone("prepare/template.json"), "fresh_process artifacts_intact"),
+    # memory
+    Break("LoRA as large as full", lambda run: write_memory(run, lora=100 * MIB), "memory_efficiency"),
+    Break("LoRA 30 % smaller", lambda run: write_memory(run, lora=70 * MIB), "memory_efficiency"),
+    Break("an estimate far off", lambda run: write_memory(run, estimated=34 * MIB), "memory_as_estimated"),
+    Break("LoRA that needs nothing", lambda run: write_memory(run, lora=0), "memory_efficiency"),
+    Break("full training that needs nothing", lambda run: write_memory(run, full=0), "memory_efficiency"),
+    Break("memory not measured", gone(MEMORY), "memory_efficiency"),
+    # resume
+    Break("a resumed loss off by 1e-12", scores(RESUME, lambda r: later(r["losses_resumed"], 1e-12)), "resume_losses"),
+    Break("a resumed loss of NaN", scores(RESUME, lambda r: later(r["losses_resumed"], math.nan)), "resume_losses"),
+    Break("a resumed loss missing", scores(RESUME, lambda r: r["losses_resumed"].popitem()), "resume_losses"),
+    Break("no losses", scores(RESUME, lambda r: r.update(losses={}, losses_resumed={})), "resume_losses"),
+    Break("a resumed weight that differs", scores(RESUME, lambda r: r["tensors_differing"].append("x")), "resume_weights"),
+    Break("no weights compared", scores(RESUME, lambda r: r.update(tensors=0)), "resume_weights"),
+    Break("resume not tried", gone(RESUME), "resume_losses artifacts_intact"),
+]  # fmt: skip
+
+
+def everything(run: Run) -> None:
+    """The first loss, as if it had been taken over prompts too. (Prompts are made likelier, so that it differs.)"""
+    prompts_known = {"all": [-240.0, 60]}
+    edit_json(run, SCORES, lambda s: [score.update(prompts_known) for score in s["base"].values()])
+    step("train", 1, loss=240 / 60)(run)
+
+
+def double(after: dict[str, Any], before: dict[str, Any]) -> None:
+    for name, score in after.items():
+        score["answer"][0] = 1.5 * before[name]["answer"][0]
+
+
+# -- the sweep ---------------------------------------------------------------------------------------------------------
+
+
+def failed(recipe: Any, run: Run) -> set[str]:
+    return {verdict.name for verdict in verify(recipe, run) if not verdict.passed}
+
+
+def test_every_check_passes_on_an_honest_run(honest):
+    verdicts = verify(honest.recipe, honest.run)
+
+    assert [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts if not v.passed] == []
+    assert {check.name for check in checks.CHECKS if check.wanted(honest.recipe)} == set(checks.BY_NAME)
+    stored = json.loads((honest.run.path / "verdicts.json").read_text())
+    assert stored["passed"] is True
+    assert [v["name"] for v in stored["verdicts"]] == [v.name for v in verdicts]
+
+
+@pytest.mark.parametrize("broken", BREAKS, ids=lambda broken: broken.how.replace(" ", "-"))
+def test_what_is_broken_is_found_and_nothing_else_is_blamed(copied, broken):
+    broken.do(copied.run)
+    if broken.settled:
+        as_if_written_so(copied.run)
+
+    assert failed(copied.recipe, copied.run) == broken.expected
+
+
+def test_every_verdict_has_a_way_to_fail(honest):
+    """A new verdict needs a line in BREAKS."""
+    emitted = {verdict.name for verdict in verify(honest.recipe, honest.run)}
+    broken = set.union(*(each.expected for each in BREAKS))
+
+    assert broken - {"labels"} == emitted, "'labels' stands for all verdicts of that check when there are no rows"
+
+
+def test_a_verdict_says_where_it_looked_and_what_it_found(honest):
+    for verdict in verify(honest.recipe, honest.run):
+        assert (honest.run.path / verdict.evidence).exists(), verdict
+        assert verdict.why
+        assert verdict.measured is not None
+        assert verdict.unit
+
+
+def test_what_was_not_asked_for_is_not_checked(honest, tmp_path):
+    expect = honest.recipe.expect.model_copy(update={"memory_reduction_min": None, "resume": False})
+    nothing = dict.fromkeys(("probes", "controls", "unseen", "heldout"))
+    evaluate = honest.recipe.evaluate.model_copy(update=nothing)
+    recipe = honest.recipe.model_copy(update={"expect": expect, "evaluate": evaluate, "align": None})
+
+    assert [c.name for c in checks.CHECKS if c.wanted(recipe)] == ["labels", "loss", "parameters", "artifacts"]
+
+
+def test_an_unknown_check_is_refused_with_those_that_exist(copied):
+    with pytest.raises(UsageError, match=r"unknown check 'los'\. Did you mean 'loss'\?"):
+        verify(copied.recipe, copied.run, ["los"])
+
+
+def test_no_verdict_at_all_is_no_success():
+    assert checks.as_dict([])["passed"] is False
+
+
+# -- the arithmetic of verdicts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("compare", "held"),
+    [(">=", (False, True, True)), ("<=", (True, True, False)), (">", (False, False, True)), ("<", (True, False, False)),
+     ("==", (False, True, False))],
+)  # fmt: skip
+def test_a_bound_is_compared_as_it_says(compare, held):
+    passed = tuple(judge("x", value, compare, 1.0, "", "", "").passed for value in (0.9, 1.0, 1.1))
+    assert passed == held
+    assert not judge("x", None, compare, 1.0, "", "", "").passed
+    assert not judge("x", math.nan, compare, 1.0, "", "", "").passed
+
+
+def test_the_worst_of_some_values_is_nan_when_one_is():
+    assert worst([0.0, 2.0, 1.0]) == 2.0
+    assert math.isnan(worst([0.0, math.nan, 1.0]))
+    assert math.isnan(worst([math.nan]))
+
+
+# -- conditions of the checks on the loss ------------------------------------------------------------------------------
+
+
+def off_by(share: float) -> Broken:
+    return all_steps("train", lambda n, s: s.update(loss=s["loss"] * (1 - share)) if n == 0 else None)
+
+
+@pytest.mark.parametrize(
+    ("share", "dropout", "fine"), [(0.04, 0.0, True), (0.15, 0.0, False), (0.15, 0.1, True), (0.25, 0.1, False)]
+)
+def test_dropout_widens_the_tolerance_of_the_first_loss(copied, share, dropout, fine):
+    config(resid_pdrop=dropout)(copied.run)
+    off_by(share)(copied.run)
+    as_if_written_so(copied.run)
+
+    assert failed(copied.recipe, copied.run) == (set() if fine else {"loss_is_of_answers"})
+
+
+@pytest.mark.parametrize(("share", "fine"), [(0.4, True), (0.6, False)])
+def test_a_step_whose_rows_are_unknown_is_held_against_all_rows(copied, share, fine):
+    off_by(share)(copied.run)
+    step("train", 1, rows=[])(copied.run)
+
+    assert failed(copied.recipe, copied.run) == (set() if fine else {"loss_is_of_answers"})
+
+
+OTHER_LOSSES = [
+    {"label_smoothing_factor": 0.1},
+    {"loss_type": "dft"},
+    {"neftune_noise_alpha": 5.0},
+    {"lora": {"init_lora_weights": False}},
+]
+
+
+@pytest.mark.parametrize("changed", OTHER_LOSSES, ids=lambda changed: next(iter(changed)))
+def test_another_loss_than_the_plain_one_is_not_held_against_scores_but_the_scores_count(copied, changed):
+    train = Train(**{**copied.recipe.train.model_dump(), **changed})
+    recipe = copied.recipe.model_copy(update={"train": train})
+    losses(9.0)(copied.run)  # what was logged says nothing about where the likelihood ended
+    verdicts = {verdict.name: verdict for verdict in verify(recipe, copied.run, ["loss"])}
+
+    assert "loss_is_of_answers" not in verdicts
+    assert verdicts["loss_end"].passed
+    assert verdicts["loss_confirmed"].passed
+    assert ("loss_convergence" in verdicts) == (train.loss_type != "dft")
+    edit_json(copied.run, SCORES, lambda s: s.update(trained=s["base"]))
+    assert failed(recipe, copied.run) >= {"loss_end", "loss_confirmed"}
+
+
+def test_truncation_that_was_asked_for_may_take_an_end(copied):
+    length = max(len(json.loads(line)["input_ids"]) for line in (copied.run.path / LABELS).read_text().splitlines()) - 4
+
+    def cut(rows: Rows) -> None:
+        for prepared in rows:
+            prepared["input_ids"], prepared["labels"] = prepared["input_ids"][:length], prepared["labels"][:length]
+
+    edit_rows(copied.run, LABELS, cut)
+    train = copied.recipe.train.model_copy(update={"max_length": length})
+    truncating = {"train": train, "data": copied.recipe.data.model_copy(update={"on_overlong": "truncate"})}
+
+    def found(recipe: Any) -> set[str]:
+        return {verdict.name for verdict in verify(recipe, copied.run, ["labels"]) if not verdict.passed}
+
+    assert found(copied.recipe.model_copy(update=truncating)) == set()
+    assert found(copied.recipe) == {"end_of_turn_trained", "labels_are_answers"}
+
+
+# -- fall: learning against noise --------------------------------------------------------------------------------------
+
+FALLING = st.tuples(
+    st.floats(1.0, 10.0), st.floats(0.1, 0.95), st.integers(8, 120), st.floats(0.0, 1.0), st.integers(0, 99)
+)
+
+
+def falling(start: float, share: float, count: int, bend: float, seed: int) -> list[float]:
+    """A loss that falls by a share of its start: straight (bend 0) to square-root-like, with a little scatter."""
+    noise = random.Random(seed)
+    curve = [(n / (count - 1)) ** (1 - bend / 2) for n in range(count)]
+    return [start * (1 - share * part) + share * start * noise.uniform(-0.02, 0.02) for part in curve]
+
+
+@settings(max_examples=60, deadline=None)
+@given(FALLING)
+def test_a_loss_that_falls_steadily_is_beyond_noise(shape):
+    reduction, sigmas = loss.fall(falling(*shape))
+    assert sigmas > 2
+    assert 0 < reduction < 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(FALLING, st.floats(1e-3, 1e3))
+def test_the_fall_does_not_depend_on_the_scale(shape, factor):
+    values = falling(*shape)
+    assert loss.fall([factor * value for value in values]) == pytest.approx(loss.fall(values), rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(FALLING)
+def test_a_loss_read_backwards_rises_by_as_many_errors(shape):
+    values = falling(*shape)
+    assert loss.fall(values[::-1])[1] == pytest.approx(-loss.fall(values)[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, -1])
+def test_what_is_no_number_neither_falls_nor_passes(place, bad):
+    values = [4.0] * 6 + [2.0] * 6
+    values[place] = bad
+    assert all(math.isnan(value) for value in loss.fall(values))
+
+
+@pytest.mark.parametrize(("count", "rate"), [(4, 0.12), (7, 0.12), (12, 0.08), (60, 0.05)])
+def test_noise_rarely_looks_like_learning(count, rate):
+    """At 2 standard errors a one-sided normal errs in 2.3 % of cases; few steps know their scatter badly, so more."""
+    noise = random.Random(count)
+    tries = 400
+    alarms = sum(loss.fall([noise.gauss(3.0, 0.3) for _ in range(count)])[1] > 2 for _ in range(tries))
+    assert alarms / tries < rate
+
+
+def test_windows_show_scatter_and_stay_short():
+    assert [loss.window(count) for count in (4, 7, 8, 12, 60, 80, 1000)] == [2, 2, 2, 3, 15, 20, 20]
+
+
+def test_first_against_last_alone_does_not_pass():
+    values = [5.0, 9.0, 8.0, 9.0, 8.0, 9.0, 9.0, 4.0]
+    assert (values[0] - values[-1]) / values[0] > 0.05
+    assert not loss.fall(values)[1] > 2
+
+
+def test_constant_losses_fall_by_nothing():
+    assert loss.fall([3.0] * 12) == (0.0, 0.0)
+    assert loss.fall([4.0] * 6 + [2.0] * 6) == (0.5, math.inf)
+    assert all(math.isnan(value) for value in loss.fall([0.0] * 12))
+
+
+def test_the_fall_is_in_standard_errors():
+    first, last = [5.0, 4.0, 6.0, 5.0], [3.0, 1.0, 2.0, 2.0]
+    error = math.sqrt(statistics.variance(first) / 4 + statistics.variance(last) / 4)
+    assert loss.fall([*first, *[9.0] * 8, *last]) == pytest.approx((3 / 5, 3 / error))
