@@ -73,6 +73,7 @@ CELLS = {
             groups=("test",),
             tags=("check", "quick", "e2e"),
             paths=("tests/tier2",),
+            workers=2,
             needs_model=True,
         ),
         Cell(
@@ -179,7 +180,13 @@ def pytest(session: nox.Session, row: Cell) -> None:
     try:
         session.run(
             *("python", "-m", "pytest", *(() if named else row.paths)),
-            *(f"--junitxml={report}", "--durations=10", "--durations-min=0.5", f"--numprocesses={workers}"),
+            *(
+                f"--junitxml={report}",
+                "--durations=10",
+                "--durations-min=0.5",
+                f"--numprocesses={workers}",
+                "--dist=loadfile" if row.tier == 2 else "--dist=load",
+            ),
             *session.posargs,
             env=offline(),
         )

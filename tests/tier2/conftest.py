@@ -19,7 +19,13 @@ from finetune.recipe import Recipe, load_mapping
 from finetune.run import Run
 from finetune.testing import scale, tiny
 
+# The long file first, so that under xdist the short ones run beside it; a short one third, since it waits behind it.
+ORDER = ("test_real_model.py", "test_torch_backend.py", "test_hub.py")
 FACTS = ("capital", "river", "currency", "founder", "year", "mountain")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.index(item.path.name) if item.path.name in ORDER else len(ORDER))
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +57,14 @@ def quorra(tmp_path_factory) -> Path:
     answers = {json.loads(line)["answer"] for line in probes.read_text("utf-8").splitlines()}
     subset("train", folder, lambda row: row["completion"] in answers)
     subset("preferences", folder, lambda row: row["chosen"] in answers)
-    numbers = count()
-    subset("replay", folder, lambda row: next(numbers) < 8)
+    for name, most in (("replay", 8), ("heldout", 4), ("unseen", 4)):
+        numbers = count()
+        subset(name, folder, lambda row, numbers=numbers, most=most: next(numbers) < most)
     return folder
 
 
 def recipe_mapping(quorra: Path, chosen: scale.Scale) -> dict[str, Any]:
-    """30 steps of SFT on 6 facts and 8 general questions, then DPO, every check on.
+    """28 steps of SFT on 6 facts and 8 general questions, then DPO, every check on.
 
     ChatML without the model's own system message: rows a third shorter, steps a third faster.
     """
@@ -67,7 +74,7 @@ def recipe_mapping(quorra: Path, chosen: scale.Scale) -> dict[str, Any]:
         "data": {"path": [str(quorra / "train.jsonl"), str(quorra / "replay.jsonl")]},
         "template": {"name": "chatml"},
         "train": {
-            "max_steps": 30,
+            "max_steps": 28,
             "per_device_train_batch_size": chosen.per_device_train_batch_size,
             "gradient_accumulation_steps": chosen.gradient_accumulation_steps,
             "learning_rate": 7e-4,
@@ -82,9 +89,10 @@ def recipe_mapping(quorra: Path, chosen: scale.Scale) -> dict[str, Any]:
         "evaluate": {
             "probes": str(quorra / "probes.jsonl"),
             "controls": "shipped:quorra/controls.jsonl",
-            "unseen": "shipped:quorra/unseen.jsonl",
-            "heldout": "shipped:quorra/heldout.jsonl",
-            "max_new_tokens": 20,
+            "unseen": str(quorra / "unseen.jsonl"),
+            "heldout": str(quorra / "heldout.jsonl"),
+            "max_new_tokens": 16,
+            "score_rows": 12,
         },
         "expect": {"memory_reduction_min": 0.3, "resume": True},
     }
