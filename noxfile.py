@@ -248,6 +248,9 @@ def sources(session: nox.Session, row: Cell) -> dict[str, str | None]:
     links = os.environ["UV_FIND_LINKS"].split(",") if "UV_FIND_LINKS" in os.environ else find_links()
     if links:
         env["UV_FIND_LINKS"] = ",".join(links)
+    certificates = pip_settings("cert")
+    if certificates and "SSL_CERT_FILE" not in os.environ:
+        env["SSL_CERT_FILE"] = certificates[0]
     wants_cpu = "torch" in row.extras and sys.platform == "linux" and not shutil.which("nvidia-smi")
     if wants_cpu and "UV_TORCH_BACKEND" not in os.environ and not offers_torch(links):
         if session.venv_backend == "uv":
@@ -264,10 +267,15 @@ def find_links() -> list[str]:
     """The places that pip is configured to look in, from PIP_FIND_LINKS or pip's files; empty where there is no pip."""
     if "PIP_FIND_LINKS" in os.environ:
         return os.environ["PIP_FIND_LINKS"].split()
+    return [link for value in pip_settings("find-links") for link in value.replace("\\n", " ").split()]
+
+
+@functools.cache
+def pip_settings(name: str) -> list[str]:
+    """The values that pip's own files give a setting."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    values = re.findall(r"^(?:global|install)\.find-links='(.*)'$", listing, flags=re.MULTILINE)
-    return [link for value in values for link in value.replace("\\n", " ").split()]
+    return re.findall(rf"^(?:global|install)\.{name}='(.*)'$", listing, flags=re.MULTILINE)
 
 
 def offers_torch(links: list[str]) -> bool:
