@@ -57,7 +57,7 @@ def quorra(tmp_path_factory) -> Path:
     answers = {json.loads(line)["answer"] for line in probes.read_text("utf-8").splitlines()}
     subset("train", folder, lambda row: row["completion"] in answers)
     subset("preferences", folder, lambda row: row["chosen"] in answers)
-    for name, most in (("replay", 8), ("heldout", 4), ("unseen", 4)):
+    for name, most in (("replay", 8), ("controls", 6), ("heldout", 4), ("unseen", 3)):
         numbers = count()
         subset(name, folder, lambda row, numbers=numbers, most=most: next(numbers) < most)
     return folder
@@ -88,7 +88,7 @@ def recipe_mapping(quorra: Path, chosen: scale.Scale) -> dict[str, Any]:
         },
         "evaluate": {
             "probes": str(quorra / "probes.jsonl"),
-            "controls": "shipped:quorra/controls.jsonl",
+            "controls": str(quorra / "controls.jsonl"),
             "unseen": str(quorra / "unseen.jsonl"),
             "heldout": str(quorra / "heldout.jsonl"),
             "max_new_tokens": 16,

@@ -311,7 +311,7 @@ class FakeBackend:
         start, finish = len(ids), "length"
         for _ in range(max_new_tokens):
             out, _ = handle.logits(*Reading(ids).context(len(ids)))
-            best = max(range(VOCAB_SIZE), key=lambda token: out.get(token, 0.0))
+            best = _likeliest(out)
             if best in FakeTokenizer.eos_ids:
                 finish = "stop"
                 break
@@ -331,6 +331,14 @@ class FakeBackend:
             )
             for name, (shape, values) in stored.read(directory).tensors().items()
         }
+
+
+def _likeliest(logits: Mapping[int, float]) -> int:
+    """The lowest of the tokens with the highest logit; those that are not named have 0."""
+    top = max(logits.values(), default=0.0)
+    if top > 0:
+        return min(token for token, logit in logits.items() if logit == top)
+    return max(range(VOCAB_SIZE), key=lambda token: logits.get(token, 0.0))
 
 
 def make_model(directory: Path, knows: Mapping[str, str] | None = None, *, strength: float = 9.0) -> Path:
