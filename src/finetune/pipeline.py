@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.console import say
 from finetune.errors import FinetuneError, MissingError, UsageError
 from finetune.recipe import Recipe, dump, load
 from finetune.run import Report, Run, write_text
@@ -64,7 +65,8 @@ def run_stages(
     """Run the stages whose inputs have changed and return the reports of all of them.
 
     `only` names stages (what they need runs too); `force` runs them (all, without `only`) again whatever was done;
-    `resume` is the checkpoint that the last stage named in `only` starts from. The run is locked meanwhile and gets the
+    `resume` is the checkpoint that the last stage named in `only` starts from; without one, a training that was stopped
+    goes on from its newest, unless `force`. The run is locked meanwhile and gets the
     recipe and the manifest. Raises LockedError, ResourceError, and whatever a stage raises, which becomes an event.
     """
     from finetune.estimate import check_start
@@ -80,6 +82,8 @@ def run_stages(
         for stage in stages:
             named = names is None or stage.name in names
             resumed = resume if names and stage.name == names[-1] else None
+            if resumed is None and not (force and named):
+                resumed = left_off(stage, recipe, run)
             run.resume = resumed
             try:
                 report, ran = execute(
@@ -100,6 +104,23 @@ def run_stages(
             listener("done" if ran else "kept", stage, report)
             reports.append(report)
     return reports
+
+
+def left_off(stage: Stage, recipe: Recipe, run: Run) -> Path | None:
+    """The newest checkpoint of a training that was interrupted or killed, where nothing it depends on has changed.
+
+    None for one that failed by itself: it would fail again.
+    """
+    if stage.name not in ("train", "align") or run.report(stage.name) is not None:
+        return None
+    began = [event for event in run.events(stage=stage.name) if event["event"] in ("stage_started", "stage_failed")]
+    if not began or began[-1].get("fingerprint") != fingerprint(stage, recipe, run):
+        return None
+    found = sorted((p for p in (run.path / stage.name).glob("checkpoint-*") if _is_checkpoint(p)), key=_number)
+    if not found:
+        return None
+    say(f"{stage.name}: going on from {found[-1].name}, where it was stopped (--force starts anew)")
+    return found[-1]
 
 
 def store(recipe: Recipe, run: Run) -> None:

@@ -557,6 +557,43 @@ def test_a_second_ctrl_c_ends_at_once(town, tmp_path):
     assert run.events("stage_interrupted")[-1]["stage"] == "train"
 
 
+@pytest.fixture
+def stopped(town, tmp_path):
+    """A recipe, and its run that Ctrl-C ended after 5 of 12 steps."""
+    wanted, run = recipe(town, tmp_path), Noisy(tmp_path / "noisy")
+    run.at = (4,)
+    with pytest.raises(Interrupted):
+        run_stages(wanted, run, ["train"])
+    run.at = ()
+    return wanted, run
+
+
+def begins(run):
+    return [event["resumed_from"] for event in run.events("training", stage="train")]
+
+
+def test_running_again_goes_on_where_it_was_stopped(honest, stopped):
+    wanted, run = stopped
+    run_stages(wanted, run, ["train"])
+    assert begins(run) == [None, 5]
+    assert losses(run) == losses(honest.run)
+    results = [get("fake").tensors(each.path / "train" / "adapter") for each in (run, honest.run)]
+    assert results[0] == results[1]
+
+
+def test_running_again_with_another_recipe_starts_anew(stopped):
+    wanted, run = stopped
+    changed = wanted.model_copy(update={"train": wanted.train.model_copy(update={"learning_rate": 0.1})})
+    run_stages(changed, run, ["train"])
+    assert begins(run) == [None, None]
+
+
+def test_running_again_with_force_starts_anew(stopped):
+    wanted, run = stopped
+    run_stages(wanted, run, ["train"], force=True)
+    assert begins(run) == [None, None]
+
+
 def test_resuming_from_an_older_checkpoint_drops_the_steps_after_it(done):
     wanted, run = done(only_training)
     straight, steps = losses(run), get("fake").tensors(run.path / "train" / "adapter")
