@@ -4,7 +4,8 @@
 
 Prints wall time, training tokens/s and peak memory of both processes, their ratio within each round, and the share of
 this machine's measured matrix-multiply rate that the training reaches. Same model, rows, batch, steps, optimizer,
-precision and LoRA; both start from a cold process, so wall time holds imports and loading too.
+precision and LoRA; both start from a cold process, so wall time holds imports and loading too. Both get one thread a
+core: left alone, the launcher behind `trl sft` sets OMP_NUM_THREADS=1, and the comparison would be of that.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def run_measured(command: list[str], log: Path) -> dict[str, float]:
     """Wall seconds and peak resident bytes of one process and those it waited for."""
     begin = time.perf_counter()
     with log.open("w") as stream:
-        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=env)
         _, status, usage = os.wait4(child.pid, 0)
     if status != 0:
         sys.exit(f"{' '.join(command[:4])} failed:\n{log.read_text()[-2000:]}")
