@@ -259,7 +259,8 @@ def _message(fault: Any, path: tuple[str | int, ...]) -> str:
     if fault["type"] == "extra_forbidden":
         section = _section(path[:-1])
         known = list(section.model_fields) if section else []
-        return f"unknown key.{did_you_mean(str(path[-1]), known)} Known: {', '.join(known)}."
+        hint = did_you_mean(str(path[-1]), known) or f" Known: {', '.join(known)}."
+        return f"unknown key.{hint}"
     if fault["type"] == "missing":
         return "required, but missing"
     message, value = str(fault["msg"]).removeprefix("Value error, "), fault["input"]
