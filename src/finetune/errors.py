@@ -4,6 +4,11 @@ it names the value, what is allowed, and the fix."""
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class FinetuneError(Exception):
     """Root of every error that a user can cause or mend. `exit_code` is what the command line ends with."""
 

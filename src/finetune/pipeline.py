@@ -12,6 +12,7 @@ from finetune.errors import FinetuneError, MissingError, UsageError
 from finetune.recipe import Recipe, dump, load
 from finetune.run import Report, Run, write_text
 from finetune.stages import Stage, execute, fingerprint, inputs, plan
+from finetune.training import checkpoint_step, checkpoints, is_checkpoint
 
 Moment = Literal["start", "done", "kept"]
 # Told what happens: a stage starts (no report yet), is done, or was kept because nothing had changed.
@@ -116,7 +117,7 @@ def left_off(stage: Stage, recipe: Recipe, run: Run) -> Path | None:
     began = [event for event in run.events(stage=stage.name) if event["event"] in ("stage_started", "stage_failed")]
     if not began or began[-1].get("fingerprint") != fingerprint(stage, recipe, run):
         return None
-    found = sorted((p for p in (run.path / stage.name).glob("checkpoint-*") if _is_checkpoint(p)), key=_number)
+    found = checkpoints(run.path / stage.name)
     if not found:
         return None
     say(f"{stage.name}: going on from {found[-1].name}, where it was stopped (--force starts anew)")
@@ -143,29 +144,19 @@ def checkpoint(recipe: Recipe, run: Run, stage: str, wanted: str) -> Path:
     places = [run.path / stage]
     if section is not None and section.output_dir:
         places.append(Path(section.output_dir))
-    found = [path for place in places for path in place.glob("checkpoint-*") if _is_checkpoint(path)]
-    known = sorted(found, key=_number)
+    known = sorted((path for place in places for path in checkpoints(place)), key=checkpoint_step)
     exist = f" Those that exist: {', '.join(str(path) for path in known)}." if known else ""
     if wanted == "last":
         if not known:
             where = " or ".join(str(place) for place in places)
             raise MissingError(f"nothing to resume: no checkpoint in {where}. Start with: finetune {stage} RECIPE")
-        return max(known, key=lambda path: (_number(path), path.stat().st_mtime)).resolve()
+        return max(known, key=lambda path: (checkpoint_step(path), path.stat().st_mtime)).resolve()
     for path in (Path(wanted), *(place / wanted for place in places)):
-        if _is_checkpoint(path):
+        if is_checkpoint(path):
             return path.resolve()
     if not Path(wanted).exists():
         raise MissingError(f"no checkpoint at {wanted}.{exist}")
     raise UsageError(f"{wanted} is not a checkpoint: it holds no trainer_state.json.{exist}")
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return (path / "trainer_state.json").is_file()
-
-
-def _number(path: Path) -> int:
-    tail = path.name.rpartition("-")[2]
-    return int(tail) if tail.isdigit() else -1
 
 
 def _why(stage: Stage, recipe: Recipe, run: Run, rerun: list[str], forced: bool) -> str:

@@ -111,9 +111,19 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The `checkpoint-N` folders in a directory, oldest first."""
-    found = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    """The whole `checkpoint-N` folders in a directory, oldest first."""
+    return sorted((path for path in directory.glob("checkpoint-*") if is_checkpoint(path)), key=checkpoint_step)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a training can go on from this folder; its state is what is written last."""
+    return (path / "trainer_state.json").is_file()
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint folder's name, or -1."""
+    tail = path.name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else -1
 
 
 def sft_job(recipe: Recipe, run: Run, out: Path) -> Job:

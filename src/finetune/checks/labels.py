@@ -9,7 +9,7 @@ from finetune.answers import normalize
 from finetune.backends import Tokenizer, get
 from finetune.checks import Verdict, judge, missing
 from finetune.data import formats, sources
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
 from finetune.run import Run
 
@@ -65,7 +65,7 @@ def _labels_are_answers(recipe: Recipe, rows: list[dict[str, Any]], tokenizer: T
     try:
         examples = formats.to_examples(sources.read(data), data)
     except FinetuneError as error:
-        return missing(name, "==", 1.0, "share", ROWS, f"the data cannot be read again: {str(error).splitlines()[0]}")
+        return missing(name, "==", 1.0, "share", ROWS, f"the data cannot be read again: {first_line(error)}")
     right, wrong = 0, ""
     for row in rows:
         labels, number = row["labels"], row["row"]

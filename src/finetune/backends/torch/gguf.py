@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import MissingError, StageError
+from finetune.errors import MissingError, StageError, first_line
 from finetune.lookup import missing_package
 
 
@@ -30,7 +30,7 @@ def convert(gguf: Path, out: Path) -> None:
     except ImportError as error:  # transformers says so, with a page of text, when torch or gguf is not there
         raise MissingError(missing_package(error.name or "gguf")) from error
     except Exception as error:  # a damaged file ends in any of a dozen kinds
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise StageError(f"transformers cannot read {gguf}: {why}. The file may be damaged; get it again") from error
     finally:
         module.tqdm = bar

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from finetune.backends.torch.tokenizer import HFTokenizer, quiet
-from finetune.errors import MissingError, StageError, UsageError
+from finetune.errors import MissingError, StageError, UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,15 @@ def load_model(directory: Path, settings: Mapping[str, Any]) -> Any:
             **extra,
         )
     except ImportError as error:
-        raise MissingError(f"the model in {directory} cannot be loaded as asked: {_first_line(error)}") from error
+        raise MissingError(f"the model in {directory} cannot be loaded as asked: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise StageError(f"cannot load the model in {directory}: {_first_line(error)}") from error
+        raise StageError(f"cannot load the model in {directory}: {first_line(error)}") from error
     if found["missing_keys"]:
         raise StageError(
             f"the model in {directory} is not whole: {len(found['missing_keys'])} of its weights are not in its files "
             f"(first: {min(found['missing_keys'])}). Fetch it again, or name another model"
         )
     return model.to(choose_device(settings.get("device", "auto")))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
@@ -77,7 +73,7 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
         try:
             wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            why = _first_line(error)
+            why = first_line(error)
             raise StageError(
                 f"the adapter in {adapter} does not fit its base model {model.name_or_path}: "
                 f"{why if len(why) < 200 else why[:200] + '...'} If it was trained on another, set model.base_model"

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from finetune.errors import MissingError, StageError
+from finetune.errors import MissingError, StageError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -41,7 +41,7 @@ class HFTokenizer:
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError) as error:
-            raise StageError(f"no usable tokenizer in {directory}: {str(error).splitlines()[0]}") from None
+            raise StageError(f"no usable tokenizer in {directory}: {first_line(error)}") from None
         if self.hf.eos_token is None:
             raise StageError(
                 f"the tokenizer in {directory} has no end-of-text token (eos_token); set one in its config"
