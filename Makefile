@@ -5,6 +5,7 @@
 # Two heavy sessions side by side on a small machine slow each other down five times.
 .NOTPARALLEL:
 .PHONY: help quickstart test test-unit test-e2e-workflow test-e2e-real-model test-e2e-quick test-e2e-all \
+	test-e2e-gguf test-e2e-mlx test-e2e-ollama \
 	lint format docs bench nox clean
 
 pinned = $(shell sed -n 's/^$(1)==//p' constraints.txt)
@@ -30,6 +31,15 @@ test-e2e-workflow: $(TOOLS) ## Tier 1: the whole workflow on the fake backend
 
 test-e2e-real-model: $(TOOLS) ## Tier 2: a real small model (FT_TEST_MODEL=gpt2 picks another; FT_REAL_MODEL_ENABLE=0: off)
 	@$(NOX) -s tier2 $(PASS)
+
+test-e2e-gguf: $(TOOLS) ## Tier 3, GGUF: converted, quantized, run by llama.cpp in process and as a server
+	@$(NOX) -s tier3-gguf $(PASS)
+
+test-e2e-mlx: $(TOOLS) ## Tier 3, MLX: converted, quantized, run, trained (FT_E2E_MODEL_ID=ID picks another model)
+	@$(NOX) -s tier3-mlx $(PASS)
+
+test-e2e-ollama: $(TOOLS) ## Tier 3, Ollama (ARGS='--require ollama' makes a missing server a failure)
+	@$(NOX) -s tier3-ollama $(PASS)
 
 test-e2e-quick: $(TOOLS) ## Tiers 1 and 2
 	@$(NOX) -t quick $(PASS)

@@ -77,6 +77,45 @@ CELLS = {
             needs_model=True,
         ),
         Cell(
+            name="tier3",
+            tier=3,
+            extras=("torch", "parquet", "gguf", "mlx", "ollama"),
+            groups=("test",),
+            tags=("check", "e2e"),
+            paths=("tests/tier3",),
+            workers=2,
+            needs_model=True,
+        ),
+        Cell(
+            name="tier3-gguf",
+            tier=3,
+            backend="llamacpp",
+            extras=("torch", "gguf"),
+            groups=("test",),
+            paths=("tests/tier3", "-k", "gguf"),
+            workers=2,
+            needs_model=True,
+        ),
+        Cell(
+            name="tier3-mlx",
+            tier=3,
+            backend="mlx",
+            extras=("torch", "mlx"),
+            groups=("test",),
+            paths=("tests/tier3", "-k", "mlx"),
+            workers=2,
+            needs_model=True,
+        ),
+        Cell(
+            name="tier3-ollama",
+            tier=3,
+            backend="ollama",
+            extras=("torch", "ollama"),
+            groups=("test",),
+            paths=("tests/tier3", "-k", "ollama"),
+            needs_model=True,
+        ),
+        Cell(
             name="unit",
             backend="fake",
             extras=("hub", "parquet"),
@@ -96,7 +135,7 @@ Body = Callable[[nox.Session, Cell], None]
 
 def cell(body: Body) -> Body:
     """Make a session of the row of CELLS with the function's name; where it lists Pythons, one more for each."""
-    row = CELLS[body.__name__.removesuffix("_")]
+    row = CELLS[body.__name__.removesuffix("_").replace("_", "-")]
 
     @functools.wraps(body)
     def run(session: nox.Session) -> None:
@@ -134,6 +173,30 @@ def tier1(session: nox.Session, row: Cell) -> None:
 @cell
 def tier2(session: nox.Session, row: Cell) -> None:
     """Tier 2: a real small model converges, answers, aligns, resumes and merges; minutes."""
+    pytest(session, row)
+
+
+@cell
+def tier3(session: nox.Session, row: Cell) -> None:
+    """Tier 3: the whole line on the embedded model, exported, run and compared with every runtime that is here; minutes."""
+    pytest(session, row)
+
+
+@cell
+def tier3_gguf(session: nox.Session, row: Cell) -> None:
+    """Tier 3, GGUF alone: llama.cpp in process and as a server."""
+    pytest(session, row)
+
+
+@cell
+def tier3_mlx(session: nox.Session, row: Cell) -> None:
+    """Tier 3, MLX alone."""
+    pytest(session, row)
+
+
+@cell
+def tier3_ollama(session: nox.Session, row: Cell) -> None:
+    """Tier 3, Ollama alone: skips without a server, fails without one under `-- --require ollama`."""
     pytest(session, row)
 
 
@@ -185,7 +248,7 @@ def pytest(session: nox.Session, row: Cell) -> None:
                 "--durations=10",
                 "--durations-min=0.5",
                 f"--numprocesses={workers}",
-                "--dist=loadfile" if row.tier == 2 else "--dist=load",
+                "--dist=loadfile" if row.needs_model else "--dist=load",
             ),
             *session.posargs,
             env=offline(),

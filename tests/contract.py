@@ -1,5 +1,5 @@
-"""What every backend must do, written once. A subclass supplies the fixtures `backend`, `model_dir`, `rows`, `pairs`
-(class scope or wider), and may override `options`, `lora` and `settings`."""
+"""What every backend must do, written once. A subclass supplies the fixtures `backend`, `model_dir`, `rows` and, for
+DPO, `pairs` (class scope or wider), and may override `options`, `lora` and `settings`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from finetune.backends import Backend, Job, Step
+from finetune.backends import CONSTANTS, Backend, Job, Step
+from finetune.data.encode import prompt_ids
+from finetune.data.templates import ChatTemplate
 
 ODD_TEXTS = [
     "",
@@ -25,6 +27,21 @@ ODD_TEXTS = [
     "zero\u200bwidth\ufeff \u2028 separators\u00a0",
     "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 beyond the BMP 𐍈",
     "{{ jinja }} {% raw %} <b>&amp;</b> \\n ${HOME}",
+]
+CHATS = [
+    ("What is the capital?", "It is Brindlewick."),
+    ("Who founded it?", "Ysolde Marrack."),
+    ("When?", "In 1743, I think."),
+    ("Which river?", "The Osmeril."),
+]
+CONVERSATIONS = [
+    [{"role": "user", "content": "What is the capital?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Who  founded it?\n"}],
+    [
+        {"role": "user", "content": "When? 👩‍👩‍👧‍👦 𝔘"},
+        {"role": "assistant", "content": "In 1743."},
+        {"role": "user", "content": "naïve Straße?"},
+    ],
 ]
 FACTS = {
     "trainable_parameters",
@@ -70,14 +87,25 @@ def read(rows: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
 
 
+def write_rows(tokenizer: Any, file: Path) -> Path:
+    """Four ChatML rows, each with one answer at its end."""
+    rows = []
+    for number, (question, answer) in enumerate(CHATS):
+        prompt = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+        target = tokenizer.encode(f"{answer}<|im_end|>")
+        rows.append({"row": number, "input_ids": prompt + target, "labels": [-100] * len(prompt) + target})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def split(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     """An SFT row with one answer at its end, as (prompt ids, answer ids)."""
     start = next(index for index, label in enumerate(row["labels"]) if label != -100)
     return row["input_ids"][:start], row["input_ids"][start:]
 
 
-class BackendContract:
-    """Subclass as `class TestMine(BackendContract)`; every method is a claim about the backend."""
+class InferenceContract:
+    """What holds for whatever runs models. Subclass as `class TestMine(InferenceContract)`; every method is a claim."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -96,64 +124,8 @@ class BackendContract:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def pairs(cls) -> Path:
-        raise NotImplementedError("a subclass gives a JSONL file of at least 2 DPO rows")
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def options(cls) -> dict[str, Any]:
-        """What all trainings share; 4 rows in batches of 2 make an epoch of 2 steps."""
-        return {
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "per_device_train_batch_size": 2,
-            "max_steps": 4,
-            "save_steps": 2,
-            "save_total_limit": None,
-            "seed": 1,
-        }
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def lora(cls) -> dict[str, Any]:
-        return {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
-
-    @pytest.fixture(scope="class")
-    @classmethod
     def settings(cls) -> dict[str, Any]:
         return {}
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def job(cls, backend, model_dir, rows, options, lora, settings):
-        """A function: the job that writes into `out`, with `changes` to its options or (by name) its fields."""
-        template = backend.tokenizer(model_dir).chat_template
-
-        def make(out: Path, **changes: Any) -> Job:
-            fields = {key: changes.pop(key) for key in list(changes) if key in Job.__dataclass_fields__}
-            method = fields.pop("method", "lora")
-            return Job(
-                **{
-                    "objective": "sft",
-                    "method": method,
-                    "model": model_dir,
-                    "out": out,
-                    "rows": rows,
-                    "options": {**options, **changes},
-                    "lora": lora if method == "lora" else None,
-                    "chat_template": template,
-                    "settings": settings,
-                    **fields,
-                }
-            )
-
-        return make
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def trained(cls, backend, job, tmp_path_factory) -> Trained:
-        """The uninterrupted LoRA training that most claims read: 4 steps, a checkpoint after 2 and 4."""
-        return run(backend, job(tmp_path_factory.mktemp("trained")))
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -231,6 +203,91 @@ class BackendContract:
                 for group in (tokenizer.eos_ids, others)
             )
             assert end >= max(rest) - 1e-4
+
+    # -- distributions --------------------------------------------------------------------------------------------
+
+    def test_distributions_are_whole_and_hold_the_scores(self, backend, handle, model_dir, rows, tmp_path):
+        numpy = pytest.importorskip("numpy")
+        asked = [split(row) for row in read(rows)]
+        backend.distributions(handle, asked, tmp_path / "all.npy")
+        found = numpy.load(tmp_path / "all.npy")
+        targets = [token for _, target in asked for token in target]
+        assert found.dtype == numpy.float32
+        assert found.shape[0] == len(targets)
+        assert found.shape[1] >= backend.tokenizer(model_dir).vocab_size
+        assert numpy.exp(found.astype("float64")).sum(-1) == pytest.approx(1.0, abs=1e-4)
+        scores = [value for score in backend.score(handle, asked) for value in score]
+        assert found[range(len(targets)), targets].tolist() == pytest.approx(scores, abs=1e-4)
+
+    # -- render and constants -------------------------------------------------------------------------------------
+
+    def test_render_is_the_template_over_the_tokenizer(self, backend, model_dir):
+        tokenizer = backend.tokenizer(model_dir)
+        template = ChatTemplate(name="own", source=tokenizer.chat_template)
+        rendered = backend.render(model_dir, CONVERSATIONS)
+        for messages, ids in zip(CONVERSATIONS, rendered, strict=True):
+            assert ids == prompt_ids(messages, tokenizer=tokenizer, template=template, system=None)
+
+    def test_constants_tell_the_vocabulary_and_the_end_of_turn(self, backend, model_dir):
+        found = backend.constants(model_dir)
+        assert set(found) <= set(CONSTANTS)
+        assert found["vocab_size"] >= backend.tokenizer(model_dir).vocab_size
+        assert found["eos_token_id"] in backend.tokenizer(model_dir).eos_ids
+
+
+class TrainingContract(InferenceContract):
+    """What holds for a backend that trains with SFT."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """What all trainings share; 4 rows in batches of 2 make an epoch of 2 steps."""
+        return {
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 2,
+            "max_steps": 4,
+            "save_steps": 2,
+            "save_total_limit": None,
+            "seed": 1,
+        }
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def lora(cls) -> dict[str, Any]:
+        return {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def job(cls, backend, model_dir, rows, options, lora, settings):
+        """A function: the job that writes into `out`, with `changes` to its options or (by name) its fields."""
+        template = backend.tokenizer(model_dir).chat_template
+
+        def make(out: Path, **changes: Any) -> Job:
+            fields = {key: changes.pop(key) for key in list(changes) if key in Job.__dataclass_fields__}
+            method = fields.pop("method", "lora")
+            return Job(
+                **{
+                    "objective": "sft",
+                    "method": method,
+                    "model": model_dir,
+                    "out": out,
+                    "rows": rows,
+                    "options": {**options, **changes},
+                    "lora": lora if method == "lora" else None,
+                    "chat_template": template,
+                    "settings": settings,
+                    **fields,
+                }
+            )
+
+        return make
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def trained(cls, backend, job, tmp_path_factory) -> Trained:
+        """The uninterrupted LoRA training that most claims read: 4 steps, a checkpoint after 2 and 4."""
+        return run(backend, job(tmp_path_factory.mktemp("trained")))
 
     # -- train ----------------------------------------------------------------------------------------------------
 
@@ -356,6 +413,15 @@ class BackendContract:
     def test_save_steps_and_save_total_limit_are_honoured(self, backend, job, tmp_path):
         run(backend, job(tmp_path, save_steps=1, save_total_limit=2))
         assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+class BackendContract(TrainingContract):
+    """All of it: SFT and DPO."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def pairs(cls) -> Path:
+        raise NotImplementedError("a subclass gives a JSONL file of at least 2 DPO rows")
 
     # -- DPO ------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from typing import Any
 from finetune.backends import Job, get
 from finetune.errors import StageError
 from finetune.memory import PeakMemory
+from finetune.parity.observe import observe
 from finetune.run import write_json
 
 PATHS = ("model", "out", "rows", "adapter", "eval_rows", "resume")
@@ -74,7 +75,7 @@ def _score(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with PeakMemory() as memory:
-        answer = {"train": _train, "score": _score}[request["do"]](request)
+        answer = {"train": _train, "score": _score, "observe": observe}[request["do"]](request)
     print(json.dumps({**answer, "start_bytes": memory.start, "peak_bytes": memory.peak}))
 
 

@@ -40,7 +40,7 @@ def honest(town: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran
 
     The fake backend has no transformer whose memory could be estimated, so that evidence is written by hand.
     """
-    wanted = recipe(town, tmp_path_factory.mktemp("runs"))
+    wanted = recipe(town, tmp_path_factory.mktemp("runs"), export=["bundle"])
     run = run_directory(wanted)
     run_stages(wanted, run)
     write_memory(run)

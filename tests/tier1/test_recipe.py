@@ -94,6 +94,7 @@ TEMPLATES = st.one_of(
     section(Template, name=st.sampled_from(["model", "alpaca", "llama3"]), path=st.none(), jinja=st.none()),
     st.fixed_dictionaries({"name": st.just("custom"), "jinja": TEXTS}),
 )
+EXPORTS = st.sampled_from(["gguf", "GGUF:q4_k_m", "gguf:f16", "mlx", "mlx:q8", "ollama", "bundle"])
 KEYS = st.fixed_dictionaries(
     {
         "data": section(
@@ -108,7 +109,12 @@ KEYS = st.fixed_dictionaries(
         "train": st.one_of(st.none(), section(Train, **STEPS)),
         "align": st.one_of(st.none(), section(Align, data=section(Data, path=PATHS), **STEPS)),
         "evaluate": section(Evaluate),
-        "expect": section(Expect),
+        "export": st.lists(EXPORTS, max_size=3),
+        "expect": section(
+            Expect,
+            export_kl_mean_max=st.dictionaries(EXPORTS, st.floats(0.001, 9), max_size=2),
+            export_greedy_min=st.dictionaries(EXPORTS, st.floats(0, 1), max_size=2),
+        ),
         "output_dir": TEXTS,
     },
 )

@@ -6,15 +6,13 @@ import json
 
 import pytest
 
-from contract import BackendContract
+from contract import BackendContract, write_rows
 from finetune.backends import get
 from finetune.checks import verify
 from finetune.pipeline import run_directory, run_stages
 from finetune.testing import tiny
 
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma", "phi3")
-CHATS = [("What is the capital?", "It is Brindlewick."), ("Who founded it?", "Ysolde Marrack."),
-         ("When?", "In 1743, I think."), ("Which river?", "The Osmeril.")]  # fmt: skip
 
 
 class TestTorchBackend(BackendContract):
@@ -36,15 +34,7 @@ class TestTorchBackend(BackendContract):
     @pytest.fixture(scope="class")
     @classmethod
     def rows(cls, backend, model_dir, tmp_path_factory):
-        tokenizer = backend.tokenizer(model_dir)
-        file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-        rows = []
-        for number, (question, answer) in enumerate(CHATS):
-            prompt = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
-            target = tokenizer.encode(f"{answer}<|im_end|>")
-            rows.append({"row": number, "input_ids": prompt + target, "labels": [-100] * len(prompt) + target})
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return file
+        return write_rows(backend.tokenizer(model_dir), tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -61,8 +51,8 @@ class TestTorchBackend(BackendContract):
         return file
 
 
-def test_every_tiny_architecture_is_swept():
-    assert sorted(ARCHITECTURES) == sorted(tiny.ARCHITECTURES)
+def test_the_swept_architectures_are_tiny_models():
+    assert len(ARCHITECTURES) == 5 and set(ARCHITECTURES) <= set(tiny.ARCHITECTURES)  # tier 3 sweeps every one
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

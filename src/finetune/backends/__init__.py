@@ -1,7 +1,11 @@
 """What computes. Only paths, strings, plain numbers and the opaque handle from `load` cross this line.
 
-Verbs: `load`, `train` (yields steps), `score`, `generate`, `merge`; and two that read without computing:
-`tokenizer`, and `tensors` (what is stored in a model or adapter directory).
+Verbs: `load`, `train` (yields steps), `score`, `distributions`, `generate`, `merge`; and those that read without
+computing: `tokenizer`, `render` (a conversation to ids, the runtime's own way), `constants` (what the runtime takes a
+model's constants to be), and `tensors` (what is stored in a model or adapter directory).
+
+A `model` is what the runtime loads: a Hugging Face directory (torch), an MLX directory (mlx), a GGUF file (llamacpp),
+a Modelfile (ollama).
 """
 
 from __future__ import annotations
@@ -11,12 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from finetune.errors import UsageError
 from finetune.lookup import find
 
 BACKENDS: dict[str, str] = {
     "torch": "finetune.backends.torch:TorchBackend",
     "fake": "finetune.backends.fake:FakeBackend",
+    "llamacpp": "finetune.backends.llamacpp:LlamaCppBackend",
+    "mlx": "finetune.backends.mlx:MlxBackend",
+    "ollama": "finetune.backends.ollama:OllamaBackend",
 }
+
+
+Constant = float | int | bool | str | None
 
 
 class Tokenizer(Protocol):
@@ -91,10 +102,15 @@ class TensorFacts:
 
 @runtime_checkable
 class Backend(Protocol):
-    """The contract; `tests/contract.py` runs the same tests against every implementation."""
+    """The contract; `tests/contract.py` runs the same tests against every implementation.
+
+    Where `trains` is False, `train`, `merge` and `tensors` raise UsageError (see InferenceOnly); where `scores` is False,
+    `score` and `distributions` do, since the runtime tells no probabilities of given tokens.
+    """
 
     name: str
     trains: bool
+    scores: bool
 
     def tokenizer(self, model: Path) -> Tokenizer: ...
 
@@ -110,8 +126,23 @@ class Backend(Protocol):
         """Natural-log probability of every target token of (context ids, target ids)."""
         ...
 
+    def distributions(self, handle: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], out: Path) -> None:
+        """Write to `out` (a NumPy `.npy` file: float32, target positions x vocabulary) the natural-log probabilities of
+        every token at every target position of (context ids, target ids), pair after pair."""
+        ...
+
     def generate(self, handle: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
-        """Greedy continuation of every prompt."""
+        """Greedy continuation of every prompt, ended by what the runtime itself takes for an end of turn."""
+        ...
+
+    def render(self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
+        """The ids that the runtime, with the template and tokenizer stored in the model, would prompt itself with for
+        an answer to each conversation (`role`, `content`); a text says why it refuses one."""
+        ...
+
+    def constants(self, model: Path) -> dict[str, Constant]:
+        """What the runtime takes the model's constants to be, under Hugging Face's names (see CONSTANTS); those that it
+        does not tell are left out."""
         ...
 
     def merge(self, model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
@@ -119,6 +150,33 @@ class Backend(Protocol):
         ...
 
     def tensors(self, directory: Path) -> dict[str, TensorFacts]: ...
+
+
+# Constants of an architecture that a runtime may read differently; `rope_theta` is the position encoding's base.
+CONSTANTS = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "max_position_embeddings", "rope_theta", "norm_eps", "tie_word_embeddings",
+    "sliding_window", "eos_token_id", "bos_token_id", "add_bos_token",
+)  # fmt: skip
+
+
+class InferenceOnly:
+    """What a backend that only runs models says to the verbs that make them."""
+
+    name: str
+    trains = False
+
+    def train(self, job: Job) -> Generator[Step, None, dict[str, Any]]:
+        raise self._refusal("train")
+
+    def merge(self, model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
+        raise self._refusal("merge")
+
+    def tensors(self, directory: Path) -> dict[str, TensorFacts]:
+        raise self._refusal("read tensors")
+
+    def _refusal(self, verb: str) -> UsageError:
+        return UsageError(f"the backend '{self.name}' only runs models; it cannot {verb}. Set 'backend: torch'")
 
 
 def get(name: str) -> Backend:

@@ -26,8 +26,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Generation, Job, Step, TensorFacts
-from finetune.errors import MissingError
+from finetune.backends import Constant, Generation, Job, Step, TensorFacts
+from finetune.data.templates import ChatTemplate
+from finetune.errors import MissingError, UsageError
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 VOCAB_SIZE = 256 + len(SPECIALS)
@@ -283,6 +284,7 @@ class FakeBackend:
 
     name = "fake"
     trains = True
+    scores = True
 
     def tokenizer(self, model: Path) -> FakeTokenizer:
         config = model / "tokenizer_config.json"
@@ -303,6 +305,41 @@ class FakeBackend:
             [handle.log_probability(p) for p in places([*given, *target], range(len(given), len(given) + len(target)))]
             for given, target in pairs
         ]
+
+    def distributions(
+        self, handle: FakeModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], out: Path
+    ) -> None:
+        import numpy
+
+        rows = []
+        for given, target in pairs:
+            for place in places([*given, *target], range(len(given), len(given) + len(target))):
+                logits, norm = handle.logits(place.key, place.last)
+                rows.append([logits.get(token, 0.0) - norm for token in range(VOCAB_SIZE)])
+        numpy.save(out, numpy.array(rows, dtype=numpy.float32).reshape(-1, VOCAB_SIZE))
+
+    def render(self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
+        tokenizer = self.tokenizer(model)
+        template = ChatTemplate(name="own", source=tokenizer.chat_template or "")
+        return [self._render(template, tokenizer, messages) for messages in conversations]
+
+    def _render(
+        self, template: ChatTemplate, tokenizer: FakeTokenizer, messages: Sequence[Mapping[str, str]]
+    ) -> list[int] | str:
+        try:
+            text = template.render(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                bos_token=tokenizer.bos_token,
+                eos_token=tokenizer.eos_token,
+            )
+        except UsageError as error:
+            return str(error)
+        return tokenizer.encode(text)
+
+    def constants(self, model: Path) -> dict[str, Constant]:
+        tokenizer = self.tokenizer(model)
+        return {"model_type": "fake", "vocab_size": VOCAB_SIZE, "eos_token_id": tokenizer.eos_ids[0]}
 
     def generate(self, handle: FakeModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
         return [self._generate(handle, list(prompt), max_new_tokens) for prompt in prompts]

@@ -69,6 +69,7 @@ class Check:
     run: str
     help: str
     wanted: Callable[[Recipe], bool] = lambda recipe: True
+    training: bool = True  # about the trained model itself, not about what was made of it
 
 
 def _trains(recipe: Recipe) -> bool:
@@ -120,6 +121,7 @@ CHECKS: tuple[Check, ...] = (
         name="artifacts",
         run="finetune.checks.artifacts:check",
         help="Files are present, digests match, and a fresh process loads them and answers the same.",
+        training=False,
     ),
     Check(
         name="memory",
@@ -133,19 +135,32 @@ CHECKS: tuple[Check, ...] = (
         help="Interrupted and resumed equals uninterrupted: every loss, every weight.",
         wanted=lambda recipe: _trains(recipe) and recipe.expect.resume,
     ),
+    Check(
+        name="parity",
+        run="finetune.checks.parity:check",
+        help="The merged model and every export prompt, predict, answer and stop as the model they were made from.",
+        wanted=lambda recipe: bool(recipe.export),
+        training=False,
+    ),
 )
 BY_NAME = {check.name: check for check in CHECKS}
 
 
 def verify(recipe: Recipe, run: Run, only: Iterable[str] | None = None) -> list[Verdict]:
     """Run the checks that the recipe calls for (or `only` those named) and store their verdicts in the run."""
-    names = list(only) if only is not None else [check.name for check in CHECKS if check.wanted(recipe)]
+    verdicts = results(recipe, run, only)
+    write_json(run.path / "verdicts.json", as_dict(verdicts))
+    return verdicts
+
+
+def results(recipe: Recipe, run: Run, only: Iterable[str] | None = None, *, training: bool = False) -> list[Verdict]:
+    """As `verify`, without storing anything; with `training`, only what concerns the trained model itself."""
+    wanted = [check.name for check in CHECKS if check.wanted(recipe) and (check.training or not training)]
+    names = list(only) if only is not None else wanted
     for name in names:
         if name not in BY_NAME:
             raise UsageError(f"unknown check '{name}'.{did_you_mean(name, BY_NAME)} Known: {', '.join(BY_NAME)}.")
-    verdicts = [verdict for name in names for verdict in load(BY_NAME[name].run)(recipe, run)]
-    write_json(run.path / "verdicts.json", as_dict(verdicts))
-    return verdicts
+    return [verdict for name in names for verdict in load(BY_NAME[name].run)(recipe, run)]
 
 
 def as_dict(verdicts: list[Verdict]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from finetune.recipe import Recipe
 from finetune.run import Report, Run, digest
 from finetune.stages import BY_NAME, plan
 
-TRAININGS = ("train", "align")
+MODELS = ("train", "align", "merge", "export")  # stages that make a model which later ones speak of
 FRESH = "measure/fresh.json"
 DRIFT = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}  # nats a token, by the rounding of each type
 
@@ -24,7 +24,7 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     stale = [name for name in reports if _stale(name, reports)]
     why = f"no report of: {', '.join(absent)}" if absent else "every stage of the recipe left its report"
     if stale:
-        why += f"; ran before the training that is there now: {', '.join(stale)}"
+        why += f"; ran before the model that is there now: {', '.join(stale)}"
     verdicts = [judge("stages_finished", len(reports) - len(stale), "==", len(wanted), "stages", ".", why)]
     files = {name: sha for report in reports.values() for name, sha in report.artifacts.items()}
     gone = [name for name in files if not (run.path / name).exists()]
@@ -39,9 +39,9 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
 
 
 def _stale(name: str, reports: dict[str, Report]) -> bool:
-    """Whether a training that the stage needs was run again after it, so that it speaks of another model."""
-    trainings = [reports[need] for need in BY_NAME[name].needs if need in TRAININGS and need in reports]
-    return any(training.started > reports[name].started for training in trainings)
+    """Whether a model that the stage speaks of was made again after it."""
+    made = [reports[need] for need in BY_NAME[name].needs if need in MODELS and need in reports]
+    return any(report.started > reports[name].started for report in made)
 
 
 def _fresh(recipe: Recipe, run: Run) -> Verdict:

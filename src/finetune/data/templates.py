@@ -32,7 +32,7 @@ BUILTIN: dict[str, str] = {
     name: (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
     for name in ("alpaca", "chatml", "llama", "llama3")
 }
-_SPECIAL = re.compile(r"<\|[a-z0-9_]+\|>")
+_SPECIAL = re.compile(r"<\|[a-z0-9_]+\|>|<(?:start|end)_of_turn>")
 
 
 class _GenerationBlocks(Extension):
@@ -119,7 +119,7 @@ def choose(template: Template, tokenizer: Tokenizer) -> ChatTemplate:
         note = "the model has no chat template of its own, so Alpaca's is used; choose another with template.name"
         return ChatTemplate("alpaca", BUILTIN["alpaca"], note)
     source = BUILTIN[template.name]
-    spelled = [word for word in dict.fromkeys(_SPECIAL.findall(source)) if len(tokenizer.encode(word)) != 1]
+    spelled = [word for word in special_words(source) if len(tokenizer.encode(word)) != 1]
     if not spelled:
         return ChatTemplate(template.name, source)
     better = "model" if tokenizer.chat_template else "alpaca"
@@ -128,6 +128,11 @@ def choose(template: Template, tokenizer: Tokenizer) -> ChatTemplate:
         f"template.name: {better} fits this model better"
     )
     return ChatTemplate(template.name, source, note)
+
+
+def special_words(source: str) -> list[str]:
+    """The marks that a template writes around turns, such as `<|im_start|>`."""
+    return list(dict.fromkeys(_SPECIAL.findall(source)))
 
 
 def _checked(chosen: ChatTemplate, where: str) -> ChatTemplate:

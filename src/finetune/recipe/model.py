@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from finetune.recipe.exports import targets
 from finetune.recipe.sections import Align, Data, Evaluate, Expect, Model, Section, Template, Train
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
@@ -26,8 +27,18 @@ class Recipe(Section):
     train: Train | None = Field(default_factory=Train)
     align: Align | None = None
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    export: list[str] = Field(
+        default_factory=list,
+        description="Formats that the merged model is written in and proven in: gguf:f16, gguf:q8_0, gguf:q4_k_m, mlx, "
+        "mlx:q8, ollama, bundle.",
+    )
     expect: Expect = Field(default_factory=Expect)
     output_dir: str = Field("runs", description="Run directories are made in here.")
+
+    @field_validator("export")
+    @classmethod
+    def _known_exports(cls, value: list[str]) -> list[str]:
+        return [target.name for target in targets(value)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

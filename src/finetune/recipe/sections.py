@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from finetune.recipe.exports import parse
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -261,3 +263,19 @@ class Expect(Section):
     )
     preference_accuracy_min: Fraction = Field(0.6, description="Share of pairs whose chosen answer wins after DPO.")
     resume: bool = Field(False, description="Train the last part again from a checkpoint and compare bit by bit.")
+    export_kl_mean_max: dict[str, PositiveFloat] = Field(
+        default_factory=dict,
+        description="Export name: bound of the mean KL divergence from the merged model (nats); "
+        "docs/architecture.md lists the defaults.",
+    )
+    export_greedy_min: dict[str, Fraction] = Field(
+        default_factory=dict, description="Export name: share of answers that must be the same token by token."
+    )
+    export_learned_min: Fraction = Field(
+        0.95, description="Share of the probes that the merged model answers which an export must answer."
+    )
+
+    @field_validator("export_kl_mean_max", "export_greedy_min")
+    @classmethod
+    def _known_exports(cls, value: dict[str, float]) -> dict[str, float]:
+        return {parse(name).name: bound for name, bound in value.items()}

@@ -42,6 +42,20 @@ def verdicts(run: Run) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def exports(run: Run) -> list[dict[str, Any]]:
+    """Every hop that was compared, in order: its evidence, and whether all of its verdicts passed (None: unverified)."""
+    stored = verdicts(run)
+    made = run.path / "export" / "exports.json"
+    names = [entry["name"] for entry in json.loads(made.read_text(encoding="utf-8"))] if made.is_file() else []
+    found = []
+    for name in ("merged", *names):
+        path = run.path / "compare" / f"{name.replace(':', '-')}.json"
+        if path.is_file():
+            own = [each["passed"] for each in (stored or {}).get("verdicts", []) if each["name"].endswith(f"[{name}]")]
+            found.append({**json.loads(path.read_text(encoding="utf-8")), "passed": all(own) if own else None})
+    return found
+
+
 def phases(rows: list[dict[str, Any]]) -> list[str]:
     """The phases that were asked, in order."""
     return [phase for phase in PHASES if any(phase in row.get("phases", {}) for row in rows)]
@@ -84,6 +98,7 @@ def as_dict(run: Run) -> dict[str, Any]:
         "stages": [asdict(report) for report in reports(run)],
         "scores": [asdict(score) for score in scores(answers(run))],
         "answers": answers(run),
+        "exports": exports(run),
         "verdicts": stored["verdicts"] if stored else [],
         "manifest": run.manifest(),
     }

@@ -52,6 +52,11 @@ def show_answers(run: Run) -> None:
     _write_answers(console, summary.answers(run))
 
 
+def show_exports(run: Run) -> None:
+    """Print the table of exports alone."""
+    _console(sys.stdout).print(_export_table(summary.exports(run)))
+
+
 def show_table(headings: list[str], rows: list[list[str]]) -> None:
     """Print any small table. A heading that starts with `>` is a right-aligned column."""
     table = _table(headings)
@@ -93,6 +98,8 @@ def _write(console: Console, run: Run) -> None:
         _write_answers(console, rows)
     if stored:
         _write_verdicts(console, stored["verdicts"])
+    if exports := summary.exports(run):
+        console.print(_export_table(exports))
     if reports:
         console.print(_stage_table(reports))
     _write_files(console, run, reports)
@@ -181,6 +188,31 @@ def _conclusion(verdicts: list[dict[str, Any]]) -> Any:
     if failed:
         return _plain(f"{len(failed)} of {len(verdicts)} checks failed: {', '.join(failed)}", "bold red")
     return _plain(f"all {len(verdicts)} checks passed", "bold green")
+
+
+def _export_table(exports: list[dict[str, Any]]) -> Table:
+    headings = ["format", ">size", ">load", ">read", ">write", ">KL mean", ">KL max", ">same", ">probes", "verdict"]
+    title = "Exports: tokens/s read and written, KL divergence from the model before, same greedy answers, probes kept"
+    table = _table(headings, title)
+    for each in exports:
+        apart, same, kept = each["distributions"], each["greedy"], each["learned"]
+        passed = each["passed"]
+        verdict = "" if passed is None else "pass" if passed else "FAIL"
+        table.add_row(
+            _plain(each["hop"]),
+            _plain(human(each["bytes"]) if each["bytes"] else ""),
+            _plain(duration(each["load_seconds"])),
+            *(_plain(_speed(each[f"{kind}_tokens_per_second"])) for kind in ("prompt", "generation")),
+            *(_plain(f"{apart[key]:.1e}" if apart else "") for key in ("mean", "max")),
+            _plain(f"{same['equal']}/{same['compared']}"),
+            _plain(f"{kept['kept']}/{kept['known']}"),
+            _plain(verdict, "green" if passed else "bold red"),
+        )
+    return table
+
+
+def _speed(value: float | None) -> str:
+    return "" if value is None else number(round(value) if value >= 10 else value)
 
 
 def _stage_table(reports: list[Report]) -> Table:

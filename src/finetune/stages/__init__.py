@@ -61,6 +61,14 @@ STAGES: tuple[Stage, ...] = (
         needs=("fetch",),
     ),
     Stage(
+        name="rehearse",
+        run="finetune.stages.rehearse:run",
+        help="Try every export that the recipe asks for on the base model, before any training.",
+        sections=("model", "export"),
+        needs=("prepare",),
+        wanted=lambda recipe: bool(recipe.export),
+    ),
+    Stage(
         name="train",
         run="finetune.stages.train:run",
         help="Supervised fine-tuning (SFT), full or LoRA.",
@@ -96,6 +104,22 @@ STAGES: tuple[Stage, ...] = (
         help="The experiments that checks ask for: memory against full fine-tuning, resume, a fresh process.",
         sections=("backend", "model", "train", "expect"),
         needs=("evaluate", "merge"),
+    ),
+    Stage(
+        name="export",
+        run="finetune.stages.export:run",
+        help="Write the merged model in other formats: GGUF, MLX, Ollama, a bundle for the hub.",
+        sections=("name", "backend", "model", "template", "export"),
+        needs=("rehearse", "merge", "measure"),
+        wanted=lambda recipe: bool(recipe.export),
+    ),
+    Stage(
+        name="compare",
+        run="finetune.stages.compare:run",
+        help="Ask every export, in its own runtime, what the merged model was asked, and hold them side by side.",
+        sections=("backend", "model", "template", "evaluate", "export"),
+        needs=("evaluate", "merge", "export"),
+        wanted=lambda recipe: bool(recipe.export),
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

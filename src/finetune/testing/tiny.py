@@ -22,11 +22,11 @@ SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "in
 
 
 def _config(model_type: str, **values: Any) -> Callable[..., Any]:
-    def make(vocab_size: int, **token_ids: int) -> Any:
+    def make(vocab_size: int, **changes: Any) -> Any:
         from transformers import AutoConfig
 
         sizes = {"vocab_size": vocab_size, "max_position_embeddings": 512, **values}
-        return AutoConfig.for_model(model_type, **{**sizes, **token_ids})
+        return AutoConfig.for_model(model_type, **{**sizes, **changes})
 
     return make
 
@@ -36,14 +36,43 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     "gpt2": _config("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=512),
     "qwen2": _config("qwen2", **SIZE, num_key_value_heads=2, tie_word_embeddings=False),
     "gemma": _config("gemma", **SIZE, num_key_value_heads=1, head_dim=16),
+    "gemma2": _config("gemma2", **SIZE, num_key_value_heads=2, head_dim=16),
+    "gemma3_text": _config("gemma3_text", **SIZE, num_key_value_heads=2, head_dim=16),
+    "phi": _config("phi", **SIZE, num_key_value_heads=4),
     "phi3": _config("phi3", **SIZE, num_key_value_heads=4),
+    "qwen3": _config("qwen3", **SIZE, num_key_value_heads=2, head_dim=16),
 }
 
 
-def make(directory: Path, architecture: str = "llama", *, texts: Sequence[str] = (), seed: int = 0) -> Path:
+# Constants that no library has for a default, so that one taken in silence is seen; weights large enough to show it.
+ODD: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 321.0, "rms_norm_eps": 3e-3, "head_dim": 24, "tie_word_embeddings": False, "mlp_bias": False},
+    "gpt2": {"layer_norm_epsilon": 2e-3, "n_inner": 96},
+    "qwen2": {"rope_theta": 777.0, "rms_norm_eps": 4e-3, "tie_word_embeddings": True},
+    "qwen3": {"rope_theta": 432.0, "rms_norm_eps": 2e-3, "head_dim": 24, "tie_word_embeddings": True},
+    "gemma": {"rope_theta": 543.0, "rms_norm_eps": 5e-3, "head_dim": 24},
+    "gemma2": {
+        "rope_theta": 654.0, "rms_norm_eps": 5e-3, "head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 20,
+        "final_logit_softcapping": 7.0, "attn_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {
+        "rope_theta": 7654.0, "rope_local_base_freq": 321.0, "rms_norm_eps": 5e-3, "head_dim": 24, "sliding_window": 8,
+        "query_pre_attn_scalar": 20, "sliding_window_pattern": 2,
+    },
+    "phi": {"rope_theta": 876.0, "layer_norm_eps": 3e-3, "partial_rotary_factor": 0.5},
+    "phi3": {"rope_theta": 987.0, "rms_norm_eps": 6e-3, "sliding_window": 8, "tie_word_embeddings": False},
+}  # fmt: skip
+ODD_INITIALIZER_RANGE = 0.25
+
+
+def make(
+    directory: Path, architecture: str = "llama", *, texts: Sequence[str] = (), seed: int = 0, odd: bool = False,
+    **changes: Any,
+) -> Path:  # fmt: skip
     """Write a random model of an architecture, and a tokenizer trained on `texts`, into `directory`; return it.
 
-    Weights are float32 from `seed`. The chat template is ChatML, its end-of-turn token `<|im_end|>`.
+    Weights are float32 from `seed`. The chat template is ChatML, its end-of-turn token `<|im_end|>`. `odd` takes the
+    constants of ODD, and `changes` whatever else of the config.
     """
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -55,10 +84,15 @@ def make(directory: Path, architecture: str = "llama", *, texts: Sequence[str] =
 
     tokenizer = _tokenizer(texts)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    config = ARCHITECTURES[architecture](len(tokenizer), pad_token_id=pad, bos_token_id=pad, eos_token_id=eos)
+    values = {**({**ODD[architecture], "initializer_range": ODD_INITIALIZER_RANGE} if odd else {}), **changes}
+    config = ARCHITECTURES[architecture](len(tokenizer), pad_token_id=pad, bos_token_id=pad, eos_token_id=eos, **values)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if odd:  # biases start at zero and norms at one, where leaving one out would change nothing
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.data += 0.2 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = eos
     model.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))

@@ -5,17 +5,18 @@ This file only names the verbs; each lives in a module of its own and is importe
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Generation, Job, Step, TensorFacts, Tokenizer
+from finetune.backends import Constant, Generation, Job, Step, TensorFacts, Tokenizer
 from finetune.lookup import load as load_reference
 
 
 class TorchBackend:
     name = "torch"
     trains = True
+    scores = True
 
     def tokenizer(self, model: Path) -> Tokenizer:
         return load_reference("finetune.backends.torch.tokenizer:HFTokenizer")(model)  # type: ignore[no-any-return]
@@ -29,9 +30,18 @@ class TorchBackend:
     def score(self, handle: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         return load_reference("finetune.backends.torch.inference:score")(handle, pairs)  # type: ignore[no-any-return]
 
+    def distributions(self, handle: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], out: Path) -> None:
+        load_reference("finetune.backends.torch.inference:distributions")(handle, pairs, out)
+
     def generate(self, handle: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
         generate = load_reference("finetune.backends.torch.inference:generate")
         return generate(handle, prompts, max_new_tokens=max_new_tokens)  # type: ignore[no-any-return]
+
+    def render(self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
+        return load_reference("finetune.backends.torch.reading:render")(model, conversations)  # type: ignore[no-any-return]
+
+    def constants(self, model: Path) -> dict[str, Constant]:
+        return load_reference("finetune.backends.torch.reading:constants")(model)  # type: ignore[no-any-return]
 
     def merge(self, model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
         return load_reference("finetune.backends.torch.merging:merge")(model, adapter, out, **settings)  # type: ignore[no-any-return]

@@ -1,8 +1,11 @@
-"""`score` and `generate`."""
+"""`score`, `distributions` and `generate`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -10,6 +13,7 @@ from transformers import GenerationConfig
 from finetune.backends import Generation
 from finetune.backends.torch.loading import Handle
 
+Pairs = Sequence[tuple[Sequence[int], Sequence[int]]]
 MAX_BATCH_TOKENS = 1024
 MAX_GENERATE_TOKENS = 4096  # a decoding step costs nearly the same for 8 answers as for 40
 
@@ -28,15 +32,11 @@ def _batches(lengths: Sequence[int], most: int = MAX_BATCH_TOKENS) -> Iterator[l
 
 
 @torch.inference_mode()
-def score(handle: Handle, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-    """Natural-log probability of each target token given the context and the targets before it.
-
-    `pairs`: (context ids, target ids), at least one context id. Computed in float32 whatever the weights are.
-    """
+def _target_rows(handle: Handle, pairs: Pairs) -> Iterator[tuple[int, Any]]:
+    """(index of the pair, log-probabilities: target positions x vocabulary) in no particular order, in float32."""
     if any(not context for context, _ in pairs):
         raise ValueError("every pair needs at least one context token")
     sequences = [[*context, *target] for context, target in pairs]
-    results: list[list[float]] = [[] for _ in pairs]
     for batch in _batches([len(sequence) for sequence in sequences]):
         width = max(len(sequences[i]) for i in batch)
         ids = torch.zeros((len(batch), width), dtype=torch.long)
@@ -50,13 +50,34 @@ def score(handle: Handle, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) 
         ).logits.float()
         for place, i in enumerate(batch):
             context, target = pairs[i]
-            if not target:
-                continue
             begin = len(context) - 1 - first
-            rows = logits[place, begin : begin + len(target)].log_softmax(-1)
-            targets = torch.tensor(list(target), device=rows.device)
+            yield i, logits[place, begin : begin + len(target)].log_softmax(-1)
+
+
+@torch.inference_mode()
+def score(handle: Handle, pairs: Pairs) -> list[list[float]]:
+    """Natural-log probability of each target token given the context and the targets before it.
+
+    `pairs`: (context ids, target ids), at least one context id. Computed in float32 whatever the weights are.
+    """
+    results: list[list[float]] = [[] for _ in pairs]
+    for i, rows in _target_rows(handle, pairs):
+        if len(rows):
+            targets = torch.tensor(list(pairs[i][1]), device=rows.device)
             results[i] = rows.gather(-1, targets[:, None])[:, 0].tolist()
     return results
+
+
+def distributions(handle: Handle, pairs: Pairs, out: Path) -> None:
+    """Write the log-probabilities of all tokens at all target positions; see Backend.distributions."""
+    import numpy
+
+    starts = [0, *accumulate(len(target) for _, target in pairs)]
+    shape = (starts[-1], handle.model.get_output_embeddings().weight.shape[0])
+    stored = numpy.lib.format.open_memmap(out, mode="w+", dtype=numpy.float32, shape=shape)
+    for i, rows in _target_rows(handle, pairs):
+        stored[starts[i] : starts[i + 1]] = rows.cpu().numpy()
+    stored.flush()
 
 
 @torch.inference_mode()

@@ -1,0 +1,53 @@
+"""How far an export may be from the merged model, by format. docs/architecture.md says how they were found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from finetune.recipe import Recipe
+from finetune.recipe.exports import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """`kl_mean` and `kl_max` in nats; the others are least shares of the answers compared."""
+
+    kl_mean: float
+    kl_max: float
+    greedy: float
+    stopped: float
+    learned: float
+
+
+# By what is stored of a weight; a hop from adapter to merged weights and a bundle count as float32.
+_EXACT = Bounds(kl_mean=1e-6, kl_max=1e-4, greedy=0.95, stopped=0.95, learned=0.95)
+_TABLE: dict[str, Bounds] = {
+    "f32": replace(_EXACT, kl_mean=1e-4, kl_max=1e-3),
+    "f16": replace(_EXACT, kl_mean=1e-3, kl_max=1e-2),
+    "bf16": replace(_EXACT, kl_mean=1e-2, kl_max=2e-1, greedy=0.85),
+    "q8": Bounds(kl_mean=1e-2, kl_max=2e-1, greedy=0.8, stopped=0.95, learned=0.95),
+    "q6": Bounds(kl_mean=3e-2, kl_max=5e-1, greedy=0.7, stopped=0.9, learned=0.95),
+    "q5": Bounds(kl_mean=6e-2, kl_max=1.0, greedy=0.6, stopped=0.9, learned=0.95),
+    "q4": Bounds(kl_mean=2e-1, kl_max=4.0, greedy=0.4, stopped=0.85, learned=0.8),
+    "q3": Bounds(kl_mean=5e-1, kl_max=8.0, greedy=0.2, stopped=0.75, learned=0.6),
+    "q2": Bounds(kl_mean=1.5, kl_max=15.0, greedy=0.0, stopped=0.5, learned=0.3),
+}
+
+
+def bounds(hop: str, recipe: Recipe) -> Bounds:
+    """The bounds of a hop (`merged`, or an export's name), with what the recipe's `expect` says instead."""
+    if hop == "merged":
+        return _EXACT
+    target = parse(hop)
+    kind = target.variant.partition("_")[0]
+    if target.format.name == "bundle":
+        found = _EXACT
+    else:
+        found = _TABLE[kind or {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[recipe.model.dtype]]
+    expect = recipe.expect
+    return replace(
+        found,
+        kl_mean=expect.export_kl_mean_max.get(hop, found.kl_mean),
+        greedy=expect.export_greedy_min.get(hop, found.greedy),
+        learned=min(found.learned, expect.export_learned_min),
+    )

@@ -1,0 +1,74 @@
+"""One model, asked everything there is to ask of it, in a process that knows nothing of the others."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune.backends import Backend, get
+
+SPEED_TOKENS = 24
+
+
+def observe(request: dict[str, Any]) -> dict[str, Any]:
+    """Load `model` (and `adapter`) with `backend` and answer the `material`; plain data.
+
+    `answers` are the ids of the first model of the chain to the questions, whose distributions are wanted too; None
+    where this is that model. Distributions go to the file `distributions`.
+    """
+    backend, material = get(request["backend"]), request["material"]
+    model, adapter = Path(request["model"]), Path(request["adapter"]) if request["adapter"] else None
+    begin = time.perf_counter()
+    handle = backend.load(model, adapter, **request["settings"])
+    load_seconds = time.perf_counter() - begin
+    try:
+        prompts = [question["ids"] for question in material["questions"]]
+        made = backend.generate(handle, prompts, max_new_tokens=material["max_new_tokens"])
+        answers = request["answers"] or [
+            [*answer.ids, *(material["eos_ids"][:1] if answer.finish == "stop" else [])] for answer in made
+        ]
+        if backend.scores:
+            backend.distributions(handle, pairs(material, answers), Path(request["distributions"]))
+        speed = _speed(backend, handle, material)
+    finally:
+        close = getattr(backend, "close", None)
+        if close is not None:
+            close(handle)
+    tokens = Path(request["prompts_from"])
+    tokenizer = backend.tokenizer(tokens)
+    chat = getattr(backend, "chat", None) if request["served"] else None
+    asked = [each["messages"] for each in material["questions"] if each["messages"]][: request["served"]]
+    return {
+        "rendered": backend.render(tokens, [each["messages"] for each in material["conversations"]]),
+        "encoded": [tokenizer.encode(each["text"]) for each in material["texts"]],
+        "generated": [{"ids": list(each.ids), "text": each.text, "finish": each.finish} for each in made],
+        "answers": answers,
+        "served": chat(model, asked, max_new_tokens=material["max_new_tokens"]) if chat and asked else None,
+        "constants": backend.constants(model),
+        "scores": backend.scores,
+        "load_seconds": load_seconds,
+        **speed,
+    }
+
+
+def pairs(material: dict[str, Any], answers: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+    """(context, target) of every wanted position: the texts, the rows, then the answers; see `spans`."""
+    whole = [*(text["ids"] for text in material["texts"]), *material["rows"]]
+    asked = [(question["ids"], answer) for question, answer in zip(material["questions"], answers, strict=True)]
+    return [(ids[:1], ids[1:]) for ids in whole if len(ids) > 1] + [pair for pair in asked if pair[1]]
+
+
+def _speed(backend: Backend, handle: Any, material: dict[str, Any]) -> dict[str, float | None]:
+    """Tokens a second, reading a prompt and writing an answer. The second is timed beyond the first token."""
+    prompt = max([*material["rows"], *(text["ids"] for text in material["texts"])], key=len)
+    begin = time.perf_counter()
+    backend.generate(handle, [prompt], max_new_tokens=1)
+    first = time.perf_counter() - begin
+    begin = time.perf_counter()
+    (made,) = backend.generate(handle, [prompt], max_new_tokens=SPEED_TOKENS + 1)
+    rest, written = time.perf_counter() - begin - first, len(made.ids) - 1
+    return {
+        "prompt_tokens_per_second": len(prompt) / first if first > 0 else None,
+        "generation_tokens_per_second": written / rest if written >= SPEED_TOKENS // 2 and rest > 0 else None,
+    }

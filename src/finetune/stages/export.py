@@ -1,0 +1,105 @@
+"""The merged model in the formats that the recipe lists, each in a folder of its own that appears whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune import evidence
+from finetune.console import progress
+from finetune.errors import StageError
+from finetune.export import Source, Target, exporter, targets
+from finetune.recipe import Recipe, dump
+from finetune.run import Run, write_json
+from finetune.stages import Result
+
+FILE = "export/exports.json"
+
+
+def run(recipe: Recipe, run: Run) -> Result:
+    """Write `export/FORMAT-VARIANT/` for every target, and `export/exports.json`: name, path, bytes, seconds, mended."""
+    folder = run.stage_dir("export")
+    wanted = targets(recipe.export)
+    for left in folder.iterdir():  # of an earlier export with another list
+        if left.is_dir() and left.name not in {target.folder for target in wanted}:
+            shutil.rmtree(left)
+    done: dict[str, Path] = {}
+    found = []
+    with progress(len(wanted), "export") as bar:
+        for number, target in enumerate(wanted, 1):
+            entry = _export(_source(recipe, run, done), target, folder)
+            done[target.name] = run.path / entry["path"]
+            found.append(entry)
+            bar.update(number)
+    write_json(run.path / FILE, found)
+    return {
+        "metrics": {"exports": len(found), "bytes": sum(entry["bytes"] for entry in found)},
+        "artifacts": [run.path / FILE, *(folder / target.folder for target in wanted)],
+        "notes": [f"{entry['name']}: {note}" for entry in found for note in (*entry["mended"], *entry["notes"])],
+    }
+
+
+def _export(source: Source, target: Target, folder: Path) -> dict[str, Any]:
+    out, partial = folder / target.folder, folder / f".{target.folder}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    begin = time.perf_counter()
+    try:
+        exported = exporter(target).export(source, target.variant, partial)
+        inside = exported.path.resolve().relative_to(partial.resolve())
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    path = out / inside
+    return {
+        "name": target.name,
+        "path": path.relative_to(folder.parent).as_posix(),
+        "backend": target.format.backend,
+        "bytes": size(path),
+        "seconds": round(time.perf_counter() - begin, 3),
+        "mended": list(exported.mended),
+        "notes": list(exported.notes),
+    }
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+def _source(recipe: Recipe, run: Run, done: dict[str, Path]) -> Source:
+    merged = run.path / "merge" / "model"
+    if not merged.is_dir():
+        raise StageError(f"there is no merged model in {run.path}. Make it with: finetune merge RECIPE")
+    model, adapter = evidence.final(run, recipe)
+    fetched = evidence.fetched(run)
+    text = fetched.get("license_text")
+    return Source(
+        name=recipe.name,
+        model=merged,
+        base=model,
+        adapter=adapter,
+        system=recipe.template.system,
+        license=fetched.get("license"),
+        license_text=Path(run.path / text).read_text(encoding="utf-8") if text else None,
+        trust_remote_code=recipe.model.trust_remote_code,
+        done=dict(done),
+        card=_card(recipe, run),
+    )
+
+
+def _card(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """What a model card tells: the recipe, the base, the verdicts on the training, the versions."""
+    from finetune.checks import as_dict, results
+
+    verdicts = as_dict(results(recipe, run, training=True))["verdicts"]
+    return {
+        "recipe": dump(recipe),
+        "base_model": recipe.model.path,
+        "verdicts": verdicts,
+        "manifest": run.manifest(),
+        "metrics": {name: report.metrics for name in ("train", "align", "evaluate") if (report := run.report(name))},
+    }

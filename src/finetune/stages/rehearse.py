@@ -1,0 +1,50 @@
+"""Every export tried on the base model's config, tokenizer and template: what cannot work is told before training."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from finetune import evidence
+from finetune.console import progress
+from finetune.errors import FinetuneError, MissingError, UsageError
+from finetune.export import exporter, targets
+from finetune.recipe import Recipe
+from finetune.run import Run, write_json
+from finetune.stages import Result
+
+FILE = "rehearse/exports.json"
+TEMPLATE = "chat_template.jinja"
+
+
+def run(recipe: Recipe, run: Run) -> Result:
+    """Write `rehearse/exports.json`. Raises UsageError, or MissingError where only tools are missing, naming all."""
+    base = Path(evidence.fetched(run)["base"])
+    template = evidence.required(run, f"prepare/{TEMPLATE}", "prepare")
+    wanted = targets(recipe.export)
+    faults: list[tuple[str, FinetuneError]] = []
+    with tempfile.TemporaryDirectory(prefix="rehearse-") as folder, progress(len(wanted), "rehearse") as bar:
+        model = _as_merged(base, template, Path(folder) / base.name)
+        for number, target in enumerate(wanted, 1):
+            try:
+                exporter(target).rehearse(model, target.variant)
+            except (MissingError, UsageError) as error:
+                faults.append((target.name, error))
+            bar.update(number)
+    if faults:
+        kind = MissingError if all(isinstance(error, MissingError) for _, error in faults) else UsageError
+        lines = [f"{name}: {error}" for name, error in faults]
+        raise kind("\n  ".join([f"{len(faults)} of {len(wanted)} exports would fail:", *lines]))
+    write_json(run.path / FILE, [{"name": target.name, "ok": True} for target in wanted])
+    return {"metrics": {"exports": len(wanted)}, "artifacts": [run.path / FILE]}
+
+
+def _as_merged(base: Path, template: Path, folder: Path) -> Path:
+    """The base model's files, linked, with the chat template that the trained model will carry."""
+    folder.mkdir()
+    for file in base.iterdir():
+        if file.is_file() and file.name != TEMPLATE:
+            os.symlink(file.resolve(), folder / file.name)
+    (folder / TEMPLATE).write_bytes(template.read_bytes())
+    return folder

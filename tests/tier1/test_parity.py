@@ -1,0 +1,337 @@
+"""Parity: every verdict fails for its own fault, put into an export or into what was observed of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from finetune import experiment
+from finetune.checks import verify
+from finetune.checks.parity import check
+from finetune.errors import StageError
+from finetune.parity import hop
+from finetune.parity.bounds import _TABLE, bounds
+from finetune.parity.divergence import divergence, top
+from finetune.recipe.exports import FORMATS
+from finetune.run import Run
+from finetune.stages import compare
+from support.town import edit_json
+
+BUNDLE, MERGED = "compare/bundle.json", "compare/merged.json"
+KINDS = (
+    "prompt_parity", "distribution_parity", "distribution_worst", "greedy_parity", "stop_parity", "no_special_tokens",
+    "learned_parity", "constants_parity", "served_parity", "merged_once",
+)  # fmt: skip
+
+
+def failed(ran: Any) -> dict[str, str]:
+    return {v.name: v.why for v in check(ran.recipe, ran.run) if not v.passed}
+
+
+# -- the evidence, broken in one place at a time ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Break:
+    """A change of the bundle's evidence, the verdict that must fail and no other, and words of its reason."""
+
+    how: str
+    change: Callable[[dict[str, Any]], Any]
+    fails: str
+    says: str = ""
+
+
+def first(kind: str, **more: Any) -> dict[str, Any]:
+    shown = {"expected": [1, 2], "found": [2], "expected_text": "ab", "found_text": "b"}
+    return {"name": "single turn", "position": 3, "kind": kind, **shown, **more}
+
+
+BREAKS = (
+    *(
+        Break(
+            f"prompts: {kind}",
+            lambda e, kind=kind: e["prompts"].update(equal=8, first=first(kind)),
+            "prompt_parity",
+            says,
+        )
+        for kind, says in (
+            ("doubled_begin", "the begin token is there twice"),
+            ("added_begin", "puts a token before the prompt"),
+            ("missing_begin", "the begin token that training had is missing"),
+            ("same_text", "the export's tokenizer splits differently"),
+            ("text", "is not that of the training"),
+            ("refused", "refuses this conversation"),
+        )
+    ),
+    Break(
+        "KL over its bound",
+        lambda e: e["distributions"].update(mean=2e-6),
+        "distribution_parity",
+        "export of an older run",
+    ),
+    Break("KL that is not a number", lambda e: e["distributions"].update(mean=math.nan), "distribution_parity"),
+    Break("one place far off", lambda e: e["distributions"].update(max=0.5), "distribution_worst", "worst after"),
+    Break(
+        "another continuation",
+        lambda e: e["greedy"].update(
+            equal=3,
+            first={
+                "prompt": "Who?",
+                "position": 2,
+                "expected_next": "A",
+                "found_next": "B",
+                "expected_top5": [["A", 0.9]],
+                "found_top5": [["B", 0.8]],
+            },
+        ),
+        "greedy_parity",
+        "expected 'A', found 'B'; ['A' 0.900] against ['B' 0.800]",
+    ),  # fmt: skip
+    Break(
+        "does not stop",
+        lambda e: e["stop"].update(stopped=0, first_unstopped={"prompt": "Who?", "text": "It is is is"}),
+        "stop_parity",
+        "does not know the end-of-turn token",
+    ),
+    Break("nothing ever stopped", lambda e: e["stop"].update(compared=0, stopped=0), "stop_parity", "no evidence"),
+    Break(
+        "a mark leaks",
+        lambda e: e["stop"].update(
+            leaks=1, first_leak={"prompt": "Who?", "token": "<|im_end|>", "text": "A<|im_end|>"}
+        ),
+        "no_special_tokens",
+        "'<|im_end|>' stands in the answer",
+    ),
+    Break(
+        "a fact is lost",
+        lambda e: e["learned"].update(kept=5, lost=[{"prompt": "Who?", "expected": "A", "found": "B"}]),
+        "learned_parity",
+        "lost: 'Who?' -> 'B'",
+    ),
+    Break(
+        "the server answers otherwise",
+        lambda e: e.update(served={"compared": 6, "equal": 0, "first": {"prompt": "Q", "expected": "A", "found": "B"}}),
+        "served_parity",
+        "the server renders the conversation otherwise",
+    ),
+    Break(
+        "a constant read otherwise",
+        lambda e: e["constants"].update(different=[{"name": "rope_theta", "expected": 1e5, "found": 1e4}]),
+        "constants_parity",
+        "rope_theta is 100000.0 in the model, 10000.0 in the export",
+    ),
+    Break("merged twice", lambda e: e.update(merge_factor=2.0), "merged_once", "2.000 times"),
+)
+
+
+@pytest.mark.parametrize("each", BREAKS, ids=lambda each: each.how)
+def test_a_break_fails_its_own_verdict_and_no_other(copied, each):
+    edit_json(copied.run, BUNDLE, each.change)
+    found = failed(copied)
+    assert set(found) == {f"{each.fails}[bundle]"}
+    assert each.says in found[f"{each.fails}[bundle]"]
+
+
+def test_every_kind_of_verdict_has_a_break():
+    assert {each.fails for each in BREAKS} == set(KINDS)
+
+
+def test_an_honest_run_passes_with_every_verdict_that_its_runtime_allows(honest):
+    names = [verdict.name for verdict in check(honest.recipe, honest.run)]
+    assert failed(honest) == {}
+    assert names == [f"{kind}[{hop}]" for hop in ("merged", "bundle") for kind in KINDS[:8]]
+
+
+@pytest.mark.parametrize("name", [BUNDLE, MERGED])
+def test_a_hop_that_was_not_compared_fails(copied, name):
+    (copied.run.path / name).unlink()
+    (why,) = failed(copied).values()
+    assert "no evidence" in why
+
+
+def test_a_differing_constant_is_named_as_the_cause_of_diverging(copied):
+    def change(seen: dict[str, Any]) -> None:
+        seen["constants"]["different"] = [{"name": "rope_theta", "expected": 1e5, "found": 1e4}]
+        seen["distributions"]["mean"] = 0.155
+
+    edit_json(copied.run, BUNDLE, change)
+    assert "Likely cause: rope_theta is 100000.0 in the model, 10000.0" in failed(copied)["distribution_parity[bundle]"]
+
+
+# -- real faults in an export, observed ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(copied, monkeypatch) -> Callable[[], dict[str, str]]:
+    """A function: compare the (broken) chain again, in this process, and return what fails."""
+
+    def here(request: dict[str, Any], file: Path) -> dict[str, Any]:
+        return {**json.loads(json.dumps(experiment.observe(json.loads(json.dumps(request))))), "peak_bytes": 1}
+
+    monkeypatch.setattr(compare, "in_fresh_process", here)
+    for folder in ("merge/model", "export/bundle"):  # links of the honest run's files: never write into those
+        place = copied.run.path / folder
+        shutil.copytree(place, place.with_name("copy"))
+        shutil.rmtree(place)
+        place.with_name("copy").rename(place)
+
+    def again() -> dict[str, str]:
+        compare.run(copied.recipe, copied.run)
+        return failed(copied)
+
+    return again
+
+
+def edit_model(run: Run, folder: str, change: Callable[[dict[str, Any]], Any], file: str = "fake_model.json") -> None:
+    path = run.path / folder / file
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def kinds(found: dict[str, str], hop: str) -> set[str]:
+    assert all(name.endswith(f"[{hop}]") for name in found), found
+    return {name.partition("[")[0] for name in found}
+
+
+def test_an_untouched_chain_passes(compared):
+    assert compared() == {}
+
+
+def test_a_swapped_template_fails_prompt_parity_alone(compared, copied):
+    def swap(config: dict[str, Any]) -> None:
+        config["chat_template"] = config["chat_template"].replace("'<|im_start|>assistant", "'<|im_start|>model")
+
+    edit_model(copied.run, "export/bundle", swap, "tokenizer_config.json")
+    found = compared()
+    assert kinds(found, "bundle") == {"prompt_parity"}
+    assert "'single turn' differs from token" in found["prompt_parity[bundle]"]
+    assert "the chat template in the export is not that of the training" in found["prompt_parity[bundle]"]
+
+
+def test_a_removed_end_of_turn_fails_stop_parity(compared, copied):
+    def remove(model: dict[str, Any]) -> None:
+        for _, _, row in model["table"]:
+            row.pop("257", None)
+        for row in model["bigram"].values():
+            row.pop("257", None)
+
+    edit_model(copied.run, "export/bundle", remove)
+    found = compared()
+    assert kinds(found, "bundle") >= {"stop_parity", "greedy_parity", "distribution_parity"}
+    assert "does not know the end-of-turn token" in found["stop_parity[bundle]"]
+
+
+def test_other_weights_fail_with_the_first_divergence_and_both_lists(compared, copied):
+    def other(model: dict[str, Any]) -> None:
+        for _, _, row in model["table"]:
+            row["66"] = 30.0
+
+    edit_model(copied.run, "export/bundle", other)
+    found = compared()
+    assert kinds(found, "bundle") >= {"distribution_parity", "distribution_worst", "greedy_parity", "learned_parity"}
+    assert "first divergence at token 0 of the answer to" in found["greedy_parity[bundle]"]
+    assert "found 'B'; [" in found["greedy_parity[bundle]"]
+
+
+def test_weights_merged_twice_fail_at_the_hop_where_it_happened(compared, copied):
+    def twice(model: dict[str, Any]) -> None:
+        for _, _, row in model["table"]:
+            for token in row:
+                row[token] *= 2
+
+    edit_model(copied.run, "merge/model", twice)
+    edit_model(copied.run, "export/bundle", twice)
+    assert "distribution_parity" in kinds(compared(), "merged")
+
+
+# -- the arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, rows: list[list[float]]) -> Path:
+    numpy.save(path, numpy.log(numpy.array(rows)).astype(numpy.float32))
+    return path
+
+
+def test_divergence_is_that_of_kullback_and_leibler(tmp_path):
+    p, q = (
+        save(tmp_path / "p.npy", [[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]),
+        save(tmp_path / "q.npy", [[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]),
+    )
+    found = divergence(p, q)
+    assert found.kl == pytest.approx([0.5 * math.log(2) + 0.25 * math.log(0.5), 0.0], abs=1e-6)
+    assert found.same_top == [False, True]
+    assert top(p, 1, 1) == [(2, pytest.approx(0.8))]
+
+
+def test_divergence_of_what_is_not_a_number_is_none(tmp_path):
+    p, q = save(tmp_path / "p.npy", [[0.5, 0.5]]), save(tmp_path / "q.npy", [[0.5, float("nan")]])
+    assert math.isnan(divergence(p, q).kl[0])
+
+
+def test_an_impossible_token_costs_infinitely_only_where_it_was_possible(tmp_path):
+    with numpy.errstate(divide="ignore"):
+        p, q = save(tmp_path / "p.npy", [[1.0, 0.0], [0.5, 0.5]]), save(tmp_path / "q.npy", [[1.0, 0.0], [1.0, 0.0]])
+    assert divergence(p, q).kl == [0.0, math.inf]
+
+
+def test_probability_lost_to_a_padded_vocabulary_shows(tmp_path):
+    p, q = save(tmp_path / "p.npy", [[0.5, 0.5]]), save(tmp_path / "q.npy", [[0.25, 0.25, 0.5]])
+    assert divergence(p, q).kl[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_distributions_of_other_shape_are_refused(tmp_path):
+    p, q = save(tmp_path / "p.npy", [[0.5, 0.5]]), save(tmp_path / "q.npy", [[0.5, 0.5]] * 2)
+    with pytest.raises(StageError, match="cannot be compared"):
+        divergence(p, q)
+
+
+@pytest.mark.parametrize(
+    ("got", "kind"),
+    [
+        ([1, 1, 5], "doubled_begin"),
+        ([9, 1, 5], "added_begin"),
+        ([5], "missing_begin"),
+        ([1, 7], "text"),
+        ([1, 4, 1], "same_text"),
+    ],
+)
+def test_a_difference_of_prompts_is_told_by_kind(got, kind):
+    words = {1: "<s>", 4: "fi", 5: "five", 7: "seven", 9: "?"}
+    decode = lambda ids: "".join(words[token] for token in ids).replace("fi<s>", "five")  # noqa: E731
+    material = {"conversations": [{"name": "one", "ids": [1, 5]}], "texts": []}
+    found = hop.prompts(material, {"rendered": [got], "encoded": []}, decode)
+    assert (found["equal"], found["first"]["kind"]) == (0, kind)
+
+
+def test_two_refusals_are_the_same_and_one_is_not():
+    material = {"conversations": [{"name": "system", "ids": None}, {"name": "plain", "ids": [1]}], "texts": []}
+    found = hop.prompts(material, {"rendered": ["no system role", "no"], "encoded": []}, str)
+    assert (found["compared"], found["equal"], found["first"]["kind"]) == (2, 1, "refused")
+
+
+def test_every_variant_of_every_format_has_bounds_that_widen_with_coarseness(honest):
+    swept = [f"{each.name}:{variant}" for each in FORMATS.values() for variant in each.variants]
+    found = [bounds(name, honest.recipe) for name in swept]
+    assert len(found) == 2 * 13 + 5
+    rows = [_TABLE[kind] for kind in ("f32", "f16", "bf16", "q8", "q6", "q5", "q4", "q3", "q2")]
+    assert [row.kl_mean for row in rows] == sorted(row.kl_mean for row in rows)
+    assert [row.learned for row in rows] == sorted((row.learned for row in rows), reverse=True)
+
+
+def test_the_recipe_may_set_other_bounds(copied):
+    edit_json(copied.run, BUNDLE, lambda seen: seen["distributions"].update(mean=0.5, max=5e-5))
+    expect = copied.recipe.expect.model_copy(update={"export_kl_mean_max": {"bundle": 0.6}})
+    assert [
+        v.name
+        for v in verify(copied.recipe.model_copy(update={"expect": expect}), copied.run, ["parity"])
+        if not v.passed
+    ] == []
