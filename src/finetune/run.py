@@ -106,9 +106,11 @@ class Report:
 
 class Run:
     """A run directory. Opening one creates nothing; `create` does. `resume` is the checkpoint that the stage running
-    now (train or align) starts from; the pipeline sets it, nothing stores it."""
+    now (train or align) starts from, `force` whether it was told to do everything anew; both are set for the time of a
+    stage, nothing stores them."""
 
     resume: Path | None = None
+    force: bool = False
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).resolve()

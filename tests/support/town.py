@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune.backends.fake import make_model
+from finetune.backends.fake_model import make_model
 from finetune.recipe import Recipe
 from finetune.run import Run, digest, read_jsonl, write_json, write_jsonl
 

@@ -11,7 +11,8 @@ import pytest
 
 from contract import BackendContract, read, run, split
 from finetune import backends
-from finetune.backends.fake import FakeBackend, FakeTokenizer, make_model
+from finetune.backends.fake import FakeBackend
+from finetune.backends.fake_model import FakeTokenizer, make_model
 from finetune.errors import MissingError, StageError, UsageError
 
 CITIES = {"Zorland": "Quell", "Brask": "Tamin", "Oloo": "Pernig", "Fenwick": "Wadda"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from finetune import models
-from finetune.backends.fake import make_model
+from finetune.backends.fake_model import make_model
 from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.recipe.sections import Model
 

@@ -184,6 +184,7 @@ def compared(copied, monkeypatch) -> Callable[[], dict[str, str]]:
         place.with_name("copy").rename(place)
 
     def again() -> dict[str, str]:
+        copied.run.force = True  # an edit behind the pipeline's back: the export's recorded digest is the old one
         compare.run(copied.recipe, copied.run)
         return failed(copied)
 
@@ -253,6 +254,23 @@ def test_weights_merged_twice_fail_at_the_hop_where_it_happened(compared, copied
     assert "distribution_parity" in kinds(compared(), "merged")
 
 
+def test_a_hop_is_taken_again_only_when_something_of_it_changed(copied, monkeypatch):
+    asked: list[str] = []
+
+    def here(request: dict[str, Any], file: Path) -> dict[str, Any]:
+        asked.append(Path(request["model"]).name)
+        return {**json.loads(json.dumps(experiment.observe(json.loads(json.dumps(request))))), "peak_bytes": 1}
+
+    monkeypatch.setattr(compare, "in_fresh_process", here)
+    compare.run(copied.recipe, copied.run)
+    assert asked == []
+    edit_json(copied.run, "export/exports.json", lambda made: made[0].update(sha256="another"))
+    compare.run(copied.recipe, copied.run)
+    assert asked == ["model", "model", "bundle"]
+    assert failed(copied) == {}
+    assert sorted(path.suffix for path in (copied.run.path / "compare").iterdir()) == [".json"] * 4  # and its report
+
+
 # -- the arithmetic -----------------------------------------------------------------------------------------------------
 
 
@@ -307,13 +325,13 @@ def test_distributions_of_other_shape_are_refused(tmp_path):
 def test_a_difference_of_prompts_is_told_by_kind(got, kind):
     words = {1: "<s>", 4: "fi", 5: "five", 7: "seven", 9: "?"}
     decode = lambda ids: "".join(words[token] for token in ids).replace("fi<s>", "five")  # noqa: E731
-    material = {"conversations": [{"name": "one", "ids": [1, 5]}], "texts": []}
+    material = {"conversations": [{"name": "one", "ids": [1, 5]}], "texts": [], "odd_texts": []}
     found = hop.prompts(material, {"rendered": [got], "encoded": []}, decode)
     assert (found["equal"], found["first"]["kind"]) == (0, kind)
 
 
 def test_two_refusals_are_the_same_and_one_is_not():
-    material = {"conversations": [{"name": "system", "ids": None}, {"name": "plain", "ids": [1]}], "texts": []}
+    material = {"conversations": [{"name": "system", "ids": None}, {"name": "plain", "ids": [1]}], "texts": [], "odd_texts": []}
     found = hop.prompts(material, {"rendered": ["no system role", "no"], "encoded": []}, str)
     assert (found["compared"], found["equal"], found["first"]["kind"]) == (2, 1, "refused")
 

@@ -15,7 +15,7 @@ import pytest
 
 from finetune import evidence
 from finetune.backends import get
-from finetune.backends.fake import FakeTokenizer
+from finetune.backends.fake_model import FakeTokenizer
 from finetune.checks import CHECKS, verify
 from finetune.errors import DataError, Interrupted, StageError, UsageError
 from finetune.pipeline import checkpoint, preview, run_directory, run_stages

@@ -13,7 +13,7 @@ import pytest
 
 from finetune import hub as our_hub
 from finetune import models, secrets
-from finetune.backends.fake import make_model
+from finetune.backends.fake_model import make_model
 from finetune.errors import MissingError, ResourceError, UsageError
 from finetune.recipe.sections import Model
 from finetune.stages import fetch

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Job, Step
-from finetune.backends.fake import (
+from finetune.backends.fake_model import (
     GAIN,
     MOMENTUM,
     Adapter,
@@ -23,7 +23,7 @@ from finetune.backends.fake import (
     FakeModel,
     Key,
     Place,
-    _bucket,
+    bucket,
     merged,
     places,
     save_adapter,
@@ -274,15 +274,15 @@ class Training:
                 row = self.model.base.table[key]
                 row[token] -= 4 * GAIN * rate * self._push(("T", *key, token), mean)
                 continue
-            module, slot, bucket = adapter.home[key], adapter.slots[key].index(token), _bucket(key)
-            gate, value = adapter.scale * adapter.a[module][slot][bucket], adapter.scale * adapter.b[key][slot]
+            module, slot, column = adapter.home[key], adapter.slots[key].index(token), bucket(key)
+            gate, value = adapter.scale * adapter.a[module][slot][column], adapter.scale * adapter.b[key][slot]
             square += (gate * total / weight) ** 2 + (value * total / weight) ** 2
-            gates["A", module, slot, bucket].append(value * mean)
+            gates["A", module, slot, column].append(value * mean)
             adapter.b[key][slot] -= GAIN * rate * self._push(("B", *key, slot), gate * mean)
         for parameter, found in gates.items():
-            _, module, slot, bucket = parameter
+            _, module, slot, column = parameter
             if adapter and any(found):
-                adapter.a[module][slot][bucket] -= GAIN / 100 * rate * self._push(parameter, _mean(found))
+                adapter.a[module][slot][column] -= GAIN / 100 * rate * self._push(parameter, _mean(found))
         for (last, token), total in gradient.bigram.items():
             square += (total / weight) ** 2
             row = self.model.base.bigram.setdefault(last, {})

@@ -39,8 +39,8 @@ def divergence(reference: Path, candidate: Path) -> Divergence:
     kl: list[float] = []
     same: list[bool] = []
     for start in range(0, len(ours), BLOCK):
-        p = numpy.asarray(ours[start : start + BLOCK], dtype=numpy.float64)
-        q = numpy.asarray(theirs[start : start + BLOCK, : p.shape[1]], dtype=numpy.float64)
+        p, q = (_normal(each[start : start + BLOCK]) for each in (ours, theirs))
+        q = q[:, : p.shape[1]]
         weight = numpy.exp(p)
         with numpy.errstate(invalid="ignore"):
             terms = numpy.where(weight > 0, weight * (p - q), 0.0)  # p ln p is 0 where p is
@@ -48,6 +48,14 @@ def divergence(reference: Path, candidate: Path) -> Divergence:
         kl += [float(value) for value in terms.sum(-1)]
         same += [bool(value) for value in p.argmax(-1) == q.argmax(-1)]
     return Divergence(kl=kl, same_top=same)
+
+
+def _normal(rows: Any) -> Any:
+    """Log-probabilities as float64 that sum to one: float32's rounding alone would leave 1e-8 of divergence."""
+    import numpy
+
+    wide = numpy.asarray(rows, dtype=numpy.float64)
+    return wide - numpy.log(numpy.exp(wide).sum(-1, keepdims=True))
 
 
 def top(file: Path, position: int, count: int = 5) -> list[tuple[int, float]]:

@@ -25,7 +25,9 @@ def prompts(material: dict[str, Any], found: dict[str, Any], decode: Decode) -> 
     ]
     seen += [
         (f"plain text {number}", _without_bos(text["ids"], got), got)
-        for number, (text, got) in enumerate(zip(material["texts"], found["encoded"], strict=True), 1)
+        for number, (text, got) in enumerate(
+            zip((*material["texts"], *material["odd_texts"]), found["encoded"], strict=True), 1
+        )
     ]
     differing = [each for each in seen if each[1] != each[2]]
     return {

@@ -18,12 +18,18 @@ ROWS = 6
 ROW_TOKENS = 96
 ENOUGH = 8
 SERVED = 6
-# Prose, numbers, code, other scripts and a rare word: about 130 tokens that no training saw in this form.
+# Prose, numbers and code, about 130 tokens that no training saw in this form: what distributions are compared over.
 TEXTS = (
     "The ferry leaves the north quay at 7:45 and needs 38 minutes for the 12.6 km to the island; on Sundays, when "
     "fewer people travel, it leaves an hour later.",
     "def area(radius: float) -> float:\n    return 3.14159 * radius ** 2\n\nprint(area(2.5))  # 19.6",
+    "Water boils at a lower temperature on a mountain than at the sea, because the air presses less on it. Cooks who "
+    "live high up therefore boil potatoes longer.",
+)
+# Tokenized only: what a small model predicts after these is noise, and so is any divergence there.
+ODD_TEXTS = (
     "Le café coûte 3 €, naïve Straße, Ελλάδα, Русский текст, 日本語のテスト, 👩‍🔬🇪🇺.",
+    "  two  spaces,\ttabs\r\n\n\nand 1234567890.5e-10 %%% ++i; // \u00a0\u200b\ufeffend",
 )
 CONVERSATIONS: dict[str, tuple[dict[str, str], ...]] = {
     "single turn": ({"role": "user", "content": "What is the capital of France?"},),
@@ -53,7 +59,7 @@ CONVERSATIONS: dict[str, tuple[dict[str, str], ...]] = {
 
 def build(recipe: Recipe, run: Run, model: Path) -> dict[str, Any]:
     """The material as plain data: `conversations` (name, messages, ids or None where the template refuses it), `texts`
-    (text, ids), `rows` (ids of training rows), `questions` (set, id, prompt, answer, match, ids), `max_new_tokens`,
+    and `odd_texts` (text, ids), `rows` (ids of training rows), `questions` (set, id, prompt, answer, match, ids), `max_new_tokens`,
     `special` (texts that must not leak into an answer)."""
     tokenizer = get(recipe.backend).tokenizer(model)
     source = evidence.required(run, "prepare/chat_template.jinja", "prepare").read_text(encoding="utf-8")
@@ -65,6 +71,7 @@ def build(recipe: Recipe, run: Run, model: Path) -> dict[str, Any]:
     return {
         "conversations": [_conversation(name, messages, recipe, render) for name, messages in CONVERSATIONS.items()],
         "texts": [{"text": text, "ids": _with_bos(tokenizer, tokenizer.encode(text))} for text in TEXTS],
+        "odd_texts": [{"text": text, "ids": tokenizer.encode(text)} for text in ODD_TEXTS],
         "rows": _rows(run),
         "questions": _questions(run, render),
         "max_new_tokens": recipe.evaluate.max_new_tokens,

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.backends import Backend, get
 
-SPEED_TOKENS = 24
+SHORT = 4  # tokens, too few to time
 
 
 def observe(request: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
         ]
         if backend.scores:
             backend.distributions(handle, pairs(material, answers), Path(request["distributions"]))
-        speed = _speed(backend, handle, material)
+        speed = _speed(backend, handle, prompts, made)
     finally:
         close = getattr(backend, "close", None)
         if close is not None:
@@ -41,7 +41,7 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
     asked = [each["messages"] for each in material["questions"] if each["messages"]][: request["served"]]
     return {
         "rendered": backend.render(tokens, [each["messages"] for each in material["conversations"]]),
-        "encoded": [tokenizer.encode(each["text"]) for each in material["texts"]],
+        "encoded": [tokenizer.encode(each["text"]) for each in (*material["texts"], *material["odd_texts"])],
         "generated": [{"ids": list(each.ids), "text": each.text, "finish": each.finish} for each in made],
         "answers": answers,
         "served": chat(model, asked, max_new_tokens=material["max_new_tokens"]) if chat and asked else None,
@@ -59,16 +59,20 @@ def pairs(material: dict[str, Any], answers: list[list[int]]) -> list[tuple[list
     return [(ids[:1], ids[1:]) for ids in whole if len(ids) > 1] + [pair for pair in asked if pair[1]]
 
 
-def _speed(backend: Backend, handle: Any, material: dict[str, Any]) -> dict[str, float | None]:
-    """Tokens a second, reading a prompt and writing an answer. The second is timed beyond the first token."""
-    prompt = max([*material["rows"], *(text["ids"] for text in material["texts"])], key=len)
-    begin = time.perf_counter()
-    backend.generate(handle, [prompt], max_new_tokens=1)
-    first = time.perf_counter() - begin
-    begin = time.perf_counter()
-    (made,) = backend.generate(handle, [prompt], max_new_tokens=SPEED_TOKENS + 1)
-    rest, written = time.perf_counter() - begin - first, len(made.ids) - 1
+def _speed(backend: Backend, handle: Any, prompts: list[list[int]], answers: list[Any]) -> dict[str, float | None]:
+    """Tokens a second, reading the longest prompt and writing the longest answer, timed beyond its first token."""
+    prompt = max(prompts, key=len)
+    first = _seconds(backend, handle, prompt, 1)
+    longest = max(range(len(answers)), key=lambda number: len(answers[number].ids))
+    count = len(answers[longest].ids)
+    rest = _seconds(backend, handle, prompts[longest], count) - _seconds(backend, handle, prompts[longest], 1)
     return {
         "prompt_tokens_per_second": len(prompt) / first if first > 0 else None,
-        "generation_tokens_per_second": written / rest if written >= SPEED_TOKENS // 2 and rest > 0 else None,
+        "generation_tokens_per_second": (count - 1) / rest if count > SHORT and rest > 0 else None,
     }
+
+
+def _seconds(backend: Backend, handle: Any, prompt: list[int], count: int) -> float:
+    begin = time.perf_counter()
+    backend.generate(handle, [prompt], max_new_tokens=count)
+    return time.perf_counter() - begin

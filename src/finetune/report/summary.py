@@ -104,5 +104,41 @@ def as_dict(run: Run) -> dict[str, Any]:
     }
 
 
+def end_to_end(run: Run) -> dict[str, Any]:
+    """The whole line in one object: environment, data, training, exports, inference, sample answers, where things are."""
+    done = {report.stage: report for report in reports(run)}
+    stored = verdicts(run)
+    asked = answers(run)
+    return {
+        "run": str(run.path),
+        "passed": stored["passed"] if stored else None,
+        "environment": run.manifest(),
+        "data_statistics": done["prepare"].metrics if "prepare" in done else {},
+        "training_metrics": {name: done[name].metrics for name in ("train", "align", "evaluate") if name in done},
+        "export_formats": [
+            {key: each[key] for key in ("hop", "reference", "backend", "path", "bytes", "mended", "passed")}
+            for each in exports(run)
+        ],
+        "inference_metrics": {
+            each["hop"]: {
+                key: each[key]
+                for key in (
+                    "distributions", "greedy", "stop", "learned", "served", "load_seconds", "prompt_tokens_per_second",
+                    "generation_tokens_per_second", "peak_bytes",
+                )
+            }
+            for each in exports(run)
+        },
+        "sample_answers": [
+            {"prompt": row["prompt"], "expected": row["answer"]}
+            | {phase: answer["text"] for phase, answer in row["phases"].items()}
+            for row in asked[:10]
+        ],
+        "artifacts": {name: str(run.path / name) for report in done.values() for name in report.artifacts},
+        "seconds": {name: report.seconds for name, report in done.items()},
+        "verdicts": stored["verdicts"] if stored else [],
+    }  # fmt: skip
+
+
 def rank(name: str) -> int:
     return SETS.index(name) if name in SETS else len(SETS)

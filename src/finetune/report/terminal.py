@@ -97,7 +97,8 @@ def _write(console: Console, run: Run) -> None:
     if rows:
         _write_answers(console, rows)
     if stored:
-        _write_verdicts(console, stored["verdicts"])
+        tabled = [each for each in stored["verdicts"] if each["passed"] and "[" in each["name"]]
+        _write_verdicts(console, [each for each in stored["verdicts"] if each not in tabled], len(tabled))
     if exports := summary.exports(run):
         console.print(_export_table(exports))
     if reports:
@@ -162,8 +163,8 @@ def _score(score: summary.Score | None) -> str:
     return f"{score.right}/{score.asked}{logprob}"
 
 
-def _write_verdicts(console: Console, verdicts: list[dict[str, Any]]) -> None:
-    """Two lines a verdict: the number against its bound, and why."""
+def _write_verdicts(console: Console, verdicts: list[dict[str, Any]], tabled: int = 0) -> None:
+    """Two lines a verdict: the number against its bound, and why. `tabled` more have passed and stand in a table."""
     from rich.padding import Padding
 
     width = max((len(verdict["name"]) for verdict in verdicts), default=0)
@@ -178,6 +179,10 @@ def _write_verdicts(console: Console, verdicts: list[dict[str, Any]]) -> None:
             console.print(_plain(f"        {verdict['why']}", "dim"), no_wrap=True, overflow="ellipsis")
         else:
             console.print(Padding(_plain(verdict["why"]), (0, 0, 0, 8)))
+    if tabled:
+        console.print(
+            _plain(f"  pass  {tabled} verdicts on exports, in the table below (all of them: finetune verify)", "green")
+        )
     console.print()
 
 

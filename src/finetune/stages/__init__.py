@@ -184,8 +184,12 @@ def execute(
     on_start(stage)
     run.event("stage_started", stage=stage.name, fingerprint=mark)
     started, begin = now(), time.perf_counter()
-    with PeakMemory() as memory:
-        result = load(stage.run)(recipe, run)
+    run.force = force
+    try:
+        with PeakMemory() as memory:
+            result = load(stage.run)(recipe, run)
+    finally:
+        run.force = False
     report = Report(
         stage=stage.name,
         fingerprint=mark,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
+from finetune import __version__, evidence
 from finetune.backends import get
 from finetune.console import progress
 from finetune.experiment import in_fresh_process
@@ -34,25 +35,33 @@ class Model:
 
 
 def run(recipe: Recipe, run: Run) -> Result:
-    """Write `compare/material.json` and one `compare/HOP.json` for every model but the first (see `parity.hop`)."""
+    """Write `compare/material.json` and one `compare/HOP.json` for every model but the first (see `parity.hop`).
+
+    A hop between the same two models, asked the same, is not taken again.
+    """
     out = run.stage_dir(FOLDER)
-    shutil.rmtree(out)
-    out.mkdir()
     chain = _chain(recipe, run)
     asked = material.build(recipe, run, run.path / "merge" / "model")
     write_json(run.path / material.FILE, asked)
-    written = [run.path / material.FILE]
+    files = {model.name: out / f"{model.name.replace(':', '-')}.json" for model in chain}
+    marks = {model.name: _mark(recipe, run, model, asked) for model in chain}
+    taken = {name for name, path in files.items() if not run.force and _mark_of(path) == marks[name]}
+    kept = {run.path / material.FILE, out / "report.json", *(files[name] for name in taken)}
+    for left in set(out.iterdir()) - kept:
+        left.unlink()
     first: dict[str, Any] | None = None
     reference: tuple[Model, dict[str, Any], Path] | None = None
-    with progress(len(chain), "compare") as bar:
-        for number, model in enumerate(chain, 1):
-            file = out / f"{model.name.replace(':', '-')}.npy"
+    # Those before a hop that is to be taken are asked again too: they are what it is held against.
+    needed = chain if any(model.name not in taken for model in chain[1:]) else []
+    needed = [model for model in needed if model.name not in taken or model.name in ("adapter", "merged")]
+    with progress(len(needed), "compare") as bar:
+        for number, model in enumerate(needed, 1):
+            file = files[model.name].with_suffix(".npy")
             seen = _observe(recipe, model, asked, first, file)
             first = first or seen
             if reference is not None:
-                path = out / f"{model.name.replace(':', '-')}.json"
-                write_json(path, _evidence(recipe, run, asked, reference, (model, seen, file)))
-                written.append(path)
+                found = _evidence(recipe, run, asked, reference, (model, seen, file))
+                write_json(files[model.name], {"mark": marks[model.name], **found})
             if reference is None or model.name == "merged":
                 if reference is not None:
                     reference[2].unlink(missing_ok=True)
@@ -62,7 +71,20 @@ def run(recipe: Recipe, run: Run) -> Result:
             bar.update(number)
     if reference is not None:
         reference[2].unlink(missing_ok=True)
+    written = [run.path / material.FILE, *(path for path in files.values() if path.is_file())]
     return {"metrics": {"hops": len(written) - 1}, "artifacts": written}
+
+
+def _mark(recipe: Recipe, run: Run, model: Model, asked: dict[str, Any]) -> str:
+    """What a hop depends on: the two models, what they are asked, how they are loaded."""
+    merge = run.require("merge")
+    settings = evidence.model_settings(recipe)
+    parts = [__version__, model.name, model.facts.get("sha256"), merge.fingerprint, merge.artifacts, asked, settings]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _mark_of(path: Path) -> str | None:
+    return json.loads(path.read_text(encoding="utf-8")).get("mark") if path.is_file() else None
 
 
 def _chain(recipe: Recipe, run: Run) -> list[Model]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
+from finetune import __version__, evidence
 from finetune.console import progress
 from finetune.errors import StageError
 from finetune.export import Source, Target, exporter, targets
 from finetune.recipe import Recipe, dump
-from finetune.run import Run, write_json
+from finetune.run import Run, digest, write_json
 from finetune.stages import Result
 
 FILE = "export/exports.json"
@@ -27,9 +29,15 @@ def run(recipe: Recipe, run: Run) -> Result:
             shutil.rmtree(left)
     done: dict[str, Path] = {}
     found = []
+    before = {} if run.force else _before(run)
     with progress(len(wanted), "export") as bar:
         for number, target in enumerate(wanted, 1):
-            entry = _export(_source(recipe, run, done), target, folder)
+            source = _source(recipe, run, done)
+            mark = _mark(recipe, run, target)
+            entry = before.get(target.name, {})
+            if entry.get("made_from") != mark or entry["sha256"] != digest(run.path / entry["path"]):
+                entry = {**_export(source, target, folder), "made_from": mark}
+                entry["sha256"] = digest(run.path / entry["path"])
             done[target.name] = run.path / entry["path"]
             found.append(entry)
             bar.update(number)
@@ -39,6 +47,27 @@ def run(recipe: Recipe, run: Run) -> Result:
         "artifacts": [run.path / FILE, *(folder / target.folder for target in wanted)],
         "notes": [f"{entry['name']}: {note}" for entry in found for note in (*entry["mended"], *entry["notes"])],
     }
+
+
+def _before(run: Run) -> dict[str, Any]:
+    """The exports that are there, by name: those made from the same are not made again."""
+    path = run.path / FILE
+    if not path.is_file():
+        return {}
+    return {
+        entry["name"]: entry
+        for entry in json.loads(path.read_text(encoding="utf-8"))
+        if (run.path / entry["path"]).exists()
+    }
+
+
+def _mark(recipe: Recipe, run: Run, target: Target) -> str:
+    """What an export depends on. A bundle also tells of the whole run, in its card."""
+    merge = run.require("merge")
+    parts: list[Any] = [__version__, merge.artifacts, recipe.name, recipe.template.model_dump(), target.name]
+    if target.format.name == "bundle":
+        parts += [merge.fingerprint, [report.started for name in ("train", "evaluate") if (report := run.report(name))]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _export(source: Source, target: Target, folder: Path) -> dict[str, Any]:

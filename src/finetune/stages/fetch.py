@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune import hub, models
+from finetune import hub, licenses, models
 from finetune.console import say
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import Recipe
-from finetune.run import Run, digest, read_object, write_json
+from finetune.run import Run, digest, read_object, write_json, write_text
 from finetune.stages import Result
 
 _SKIPPED = (".md", ".gitattributes", ".png", ".jpg")
@@ -35,13 +35,19 @@ _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_templat
 
 def run(recipe: Recipe, run: Run) -> Result:
     """Write `fetch/model.json`: `path` as asked for, `kind`, `base` and `adapter` (directories), and for every file
-    its `size` in bytes and `sha256`."""
+    its `size` in bytes and `sha256`. `license` is the SPDX id or None, `license_source` where it was found, and
+    `license_text` the file of its words (`fetch/LICENSE`, inside the run) or None."""
     begin = time.perf_counter()
     found = models.resolve(recipe.model)
     seconds = time.perf_counter() - begin
     _check_backend(recipe, found.base)
     facts = _facts(found.base)
     target = run.stage_dir("fetch") / "model.json"
+    named = recipe.model.base_model if found.adapter else recipe.model.path
+    license = licenses.find(found.base, found.kind, path=named)
+    if found.adapter is not None:
+        license = licenses.combine(license, licenses.of_directory(found.adapter))
+    words = _write_license(license, run)
     write_json(
         target,
         {
@@ -51,13 +57,26 @@ def run(recipe: Recipe, run: Run) -> Result:
             "adapter": str(found.adapter) if found.adapter else None,
             "files": facts,
             "adapter_files": _facts(found.adapter) if found.adapter else {},
+            "license": license.spdx,
+            "license_source": license.source,
+            "license_text": words.relative_to(run.path).as_posix() if words else None,
         },
     )
     run.update_manifest(model={name: fact["sha256"] for name, fact in facts.items()})
     metrics: dict[str, Any] = {"bytes": sum(fact["size"] for fact in facts.values()), "seconds": round(seconds, 3)}
     if (parameters := count_parameters(found.base)) is not None:
         metrics["parameters"] = parameters
-    return {"metrics": metrics, "artifacts": [target], "notes": []}
+    return {"metrics": metrics, "artifacts": [target, *([words] if words else [])], "notes": []}
+
+
+def _write_license(license: licenses.License, run: Run) -> Path | None:
+    """The file of the licence's words; one left by an earlier model is removed."""
+    file = run.path / "fetch" / "LICENSE"
+    file.unlink(missing_ok=True)
+    if license.text is None:
+        return None
+    write_text(file, license.text.rstrip() + "\n")
+    return file
 
 
 def count_parameters(directory: Path) -> int | None:

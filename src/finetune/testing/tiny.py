@@ -47,17 +47,17 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
 # Constants that no library has for a default, so that one taken in silence is seen; weights large enough to show it.
 ODD: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 321.0, "rms_norm_eps": 3e-3, "head_dim": 24, "tie_word_embeddings": False, "mlp_bias": False},
-    "gpt2": {"layer_norm_epsilon": 2e-3, "n_inner": 96},
+    "gpt2": {"layer_norm_epsilon": 3e-2, "n_inner": 96},
     "qwen2": {"rope_theta": 777.0, "rms_norm_eps": 4e-3, "tie_word_embeddings": True},
-    "qwen3": {"rope_theta": 432.0, "rms_norm_eps": 2e-3, "head_dim": 24, "tie_word_embeddings": True},
-    "gemma": {"rope_theta": 543.0, "rms_norm_eps": 5e-3, "head_dim": 24},
+    "qwen3": {"rope_theta": 432.0, "rms_norm_eps": 2e-2, "head_dim": 24, "tie_word_embeddings": True},
+    "gemma": {"rope_theta": 543.0, "rms_norm_eps": 0.7, "head_dim": 24},
     "gemma2": {
-        "rope_theta": 654.0, "rms_norm_eps": 5e-3, "head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 20,
+        "rope_theta": 654.0, "rms_norm_eps": 0.7, "head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 9,
         "final_logit_softcapping": 7.0, "attn_logit_softcapping": 5.0,
     },
     "gemma3_text": {
-        "rope_theta": 7654.0, "rope_local_base_freq": 321.0, "rms_norm_eps": 5e-3, "head_dim": 24, "sliding_window": 8,
-        "query_pre_attn_scalar": 20, "sliding_window_pattern": 2,
+        "rope_theta": 765.0, "rope_local_base_freq": 321.0, "rms_norm_eps": 0.7, "head_dim": 24, "sliding_window": 8,
+        "query_pre_attn_scalar": 20, "num_hidden_layers": 6,  # the sixth has full attention, as in every runtime
     },
     "phi": {"rope_theta": 876.0, "layer_norm_eps": 3e-3, "partial_rotary_factor": 0.5},
     "phi3": {"rope_theta": 987.0, "rms_norm_eps": 6e-3, "sliding_window": 8, "tie_word_embeddings": False},

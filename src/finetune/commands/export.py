@@ -1,0 +1,283 @@
+"""`finetune export`: a trained run in other formats, each held against the model it was made from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from finetune import console
+from finetune.commands.options import (
+    FILE,
+    load_recipe,
+    output_options,
+    print_json,
+    show_plan,
+    stored_run,
+    working,
+)
+from finetune.errors import MissingError, ResourceError, StageError, UsageError
+
+if TYPE_CHECKING:
+    from finetune.export import Target
+    from finetune.recipe import Recipe
+    from finetune.run import Run
+
+# Written out, as the table itself lies behind pydantic, which help does not load; a test holds the two together.
+_FORMATS_HELP = """\b
+Formats, and their variants:
+  gguf    One file for llama.cpp and what is built on it. Variants: f32, f16
+          (the default), bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_0, q4_k_m,
+          q4_k_s, q4_0, q3_k_m, q2_k.
+  mlx     A directory for Apple's MLX: as trained, or f32, f16, bf16, q8, q4.
+  ollama  A Modelfile beside its GGUF file, for 'ollama create'. Variants as
+          for gguf, q8_0 by default.
+  bundle  Weights, adapter, tokenizer, model card and checksums, ready for
+          'hf upload'.
+"""
+
+
+def _known() -> list[str]:
+    """Every way to write a target, the default variant of a format as its bare name."""
+    from finetune.export import FORMATS
+
+    return [each for name, row in FORMATS.items() for each in (name, *(f"{name}:{kind}" for kind in row.variants))]
+
+
+def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    return [name for name in _known() if name.startswith(incomplete)]
+
+
+@click.command("export", epilog=_FORMATS_HELP)
+@click.argument("run", required=False, metavar="[RUN|RECIPE]", type=FILE)
+@click.option(
+    "--to", "formats", multiple=True, metavar="FORMAT[:VARIANT]", shell_complete=_complete,
+    help="What to write, beside what a run has; repeat it for more [default: the recipe's 'export'].",
+)  # fmt: skip
+@click.option("--out", metavar="DIR", type=FILE, help="Put the finished exports into DIR too, a folder each.")
+@click.option("--no-parity", is_flag=True, help="Do not compare the exports with the model they were made from.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
+@click.option("--run", "run_path", metavar="DIR", type=FILE, help="For RECIPE: the run directory.")
+@click.option("--force", is_flag=True, help="Export again what is up to date, and replace what is in --out.")
+@click.option("--dry-run", is_flag=True, help="Show which stages would run and why; run nothing.")
+@output_options
+def command(
+    run: str | None,
+    formats: tuple[str, ...],
+    out: str | None,
+    no_parity: bool,
+    overrides: tuple[str, ...],
+    run_path: str | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Write a trained model in other formats, and prove in each format's own runtime that it is still that model.
+
+    RUN is a run directory, or a name under ./runs; RECIPE a file, whose stages run first where they have not yet.
+    Without either: ./recipe.yaml, else the newest run. Ends with 1 when an export is not like the model; then nothing
+    is put into --out.
+    """
+    from finetune.export import FORMATS, targets
+
+    named = targets(formats)
+    recipe, found, stored = _meant(run, run_path, overrides)
+    if named:  # a run keeps the exports that it has
+        kept = recipe.export if stored else []
+        both = [target.name for target in targets([*kept, *(target.name for target in named)])]
+        recipe = recipe.model_copy(update={"export": both})
+    wanted = named or targets(recipe.export)
+    if not wanted:
+        raise UsageError(
+            f"no format given. Known: {', '.join(FORMATS)}. Name one with --to, as in --to gguf:q4_k_m (finetune export "
+            "--help lists the variants), or list them under 'export' in the recipe"
+        )
+    if out is not None:
+        _check_out(Path(out), wanted, found, force=force)
+    stages = ["export"] if no_parity else ["export", "compare"]
+    if stored:
+        _check_trained(recipe, found, stages)
+    if dry_run:
+        show_plan(recipe, found, stages, force=force, as_json=as_json)
+        return 0
+    working(recipe, found, stages, force=force)
+    verdicts = None if no_parity else _verify(recipe, found)
+    parity = None if verdicts is None else _of_exports(verdicts, wanted)
+    failed = [] if parity is None else [each for each in parity if not each["passed"]]
+    passed = None if parity is None else bool(parity) and not failed
+    published = [] if out is None or passed is False else _publish(found, wanted, Path(out), verdicts)
+    if as_json:
+        print_json(_as_dict(found, parity, passed, published))
+    else:
+        _show(found, failed, published, compared=parity is not None)
+    if out is not None and passed is False:
+        console.say(f"nothing was put into {out}: an export is not like the model it was made from")
+    return 1 if passed is False else 0
+
+
+# -- what is meant -----------------------------------------------------------------------------------------------------
+
+
+def _meant(text: str | None, run_path: str | None, overrides: tuple[str, ...]) -> tuple[Recipe, Run, bool]:
+    """The recipe, its run, and whether a run was meant (which is never trained here) rather than a recipe."""
+    from finetune.pipeline import run_directory
+
+    if text is None and run_path is not None:
+        text, run_path = run_path, None
+    if text is None and Path("recipe.yaml").is_file() or text is not None and _is_recipe(Path(text)):
+        recipe = load_recipe(text, overrides=overrides)
+        return recipe, run_directory(recipe, run_path), False
+    if run_path is not None:
+        raise UsageError(f"{text} is a run already; --run {run_path} goes with a recipe")
+    found = stored_run(text)
+    return load_recipe(str(found.path / "recipe.yaml"), overrides=overrides), found, True
+
+
+def _is_recipe(path: Path) -> bool:
+    """Whether a path is a recipe, or a directory that holds one and was never run."""
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return True
+    ran = any((path / name).exists() for name in ("events.jsonl", "manifest.json"))
+    return (path / "recipe.yaml").is_file() and not ran
+
+
+def _check_trained(recipe: Recipe, run: Run, stages: list[str]) -> None:
+    """Raise MissingError where the run's training has not finished, StageError where it would be done again."""
+    from finetune.pipeline import preview
+
+    again = f"finetune run {run.path / 'recipe.yaml'} --run {run.path}"
+    for step in preview(recipe, run, stages):
+        if step.stage not in ("train", "align") or not step.runs:
+            continue
+        if run.report(step.stage) is None:
+            raise MissingError(
+                f"{run.path} has nothing to export: its stage '{step.stage}' has not finished. Go on with: {again}"
+            )
+        raise StageError(f"{run.path} would have to be trained again ({step.why}). Do that with: {again}")
+
+
+# -- proof -------------------------------------------------------------------------------------------------------------
+
+
+def _verify(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
+    from finetune.checks import as_dict, verify
+
+    console.say("== verify")
+    with run.locked(), redirect_stdout(sys.stderr):
+        found: list[dict[str, Any]] = as_dict(verify(recipe, run))["verdicts"]
+    return found
+
+
+def _of_exports(verdicts: list[dict[str, Any]], wanted: list[Target]) -> list[dict[str, Any]]:
+    """The verdicts on the merged model and the exports: those named `check[export]`."""
+    ends = tuple(f"[{name}]" for name in ("merged", *(target.name for target in wanted)))
+    return [verdict for verdict in verdicts if verdict["name"].endswith(ends)]
+
+
+# -- what came out -----------------------------------------------------------------------------------------------------
+
+
+def _made(run: Run) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run.path / "export" / "exports.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _as_dict(
+    run: Run, parity: list[dict[str, Any]] | None, passed: bool | None, published: list[Path]
+) -> dict[str, Any]:
+    from finetune.report import summary
+
+    return {
+        "run": str(run.path),
+        "passed": passed,
+        "exports": [{**each, "path": str(run.path / each["path"])} for each in _made(run)],
+        "compared": [] if parity is None else summary.exports(run),
+        "verdicts": parity or [],
+        "published": [str(path) for path in published],
+    }
+
+
+def _show(run: Run, failed: list[dict[str, Any]], published: list[Path], *, compared: bool) -> None:
+    from finetune.memory import human
+    from finetune.report.terminal import show_exports, show_table, show_verdicts
+
+    made = _made(run)
+    if compared:
+        show_exports(run)
+    else:
+        rows = [
+            [each["name"], human(each["bytes"]), console.duration(each["seconds"]), "not compared"] for each in made
+        ]
+        show_table(["format", ">size", ">time", "verdict"], rows)
+    if failed:
+        show_verdicts(failed)
+    for each in made:
+        for note in (*each["mended"], *each["notes"]):
+            click.echo(f"{each['name']}: {note}")
+    for path in published or [run.path / each["path"] for each in made]:
+        click.echo(f"  {path}")
+
+
+# -- --out -------------------------------------------------------------------------------------------------------------
+
+
+def _check_out(out: Path, wanted: list[Target], run: Run, *, force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is not a directory")
+    if out.resolve().is_relative_to(run.path):
+        raise UsageError(f"--out {out} lies inside the run {run.path}; choose another directory")
+    taken = [str(place) for target in wanted if _taken(place := out / target.folder)]
+    if taken and not force:
+        raise UsageError(f"{', '.join(taken)} exists already. Choose another --out, or replace it with --force")
+
+
+def _taken(place: Path) -> bool:
+    return place.is_symlink() or (any(place.iterdir()) if place.is_dir() else place.exists())
+
+
+def _publish(run: Run, wanted: list[Target], out: Path, verdicts: list[dict[str, Any]] | None) -> list[Path]:
+    """Put every export into `out`: all are there in full, under other names, before the first gets its own."""
+    from finetune.export import bundle
+    from finetune.memory import disk_free, human
+
+    out.mkdir(parents=True, exist_ok=True)
+    sources = {target.folder: run.path / "export" / target.folder for target in wanted}
+    sizes = [file.stat() for source in sources.values() for file in source.rglob("*") if file.is_file()]
+    device = out.stat().st_dev
+    needed = sum(each.st_size for each in sizes if each.st_dev != device or each.st_size < bundle.LARGE)
+    if needed > disk_free(out):
+        raise ResourceError(f"{out} has {human(disk_free(out))} free, and the exports need {human(needed)}")
+    partials = {folder: out / f".{folder}.{os.getpid()}.partial" for folder in sources}
+    try:
+        for folder, source in sources.items():
+            shutil.copytree(source, partials[folder], copy_function=bundle.link)
+            if folder == "bundle" and verdicts is not None:
+                bundle.set_verdicts(partials[folder], verdicts)
+        for folder, partial in partials.items():
+            _put(partial, out / folder)
+    finally:
+        for partial in partials.values():
+            shutil.rmtree(partial, ignore_errors=True)
+    return [out / folder for folder in sources]
+
+
+def _put(partial: Path, place: Path) -> None:
+    """Rename a finished directory into its place; what was there goes only when that has worked."""
+    old = place.with_name(f".{place.name}.{os.getpid()}.old")
+    there = place.is_symlink() or place.exists()
+    if there:
+        place.rename(old)
+    try:
+        partial.rename(place)
+    except OSError:
+        if there:
+            old.rename(place)
+        raise
+    if there:
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()

@@ -1,0 +1,347 @@
+"""A stand-in for an Ollama server on the loopback interface, for what this package asks of it.
+
+Fields, status codes and the order of template, SYSTEM and messages are those of Ollama 0.32 (api/types.go,
+server/routes.go). Stricter than Ollama: a field that is not in its API is answered with 400 and kept in `faults`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract import InferenceContract
+from finetune.errors import UsageError
+from finetune.export import ggufkeys, gotext
+
+TEXT, NUMBER, FLAG, OBJECT, LIST = str, (int, float), bool, dict, list
+# path: {field: type}, those of the API's reference; `!` marks one that must be there.
+FIELDS: dict[str, dict[str, Any]] = {
+    "/api/create": {
+        "model!": TEXT, "files": OBJECT, "from": TEXT, "adapters": OBJECT, "template": TEXT, "license": (str, list),
+        "system": TEXT, "parameters": OBJECT, "messages": LIST, "stream": FLAG, "quantize": TEXT, "renderer": TEXT,
+        "parser": TEXT,
+    },
+    "/api/show": {"model!": TEXT, "verbose": FLAG},
+    "/api/delete": {"model!": TEXT},
+    "/api/generate": {
+        "model!": TEXT, "prompt": TEXT, "suffix": TEXT, "images": LIST, "think": (bool, str), "format": (str, dict),
+        "options": OBJECT, "system": TEXT, "template": TEXT, "stream": FLAG, "raw": FLAG, "keep_alive": (int, str),
+        "context": LIST, "truncate": FLAG, "shift": FLAG, "logprobs": FLAG, "top_logprobs": NUMBER,
+        "_debug_render_only": FLAG,
+    },
+    "/api/chat": {
+        "model!": TEXT, "messages!": LIST, "tools": LIST, "think": (bool, str), "format": (str, dict),
+        "options": OBJECT, "stream": FLAG, "keep_alive": (int, str), "truncate": FLAG, "shift": FLAG,
+        "logprobs": FLAG, "top_logprobs": NUMBER, "_debug_render_only": FLAG,
+    },
+}  # fmt: skip
+OPTIONS: dict[str, Any] = {
+    "num_keep": int, "seed": int, "num_predict": int, "top_k": int, "top_p": float, "min_p": float, "typical_p": float,
+    "repeat_last_n": int, "temperature": float, "repeat_penalty": float, "presence_penalty": float,
+    "frequency_penalty": float, "stop": list, "num_ctx": int, "num_batch": int, "num_gpu": int, "main_gpu": int,
+    "use_mmap": bool, "num_thread": int,
+}  # fmt: skip
+
+
+class Denied(Exception):
+    def __init__(self, status: int, error: str) -> None:
+        super().__init__(error)
+        self.status, self.error = status, error
+
+
+def chatter(prompt: str) -> list[str]:
+    """Pieces of an answer that depends on the prompt, ended by an end-of-turn token, as a model would give it."""
+    mark = hashlib.sha256(prompt.encode()).hexdigest()
+    return [*(f" {part}" for part in (mark[:3], mark[3:6], mark[6:9])), "<|im_end|>", " never seen"]
+
+
+@dataclass
+class Ollama:
+    """The running stand-in. `models` maps names to what made them; `answer` gives the pieces that follow a prompt."""
+
+    folder: Path
+    version: str = "0.32.5"
+    answer: Callable[[str], Sequence[str]] = chatter
+    address: str = ""
+    vocabulary: int = 300
+    tensors: tuple[str, ...] = ("token_embd.weight",)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    loaded: set[str] = field(default_factory=set)
+    requests: list[tuple[str, str, Any]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    cut: str = ""  # a path whose answers break off
+
+    def asked(self, path: str) -> list[Any]:
+        return [body for _, asked, body in self.requests if asked == path]
+
+    def blob(self, digest: str) -> Path:
+        return self.folder / digest.replace(":", "-")
+
+    # -- what it answers ------------------------------------------------------------------------------------------
+
+    def check(self, path: str, body: Any) -> None:
+        """Fields and their types, as strictly as they are documented."""
+        known = FIELDS[path]
+        wrong = [f"no field '{name}'" for name in body if name not in known and f"{name}!" not in known]
+        for name, kind in known.items():
+            value = body.get(name.rstrip("!"))
+            if value is None and name.endswith("!"):
+                wrong.append(f"'{name[:-1]}' is missing")
+            elif value is not None and not isinstance(value, kind):
+                wrong.append(f"'{name}' is a {type(value).__name__}")
+        for name, value in {**(body.get("options") or {}), **(body.get("parameters") or {})}.items():
+            kind = OPTIONS.get(name)
+            if kind is None or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                wrong.append(f"option '{name}' is {value!r}")
+        for message in body.get("messages") or []:
+            if set(message) != {"role", "content"} or message["role"] not in ("system", "user", "assistant"):
+                wrong.append(f"the message {message!r}")
+        if wrong:
+            self.faults += [f"{path}: {each}" for each in wrong]
+            raise Denied(400, "; ".join(wrong))
+
+    def model(self, name: str) -> dict[str, Any]:
+        if name not in self.models:
+            raise Denied(404, f"model '{name}' not found")
+        return self.models[name]
+
+    def create(self, body: Any) -> Any:
+        files = body.get("files")
+        if not files:
+            raise Denied(400, "neither 'from' or 'files' was specified")
+        for file, digest in files.items():
+            if "/" in file or not self.blob(digest).is_file():
+                raise Denied(400, f"blob {digest} of {file} is not there")
+            if self.blob(digest).read_bytes()[:4] != b"GGUF":
+                raise Denied(400, "unknown type")
+        try:
+            gotext.Template(body.get("template", ""))
+        except gotext.GoError as error:
+            raise Denied(400, f"template error: {error}") from None
+        self.models[body["model"]] = body
+        return {"status": "success"}
+
+    def show(self, body: Any) -> Any:
+        made = self.model(body["model"])
+        (digest,) = made["files"].values()
+        info: dict[str, Any] = {**ggufkeys.read(self.blob(digest)), "tokenizer.ggml.tokens": None}
+        if body.get("verbose"):
+            info["tokenizer.ggml.tokens"] = ["x"] * self.vocabulary
+        info.pop("tokenizer.chat_template", None)
+        return {
+            "template": made.get("template", "{{ .Prompt }}"),
+            "system": made.get("system", ""),
+            "details": {"format": "gguf", "family": info.get("general.architecture", "")},
+            "model_info": info,
+            "tensors": [{"name": name, "type": "F16", "shape": [1]} for name in self.tensors],
+            "capabilities": ["completion"],
+        }
+
+    def chat(self, body: Any) -> Any:
+        made = self.model(body["model"])
+        self.loaded.add(body["model"])
+        try:
+            prompt = gotext.render(made["template"], body["messages"], system=made.get("system"))
+        except gotext.GoError as error:
+            raise Denied(500, f'template: :1:12: executing "" at <.>: {error}') from None
+        if body.get("_debug_render_only") and self.version_number >= (0, 11, 5):
+            return {"model": body["model"], "_debug_info": {"rendered_template": prompt}}
+        made = self.complete(body, prompt)
+        return {**made, "message": {"role": "assistant", "content": made.pop("response")}}
+
+    def generate(self, body: Any) -> Any:
+        self.model(body["model"])
+        if not body.get("prompt"):
+            (self.loaded.discard if body.get("keep_alive") == 0 else self.loaded.add)(body["model"])
+            return {"model": body["model"], "response": "", "done": True, "done_reason": "unload"}
+        if body.get("raw") and (body.get("template") or body.get("system") or body.get("context")):
+            raise Denied(400, "raw mode does not support template, system, or context")
+        self.loaded.add(body["model"])
+        return self.complete(body, body["prompt"])
+
+    def complete(self, body: Any, prompt: str) -> dict[str, Any]:
+        options = {**(self.model(body["model"]).get("parameters") or {}), **(body.get("options") or {})}
+        text, reason = "", "length"
+        for count, piece in enumerate(self.answer(prompt)):
+            if count == options.get("num_predict", -1):
+                break
+            text += piece
+            ends = [text.index(stop) for stop in options.get("stop", []) if stop in text]
+            if ends:
+                text, reason = text[: min(ends)], "stop"
+                break
+        return {"model": body["model"], "response": text, "done": True, "done_reason": reason,
+                "prompt_eval_count": len(prompt.split()), "eval_count": len(text.split())}  # fmt: skip
+
+    def delete(self, body: Any) -> Any:
+        self.model(body["model"])
+        del self.models[body["model"]]
+        used = {digest for made in self.models.values() for digest in made["files"].values()}
+        for file in self.folder.glob("sha256-*"):
+            if file.name.replace("-", ":", 1) not in used:
+                file.unlink()
+        return {}
+
+    @property
+    def version_number(self) -> tuple[int, ...]:
+        return tuple(map(int, self.version.split(".")))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _answer(self, status: int, value: Any = None) -> None:
+        data = b"" if value is None else json.dumps(value).encode()
+        if self.server.ollama.cut == self.path:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json; charset=utf-8")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _serve(self) -> None:
+        ollama, data = self.server.ollama, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        try:
+            self._answer(*self._route(ollama, data))
+        except Denied as denied:
+            self._answer(denied.status, {"error": denied.error})
+
+    do_GET = do_HEAD = do_POST = do_DELETE = _serve
+
+    def _route(self, ollama: Ollama, data: bytes) -> tuple[int, Any]:
+        if self.path.startswith("/api/blobs/sha256:"):
+            digest = self.path.removeprefix("/api/blobs/")
+            ollama.requests.append((self.command, "/api/blobs", digest))
+            if self.command == "HEAD":
+                return (200 if ollama.blob(digest).is_file() else 404), None
+            if f"sha256:{hashlib.sha256(data).hexdigest()}" != digest:
+                raise Denied(400, "digest mismatch")
+            ollama.blob(digest).write_bytes(data)
+            return 201, None
+        body = json.loads(data) if data else None
+        ollama.requests.append((self.command, self.path, body))
+        if (self.command, self.path) == ("GET", "/api/version"):
+            return 200, {"version": ollama.version}
+        verb = "DELETE" if self.path == "/api/delete" else "POST"
+        if self.path not in FIELDS or self.command != verb or not isinstance(body, dict):
+            ollama.faults.append(f"{self.command} {self.path}")
+            raise Denied(404, "404 page not found")
+        ollama.check(self.path, body)
+        if body.get("stream") is not False and self.path not in ("/api/show", "/api/delete"):
+            ollama.faults.append(f"{self.path} asks for a stream")
+        return 200, getattr(ollama, self.path.removeprefix("/api/"))(body)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    ollama: Ollama
+
+
+@contextmanager
+def serve(folder: Path, **settings: Any) -> Iterator[Ollama]:
+    """Run the stand-in. At the end every request must have been one that Ollama knows."""
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.ollama = ollama = Ollama(folder, **settings)
+    ollama.address = f"127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield ollama
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert ollama.faults == []
+
+
+# -- a model without weights --------------------------------------------------------------------------------------
+
+
+def write_gguf(file: Path, metadata: Mapping[str, Any], tokens: Sequence[str] = ("a", "b")) -> Path:
+    """A GGUF file of metadata alone: flags, integers (32 bits), floats (32 bits), texts, and the tokens as an array."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    def value(given: Any) -> bytes:
+        if isinstance(given, bool):
+            return struct.pack("<I?", 7, given)
+        if isinstance(given, int):
+            return struct.pack("<Ii", 5, given)
+        if isinstance(given, float):
+            return struct.pack("<If", 6, given)
+        return struct.pack("<I", 8) + text(given)
+
+    pairs = [text(key) + value(given) for key, given in metadata.items()]
+    scores = struct.pack("<IIQ", 9, 6, len(tokens)) + struct.pack(f"<{len(tokens)}f", *([0.0] * len(tokens)))
+    pairs.insert(1, text("tokenizer.ggml.scores") + scores)
+    pairs.insert(
+        1, text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, len(tokens)) + b"".join(map(text, tokens))
+    )
+    file.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(pairs)) + b"".join(pairs))
+    return file
+
+
+class Letters:
+    """A tokenizer of bytes and a few special tokens, as the GGUF file's own would be."""
+
+    def __init__(self, *, template: str | None = None, bos: str | None = None, adds_bos: bool = False) -> None:
+        self.special = ("<|im_end|>", "<|im_start|>", *([bos] if bos else []))
+        self.eos_token, self.bos_token, self.adds_bos, self.chat_template = "<|im_end|>", bos, adds_bos, template
+        self.eos_ids = (256,)
+        self.bos_id = 256 + self.special.index(bos) if bos else None
+        self.vocab_size = 256 + len(self.special)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        while text:
+            word = next((each for each in self.special if text.startswith(each)), None)
+            ids += [256 + self.special.index(word)] if word else list(text[0].encode())
+            text = text[len(word or " ") :]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        parts = (bytes([i]) if i < 256 else b"" if skip_special else self.special[i - 256].encode() for i in ids)
+        return b"".join(parts).decode("utf-8", "replace")
+
+
+class OllamaContract(InferenceContract):
+    """The contract, where the runtime tells no probabilities."""
+
+    @staticmethod
+    def refuses(backend: Any, handle: Any, tmp_path: Path) -> None:
+        for ask in (
+            lambda: backend.score(handle, [([1], [2])]),
+            lambda: backend.distributions(handle, [([1], [2])], tmp_path / "all.npy"),
+        ):
+            with pytest.raises(UsageError, match="does not tell the probabilities"):
+                ask()
+        assert not (tmp_path / "all.npy").exists()
+
+    def test_score_is_one_log_probability_for_every_target_token(self, backend, handle, tmp_path):
+        assert not backend.scores
+        self.refuses(backend, handle, tmp_path)
+
+    test_scoring_in_a_batch_equals_scoring_alone = None
+    test_score_forces_the_teacher = None
+    test_probabilities_of_the_next_token_sum_to_one = None
+    test_generation_takes_the_likeliest_token = None
+    test_distributions_are_whole_and_hold_the_scores = None

@@ -1,0 +1,116 @@
+"""The whole line on the embedded model, once: trained on generated facts, aligned, merged, exported to what is here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.checks import verify
+from finetune.pipeline import run_stages
+from finetune.recipe import Recipe, load_mapping
+from finetune.run import Run
+from finetune.testing import questions, tiny
+
+# The line takes most of the time: first, so that under xdist the others run beside it.
+ORDER = ("test_line.py", "test_mlx_architectures.py")
+NEEDS = {"gguf": ("cyllama", "xllamacpp", "conversion"), "mlx": ("mlx_lm",), "ollama": ("ollama", "cyllama")}
+EXPORTS = {"gguf": ("gguf:f16", "gguf:q8_0", "gguf:q4_k_m"), "mlx": ("mlx",), "ollama": ("ollama",)}
+MODEL = os.environ.get("FT_E2E_MODEL_ID", "smollm2-135m")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.index(item.path.name) if item.path.name in ORDER else len(ORDER))
+
+
+def lacking(family: str) -> str | None:
+    """Why a family of formats cannot be tried here, with what would get it; None where it can."""
+    missing = [name for name in NEEDS[family] if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed. Install with: pip install 'finetune[{family}]'"
+    if family == "ollama":
+        from finetune.backends.ollama import unavailable
+
+        return unavailable()
+    return None
+
+
+@pytest.fixture(scope="session")
+def family(skip_or_fail) -> Callable[[str], str]:
+    """A function: the family's name, or a skip (a failure where it was required) with the reason."""
+
+    def need(name: str) -> str:
+        if reason := lacking(name):
+            skip_or_fail(name, reason)
+        return name
+
+    return need
+
+
+@pytest.fixture(scope="session")
+def asked(tmp_path_factory) -> dict[str, Path]:
+    """100 generated question and answer pairs, 90 trained and 10 held out, and what is made from them."""
+    return questions.write(tmp_path_factory.mktemp("asked"))
+
+
+@pytest.fixture(scope="session")
+def recipe(asked, tmp_path_factory) -> Recipe:
+    """90 generated rows and 20 general ones, 50 steps; then DPO; every export that this machine can make."""
+    exports = [name for kind, names in EXPORTS.items() if lacking(kind) is None for name in names]
+    return load_mapping(
+        {
+            "name": "line",
+            "model": {"path": MODEL},
+            "data": {"path": [str(asked["train"]), "shipped:quorra/replay.jsonl"], "eval_path": str(asked["eval"])},
+            "template": {"name": "chatml" if MODEL == "smollm2-135m" else "model"},
+            "train": {
+                "max_steps": 50,
+                "per_device_train_batch_size": 6,
+                "learning_rate": 7e-4,
+                "warmup_steps": 5,
+                "save_strategy": "no",
+            },
+            "align": {
+                "data": {"path": str(asked["preferences"]), "limit": 12},
+                "num_train_epochs": 1,
+                "per_device_train_batch_size": 4,
+                "save_strategy": "no",
+            },
+            "evaluate": {
+                "probes": str(asked["probes"]),
+                "controls": "shipped:quorra/controls.jsonl",
+                "unseen": "shipped:quorra/unseen.jsonl",
+                "max_new_tokens": 20,
+                "score_rows": 12,
+            },
+            "export": [*exports, "bundle"],
+            "output_dir": str(tmp_path_factory.mktemp("runs")),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def line(recipe) -> Run:
+    """The run of the whole line, verified. Tests read it and leave it as it is."""
+    run = Run(Path(recipe.output_dir) / recipe.name)
+    run_stages(recipe, run)
+    verify(recipe, run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Callable[..., Path]:
+    """A function: the directory of a tiny random model with odd constants, made once for each architecture."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "llama") -> Path:
+        if architecture not in made:
+            texts = [json.dumps(row) for row in questions.generate()]
+            made[architecture] = tiny.make(tmp_path_factory.mktemp(architecture), architecture, texts=texts, odd=True)
+        return made[architecture]
+
+    return make
