@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 # Two heavy sessions side by side on a small machine slow each other down five times.
 .NOTPARALLEL:
-.PHONY: help quickstart test test-unit test-e2e-workflow test-e2e-real-model test-e2e-quick test-e2e-all \
+.PHONY: help quickstart exports test test-unit test-e2e-workflow test-e2e-real-model test-e2e-quick test-e2e-all \
 	test-e2e-gguf test-e2e-mlx test-e2e-ollama \
 	lint format docs bench nox clean
 
@@ -19,6 +19,9 @@ help: ## Print the targets (the default)
 
 quickstart: $(TOOLS) ## Fine-tune a real 135M model on this machine, align it, and show the proof
 	@$(NOX) -s quickstart $(PASS)
+
+exports: $(TOOLS) ## The same, carried to GGUF, MLX and a bundle, and proven in their own runtimes
+	@$(NOX) -s exports $(PASS)
 
 test: $(TOOLS) ## Every check and test that this machine can run
 	@$(NOX) -t check $(PASS)

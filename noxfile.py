@@ -79,7 +79,7 @@ CELLS = {
         Cell(
             name="tier3",
             tier=3,
-            extras=("torch", "parquet", "gguf", "mlx", "ollama"),
+            extras=("torch", "parquet", "gguf", "mlx"),
             groups=("test",),
             tags=("check", "e2e"),
             paths=("tests/tier3",),
@@ -110,7 +110,7 @@ CELLS = {
             name="tier3-ollama",
             tier=3,
             backend="ollama",
-            extras=("torch", "ollama"),
+            extras=("torch", "gguf"),
             groups=("test",),
             paths=("tests/tier3", "-k", "ollama"),
             needs_model=True,
@@ -124,6 +124,7 @@ CELLS = {
             workers=4,
         ),
         Cell(name="quickstart", backend="torch", extras=("torch",), needs_model=True),
+        Cell(name="exports", extras=("torch", "gguf", "mlx"), needs_model=True),
         Cell(name="bench", backend="torch", extras=("torch",), needs_model=True),
         Cell(name="docs"),
         Cell(name="format", groups=("lint",)),
@@ -210,6 +211,12 @@ def unit(session: nox.Session, row: Cell) -> None:
 def quickstart(session: nox.Session, row: Cell) -> None:
     """Fine-tune the embedded 135M model on made-up facts, align it, and show the proof."""
     session.run("finetune", "run", "--example", "quickstart", *session.posargs, env=offline())
+
+
+@cell
+def exports(session: nox.Session, row: Cell) -> None:
+    """The same facts, then GGUF, MLX and a bundle, each proven in its own runtime to be the trained model."""
+    session.run("finetune", "run", "--example", "exports", *session.posargs, env=offline())
 
 
 @cell

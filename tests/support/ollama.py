@@ -98,7 +98,7 @@ class Ollama:
             if value is None and name.endswith("!"):
                 wrong.append(f"'{name[:-1]}' is missing")
             elif value is not None and not isinstance(value, kind):
-                wrong.append(f"'{name}' is a {type(value).__name__}")
+                wrong.append(f"'{name.rstrip('!')}' is a {type(value).__name__}")
         for name, value in {**(body.get("options") or {}), **(body.get("parameters") or {})}.items():
             kind = OPTIONS.get(name)
             if kind is None or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -141,6 +141,8 @@ class Ollama:
         return {
             "template": made.get("template", "{{ .Prompt }}"),
             "system": made.get("system", ""),
+            "license": "\n".join(made.get("license", [])),
+            "parameters": "\n".join(_shown(name, value) for name, value in (made.get("parameters") or {}).items()),
             "details": {"format": "gguf", "family": info.get("general.architecture", "")},
             "model_info": info,
             "tensors": [{"name": name, "type": "F16", "shape": [1]} for name in self.tensors],
@@ -197,6 +199,12 @@ class Ollama:
         return tuple(map(int, self.version.split(".")))
 
 
+def _shown(name: str, value: Any) -> str:
+    """A parameter as `/api/show` writes it: one line a value, texts in quotes."""
+    values = value if isinstance(value, list) else [value]
+    return "\n".join(f"{name:<30} {json.dumps(each, ensure_ascii=False)}" for each in values)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
@@ -240,6 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
         ollama.requests.append((self.command, self.path, body))
         if (self.command, self.path) == ("GET", "/api/version"):
             return 200, {"version": ollama.version}
+        if (self.command, self.path) == ("GET", "/api/tags"):
+            return 200, {"models": [{"name": name, "model": name} for name in ollama.models]}
         verb = "DELETE" if self.path == "/api/delete" else "POST"
         if self.path not in FIELDS or self.command != verb or not isinstance(body, dict):
             ollama.faults.append(f"{self.command} {self.path}")
@@ -269,7 +279,7 @@ def serve(folder: Path, **settings: Any) -> Iterator[Ollama]:
         server.shutdown()
         thread.join()
         server.server_close()
-    assert ollama.faults == []
+    assert not ollama.faults, ollama.faults
 
 
 # -- a model without weights --------------------------------------------------------------------------------------

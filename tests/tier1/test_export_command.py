@@ -368,7 +368,7 @@ def test_doctor_knows_the_extras_of_the_package() -> None:
         for extra, lines in offered.items()
     }
 
-    assert {"gguf", "mlx", "ollama"} <= set(names)
+    assert {"gguf", "mlx"} <= set(names)
     names["torch"].discard("huggingface_hub")  # named once, as the extra hub
     assert {extra: set(packages) for extra, packages in doctor.EXTRAS.items()} == names
 

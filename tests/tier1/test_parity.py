@@ -331,7 +331,11 @@ def test_a_difference_of_prompts_is_told_by_kind(got, kind):
 
 
 def test_two_refusals_are_the_same_and_one_is_not():
-    material = {"conversations": [{"name": "system", "ids": None}, {"name": "plain", "ids": [1]}], "texts": [], "odd_texts": []}
+    material = {
+        "conversations": [{"name": "system", "ids": None}, {"name": "plain", "ids": [1]}],
+        "texts": [],
+        "odd_texts": [],
+    }
     found = hop.prompts(material, {"rendered": ["no system role", "no"], "encoded": []}, str)
     assert (found["compared"], found["equal"], found["first"]["kind"]) == (2, 1, "refused")
 

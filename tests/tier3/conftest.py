@@ -18,7 +18,7 @@ from finetune.testing import questions, tiny
 
 # The line takes most of the time: first, so that under xdist the others run beside it.
 ORDER = ("test_line.py", "test_mlx_architectures.py")
-NEEDS = {"gguf": ("cyllama", "xllamacpp", "conversion"), "mlx": ("mlx_lm",), "ollama": ("ollama", "cyllama")}
+NEEDS = {"gguf": ("cyllama", "xllamacpp", "conversion"), "mlx": ("mlx_lm",), "ollama": ("cyllama", "conversion")}
 EXPORTS = {"gguf": ("gguf:f16", "gguf:q8_0", "gguf:q4_k_m"), "mlx": ("mlx",), "ollama": ("ollama",)}
 MODEL = os.environ.get("FT_E2E_MODEL_ID", "smollm2-135m")
 
@@ -31,7 +31,8 @@ def lacking(family: str) -> str | None:
     """Why a family of formats cannot be tried here, with what would get it; None where it can."""
     missing = [name for name in NEEDS[family] if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{', '.join(missing)} not installed. Install with: pip install 'finetune[{family}]'"
+        extra = "mlx" if family == "mlx" else "gguf"
+        return f"{', '.join(missing)} not installed. Install with: pip install 'finetune[{extra}]'"
     if family == "ollama":
         from finetune.backends.ollama import unavailable
 

@@ -48,6 +48,11 @@ def refuse_faults(recipe: Recipe, only: list[str] | None = None) -> None:
     stages = {stage.name for stage in chosen(recipe, only)}
     if "measure" in stages:
         faults += _unprovable(recipe)
+    if "compare" in stages and any(name.partition(":")[0] == "ollama" for name in recipe.export):
+        from finetune.backends.ollama import unavailable
+
+        if reason := unavailable():
+            raise MissingError(f"the export 'ollama' cannot be compared: {reason}")
     if "evaluate" not in stages:
         faults = [fault for fault in faults if not str(fault).startswith("evaluate.")]
     elif not faults:

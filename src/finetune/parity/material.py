@@ -58,9 +58,12 @@ CONVERSATIONS: dict[str, tuple[dict[str, str], ...]] = {
 
 
 def build(recipe: Recipe, run: Run, model: Path) -> dict[str, Any]:
-    """The material as plain data: `conversations` (name, messages, ids or None where the template refuses it), `texts`
-    and `odd_texts` (text, ids), `rows` (ids of training rows), `questions` (set, id, prompt, answer, match, ids), `max_new_tokens`,
-    `special` (texts that must not leak into an answer)."""
+    """The material as plain data.
+
+    `conversations` (name, messages, ids or None where the template refuses it), `texts` and `odd_texts` (text, ids),
+    `rows` (ids of training rows), `questions` (set, id, prompt, messages, answer, match, ids), `max_new_tokens`,
+    `special` (texts that must not leak into an answer), `eos_ids`.
+    """
     tokenizer = get(recipe.backend).tokenizer(model)
     source = evidence.required(run, "prepare/chat_template.jinja", "prepare").read_text(encoding="utf-8")
     render: dict[str, Any] = {

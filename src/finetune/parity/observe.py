@@ -31,20 +31,21 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
         if backend.scores:
             backend.distributions(handle, pairs(material, answers), Path(request["distributions"]))
         speed = _speed(backend, handle, prompts, made)
+        tokens = Path(request["prompts_from"])
+        tokenizer = backend.tokenizer(tokens)
+        rendered = backend.render(tokens, [each["messages"] for each in material["conversations"]])
+        asked = [each["messages"] for each in material["questions"] if each["messages"]][: request["served"]]
+        chat = getattr(backend, "chat", None)
+        served = chat(model, asked, max_new_tokens=material["max_new_tokens"]) if chat and asked else None
     finally:
-        close = getattr(backend, "close", None)
-        if close is not None:
-            close(handle)
-    tokens = Path(request["prompts_from"])
-    tokenizer = backend.tokenizer(tokens)
-    chat = getattr(backend, "chat", None) if request["served"] else None
-    asked = [each["messages"] for each in material["questions"] if each["messages"]][: request["served"]]
+        if hasattr(handle, "close"):  # a model that was handed to a server
+            handle.close()
     return {
-        "rendered": backend.render(tokens, [each["messages"] for each in material["conversations"]]),
+        "rendered": rendered,
         "encoded": [tokenizer.encode(each["text"]) for each in (*material["texts"], *material["odd_texts"])],
         "generated": [{"ids": list(each.ids), "text": each.text, "finish": each.finish} for each in made],
         "answers": answers,
-        "served": chat(model, asked, max_new_tokens=material["max_new_tokens"]) if chat and asked else None,
+        "served": served,
         "constants": backend.constants(model),
         "scores": backend.scores,
         "load_seconds": load_seconds,

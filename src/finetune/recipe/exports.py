@@ -54,7 +54,7 @@ FORMATS: dict[str, Format] = {
             variants=GGUF_VARIANTS,
             default="q8_0",
             backend="ollama",
-            extra="ollama",
+            extra="gguf",
         ),
         Format(
             name="bundle",

@@ -56,7 +56,7 @@ ODD: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 7.0, "attn_logit_softcapping": 5.0,
     },
     "gemma3_text": {
-        "rope_theta": 765.0, "rope_local_base_freq": 321.0, "rms_norm_eps": 0.7, "head_dim": 24, "sliding_window": 8,
+        "rope_theta": 765.0, "rope_local_base_freq": 321.0, "rms_norm_eps": 0.05, "head_dim": 24, "sliding_window": 8,
         "query_pre_attn_scalar": 20, "num_hidden_layers": 6,  # the sixth has full attention, as in every runtime
     },
     "phi": {"rope_theta": 876.0, "layer_norm_eps": 3e-3, "partial_rotary_factor": 0.5},

@@ -1,0 +1,63 @@
+"""Text to ids as mlx-lm does it: transformers' tokenizer, mlx-lm's choice of end-of-turn tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from finetune.backends.mlx.runtime import mx  # noqa: F401 (before mlx_lm imports it)
+from finetune.backends.torch.tokenizer import HFTokenizer
+from finetune.errors import StageError, first_line
+
+
+class MlxTokenizer(HFTokenizer):
+    """See finetune.backends.Tokenizer. `eos_ids` are what mlx-lm stops at: generation_config.json's before
+    config.json's, and the tokenizer's own."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.eos_ids = tuple(dict.fromkeys([self.hf.eos_token_id, *sorted(declared_eos_ids(directory))]))
+
+
+def declared_eos_ids(directory: Path) -> set[int]:
+    """The end-of-turn ids in the configs, as mlx-lm reads them."""
+    from mlx_lm.utils import load_config
+
+    try:
+        declared = load_config(directory).get("eos_token_id")
+    except (OSError, ValueError) as error:
+        raise StageError(f"no usable config.json in {directory}: {first_line(error)}") from None
+    return set() if declared is None else {declared} if isinstance(declared, int) else set(declared)
+
+
+def wrapped(directory: Path) -> Any:
+    """mlx-lm's own tokenizer, as its server and its command line load it."""
+    from mlx_lm.utils import load_tokenizer
+
+    try:
+        return load_tokenizer(directory, eos_token_ids=declared_eos_ids(directory) or None)
+    except (OSError, ValueError) as error:
+        raise StageError(f"mlx-lm finds no usable tokenizer in {directory}: {first_line(error)}") from None
+
+
+def render(model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
+    """The ids that mlx_lm.server prompts the model with, or the template's refusal."""
+    tokenizer = wrapped(model)
+    rendered: list[list[int] | str] = []
+    for messages in conversations:
+        try:
+            rendered.append([int(token) for token in _prompt(tokenizer, [dict(message) for message in messages])])
+        except (TemplateError, ValueError) as error:
+            rendered.append(first_line(error))
+    return rendered
+
+
+def _prompt(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
+    if tokenizer.has_chat_template:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    from mlx_lm.server import convert_chat
+
+    return tokenizer.encode(convert_chat(messages))

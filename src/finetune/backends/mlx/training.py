@@ -1,0 +1,352 @@
+"""`train`: a loop of its own over mlx-lm's model and layers and MLX's AdamW; supervised, LoRA or full.
+
+Row order and dropout are drawn from the seed and the step's number, so a resumed training continues bit by bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.backends import Job, Step
+from finetune.backends.mlx import layout, lora, options
+from finetune.backends.mlx.loading import device_of, load_model
+from finetune.backends.mlx.runtime import mx, nn, on, optimizers, tree_flatten, tree_map, tree_unflatten
+from finetune.backends.mlx.tensors import raw, stored
+from finetune.errors import StageError, UsageError
+from finetune.run import write_json
+
+OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    number: int
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def trained(self) -> int:
+        return sum(label != -100 for label in self.labels[1:])
+
+
+def train(job: Job) -> Generator[Step, None, dict[str, Any]]:
+    """Yield every logged step; return the facts of the training. See `finetune.backends.Backend.train`."""
+    values = options.chosen(job)
+    device = device_of(job.settings)
+    layout.require_hugging_face(job.model, "train on")
+    with on(device):
+        training = Training(job, values, device)
+    unpatch = training.checkpoint_gradients() if values["gradient_checkpointing"] else lambda: None
+    stopped = False
+    try:
+        for number in range(training.done + 1, training.total + 1):
+            with on(device):
+                step = training.step(number)
+                stopped = number < training.total and job.should_stop()
+                if stopped or training.saves(number):
+                    training.save_checkpoint()
+            if step is not None:
+                yield step
+            if stopped:
+                break
+    except GeneratorExit:
+        with on(device):
+            training.save_checkpoint()
+        raise
+    finally:
+        unpatch()
+    with on(device):
+        return training.finish(stopped)
+
+
+class Training:
+    """A model in training and what belongs to it; made from a job, and from its checkpoint where it resumes."""
+
+    def __init__(self, job: Job, values: dict[str, Any], device: Any) -> None:
+        self.job, self.values, self.device = job, values, device
+        self.rows = _rows(job.rows)
+        self.held_out = _rows(job.eval_rows) if job.eval_rows and values["eval_strategy"] != "no" else []
+        mx.random.seed(values["seed"])
+        self.model, reading = load_model(
+            job.model,
+            dtype=job.settings.get("dtype"),
+            trust_remote_code=job.settings.get("trust_remote_code", False),
+            mend_weights=job.method == "lora",  # a full training writes these weights, as transformers means them
+        )
+        self.model_type = reading.config["model_type"]
+        self.lora = self._prepare()
+        # Another layout adds up in another order, and a resumed training would differ in the last bit.
+        self.model.update(tree_map(mx.contiguous, self.model.parameters()))
+        mx.eval(self.model.parameters())
+        self.optimizer = optimizers.AdamW(
+            learning_rate=0.0,
+            betas=[values["adam_beta1"], values["adam_beta2"]],
+            eps=values["adam_epsilon"],
+            weight_decay=0.0,  # decayed by hand: torch's trainers spare biases and norms
+            bias_correction=True,
+        )
+        self.optimizer.init(self.model.trainable_parameters())
+        self.done = self._resume() if job.resume else 0
+        self.begun = self.done
+        per_epoch = math.ceil(len(self.rows) / values["per_device_train_batch_size"])
+        self.steps_per_epoch = math.ceil(per_epoch / values["gradient_accumulation_steps"])
+        self.total = options.total_steps(values, self.steps_per_epoch)
+        self.gradients = nn.value_and_grad(self.model, _summed_loss)
+        self.frozen_before = self.frozen_digest()
+        self.gradient_bytes = 0
+        self.pending: list[Step] = []
+        if not job.resume and job.method == "lora":
+            self.save_adapter(job.out / "initial")
+
+    def _prepare(self) -> dict[str, Any]:
+        """Choose what is trained; returns the adapter's config (empty for a full training)."""
+        job = self.job
+        if job.method == "full":
+            self._check_layout()
+            self.model.unfreeze()
+            return {}
+        adapter = job.resume or job.adapter
+        if adapter is not None:
+            return lora.attach(self.model, job.model, adapter)
+        chosen = dict(job.lora or {})
+        lora.apply(self.model, job.model, chosen)
+        return chosen
+
+    def _check_layout(self) -> None:
+        ours = dict(tree_flatten(self.model.parameters()))
+        theirs = {layout.mlx_name(name, ours) for name in layout.stored_names(self.job.model)}
+        if missing := sorted(ours.keys() - theirs):
+            raise UsageError(
+                f"train.method: 'full' is not possible with mlx-lm's {self.model_type}, which stores weights otherwise "
+                f"than Hugging Face (first: {missing[0]}). Use 'lora', or set 'backend: torch'"
+            )
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def step(self, number: int) -> Step | None:
+        """Take one optimizer step; the step as it is logged, or None where `logging_steps` leaves it out."""
+        began = time.perf_counter()
+        mx.random.seed((self.values["seed"] << 24) + number)
+        self.model.train()
+        window = self._window(number)
+        trained = sum(row.trained for batch in window for row in batch)
+        total, gradients = 0.0, None
+        for batch in window:
+            loss, found = self.gradients(self.model, *_padded(batch))
+            gradients = found if gradients is None else tree_map(mx.add, gradients, found)
+            mx.eval(loss, gradients)
+            total += float(loss.item())
+        gradients = tree_map(lambda each: each / max(1, trained), gradients)
+        limit = self.values["max_grad_norm"]
+        clipped, norm = optimizers.clip_grad_norm(gradients, limit or math.inf)
+        rate = options.learning_rate(self.values, number, self.total)
+        self._update(clipped if limit else gradients, rate)
+        self.gradient_bytes = sum(each.nbytes for _, each in tree_flatten(gradients))
+        self.done = number
+        self.pending.append(
+            Step(
+                step=number,
+                total=self.total,
+                loss=total / max(1, trained),
+                learning_rate=rate,
+                grad_norm=float(norm.item()),
+                seconds=time.perf_counter() - began,
+                tokens=sum(len(row.ids) for batch in window for row in batch),
+                trained_tokens=trained,
+                rows=tuple(row.number for batch in window for row in batch),
+                epoch=number / self.steps_per_epoch,
+            )
+        )
+        return self._logged(number)
+
+    def _update(self, gradients: Any, rate: float) -> None:
+        if decay := self.values["weight_decay"]:
+            keep = 1 - rate * decay
+            spared = tree_map(lambda p: p * keep if p.ndim > 1 else p, self.model.trainable_parameters())
+            self.model.update(spared)
+        self.optimizer.learning_rate = rate
+        self.optimizer.update(self.model, gradients)
+        mx.eval(self.model.parameters(), self.optimizer.state)
+
+    def _logged(self, number: int) -> Step | None:
+        due = number == 1 or number % self.values["logging_steps"] == 0 or number == self.total
+        every = self.values["eval_steps"] or self.values["logging_steps"]
+        evaluates = bool(self.held_out) and (
+            number % every == 0 if self.values["eval_strategy"] == "steps" else number % self.steps_per_epoch == 0
+        )
+        extra = {"eval_loss": self.held_out_loss()} if evaluates else {}
+        if not due:
+            return None
+        parts, self.pending = self.pending, []
+        return replace(
+            parts[-1],
+            loss=sum(part.loss for part in parts) / len(parts),
+            seconds=sum(part.seconds for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            trained_tokens=sum(part.trained_tokens for part in parts),
+            rows=tuple(row for part in parts for row in part.rows),
+            extra=extra,
+        )
+
+    def held_out_loss(self) -> float:
+        """Mean loss of the held-out rows' trained tokens."""
+        self.model.eval()
+        size = self.values["per_device_eval_batch_size"]
+        batches = [self.held_out[at : at + size] for at in range(0, len(self.held_out), size)]
+        losses = [float(_summed_loss(self.model, *_padded(batch)).item()) for batch in batches]
+        return sum(losses) / max(1, sum(row.trained for row in self.held_out))
+
+    def _window(self, number: int) -> list[list[Row]]:
+        """The batches of one optimizer step; a window never reaches into the next epoch."""
+        epoch, place = divmod(number - 1, self.steps_per_epoch)
+        seed = self.values["data_seed"] if self.values["data_seed"] is not None else self.values["seed"]
+        order = list(range(len(self.rows)))
+        random.Random(f"{seed}:{epoch}").shuffle(order)
+        size, count = self.values["per_device_train_batch_size"], self.values["gradient_accumulation_steps"]
+        chosen = order[place * size * count : (place + 1) * size * count]
+        return [[self.rows[i] for i in chosen[at : at + size]] for at in range(0, len(chosen), size)]
+
+    def checkpoint_gradients(self) -> Any:
+        """Compute activations again instead of keeping them; returns what undoes it, since mlx-lm changes the class."""
+        from mlx_lm.tuner.trainer import grad_checkpoint
+
+        kinds = {type(layer): layer for layer in self.model.layers}
+        calls = {kind: kind.__call__ for kind in kinds}
+        for layer in kinds.values():
+            grad_checkpoint(layer)
+
+        def undo() -> None:
+            for kind, call in calls.items():
+                kind.__call__ = call
+
+        return undo
+
+    # -- what is written ------------------------------------------------------------------------------------------
+
+    def saves(self, number: int) -> bool:
+        strategy = self.values["save_strategy"]
+        every = self.values["save_steps"] if strategy == "steps" else self.steps_per_epoch
+        return strategy != "no" and (number % every == 0 or number == self.total)
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-N`, whole or not at all, and delete the oldest beyond `save_total_limit`."""
+        final = self.job.out / f"checkpoint-{self.done}"
+        partial = final.with_name(f".{final.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        (self.save_adapter if self.job.method == "lora" else self.save_model)(partial)
+        mx.save_safetensors(str(partial / OPTIMIZER), dict(tree_flatten(self.optimizer.state)))
+        state = {"global_step": self.done, "max_steps": self.total, "epoch": self.done / self.steps_per_epoch}
+        write_json(partial / STATE, state)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        limit = self.values["save_total_limit"]
+        whole = sorted(self.job.out.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        for old in whole[:-limit] if limit else []:
+            shutil.rmtree(old)
+
+    def _resume(self) -> int:
+        assert self.job.resume is not None
+        try:
+            state = json.loads((self.job.resume / STATE).read_text(encoding="utf-8"))
+            self.optimizer.state = tree_unflatten(list(stored(self.job.resume / OPTIMIZER).items()))
+        except (OSError, ValueError) as error:
+            raise StageError(f"{self.job.resume} is no checkpoint of the mlx backend: {error}") from None
+        if self.job.method == "full":
+            ours = dict(tree_flatten(self.model.parameters()))
+            weights = []
+            for file in layout.weight_files(self.job.resume):
+                for name, tensor in stored(file).items():
+                    if (mine := layout.mlx_name(name, ours)) is not None:
+                        flipped = layout.inputs_first(self.model_type, name)
+                        weights.append((mine, mx.contiguous(tensor.T) if flipped else tensor))
+            self.model.load_weights(weights, strict=False)
+        mx.eval(self.model.parameters(), self.optimizer.state)
+        return int(state["global_step"])
+
+    def save_adapter(self, out: Path) -> None:
+        flipped = self.model_type in layout.INPUTS_FIRST
+        lora.save(self.model, self.job.model, self.lora, out, fan_in_fan_out=flipped)
+        layout.save_tokenizer(self.job.model, out, self.job.chat_template)
+
+    def save_model(self, out: Path) -> None:
+        ours = dict(tree_flatten(self.model.parameters()))
+
+        def trained(name: str, _: Any) -> Any:
+            mine = layout.mlx_name(name, ours)
+            if mine is None:
+                return None  # a head tied to the embeddings, or a table that can be computed
+            return ours[mine].T if layout.inputs_first(self.model_type, name) else ours[mine]
+
+        layout.rewrite(
+            self.job.model, out, trained, tokenizer=self.job.model, chat_template=self.job.chat_template,
+            dtype=self.job.settings.get("dtype"),
+        )  # fmt: skip
+
+    def finish(self, stopped: bool) -> dict[str, Any]:
+        """Write the result unless the training was stopped; returns its facts."""
+        parameters = dict(tree_flatten(self.model.parameters()))
+        trainable = dict(tree_flatten(self.model.trainable_parameters()))
+        facts = {
+            "trainable_parameters": sum(each.size for each in trainable.values()),
+            "frozen_parameters": sum(each.size for name, each in parameters.items() if name not in trainable),
+            "weight_bytes": sum(each.nbytes for each in parameters.values()),
+            "trainable_bytes": sum(each.nbytes for each in trainable.values()),
+            "gradient_bytes": self.gradient_bytes,
+            "optimizer_bytes": sum(each.nbytes for _, each in tree_flatten(self.optimizer.state)),
+            "frozen_sha256_before": self.frozen_before,
+            "frozen_sha256_after": self.frozen_digest(),
+            "world_size": 1,
+            "device": "cpu" if self.device == mx.cpu else "gpu",
+            "steps": self.done,
+            "stopped": stopped,
+            "resumed_from": self.begun if self.job.resume else None,
+        }
+        if self.device != mx.cpu:
+            facts["device_peak_bytes"] = mx.get_peak_memory()
+        if not stopped:
+            if self.job.method == "lora":
+                self.save_adapter(self.job.out / "adapter")
+            else:
+                self.save_model(self.job.out / "model")
+        return facts
+
+    def frozen_digest(self) -> str:
+        """SHA-256 over every frozen parameter's bytes, in order of name."""
+        trainable = {name for name, _ in tree_flatten(self.model.trainable_parameters())}
+        total = hashlib.sha256()
+        for name, parameter in sorted(tree_flatten(self.model.parameters())):
+            if name not in trainable:
+                total.update(name.encode())
+                total.update(raw(parameter))
+        return total.hexdigest()
+
+
+def _rows(path: Path) -> list[Row]:
+    lines: Iterator[str] = (line for line in path.read_text(encoding="utf-8").split("\n") if line)
+    return [Row(row["row"], row["input_ids"], row["labels"]) for row in map(json.loads, lines)]
+
+
+def _padded(batch: list[Row]) -> tuple[Any, Any]:
+    """Token ids and labels, both batch x longest row, padded on the right."""
+    width = max(len(row.ids) for row in batch)
+    ids = mx.array([row.ids + [0] * (width - len(row.ids)) for row in batch])
+    labels = mx.array([row.labels + [-100] * (width - len(row.labels)) for row in batch])
+    return ids, labels
+
+
+def _summed_loss(model: Any, ids: Any, labels: Any) -> Any:
+    """Cross entropy (nats) summed over the trained tokens; logits in float32."""
+    logits = model(ids[:, :-1]).astype(mx.float32)
+    targets = labels[:, 1:]
+    mask = targets != -100
+    losses = nn.losses.cross_entropy(logits, mx.where(mask, targets, 0))
+    return mx.sum(mx.where(mask, losses, 0.0))
