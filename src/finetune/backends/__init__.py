@@ -152,6 +152,17 @@ class Backend(Protocol):
     def tensors(self, directory: Path) -> dict[str, TensorFacts]: ...
 
 
+@runtime_checkable
+class Serves(Protocol):
+    """What a backend whose runtime has a server of its own can do besides."""
+
+    def chat(
+        self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, max_new_tokens: int
+    ) -> list[Generation]:
+        """The server's greedy answers to messages, as a client gets them: text and finish, no ids."""
+        ...
+
+
 # Constants of an architecture that a runtime may read differently; `rope_theta` is the position encoding's base.
 CONSTANTS = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

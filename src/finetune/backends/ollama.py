@@ -108,6 +108,13 @@ class OllamaBackend(InferenceOnly):
                 )
             return [_render(handle, messages) for messages in conversations]
 
+    def chat(
+        self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, max_new_tokens: int
+    ) -> list[Generation]:
+        """Greedy answers of `/api/chat`."""
+        with self.load(model) as handle:
+            return [_chat(handle, messages, max_new_tokens) for messages in conversations]
+
     def constants(self, model: Path) -> dict[str, Constant]:
         """What `/api/show` tells; Ollama's own defaults for what the file leaves out are not among it."""
         with self.load(model) as handle:
@@ -188,6 +195,20 @@ def _generate(handle: Handle, prompt: Sequence[int], most: int) -> Generation:
     # A character that was cut in two comes back as U+FFFD, which has more tokens than the part had.
     made = tokenizer.encode(text)[:most]
     return Generation(ids=tuple(made), text=text, finish="length" if answer.get("done_reason") == "length" else "stop")
+
+
+def _chat(handle: Handle, messages: Sequence[Mapping[str, str]], most: int) -> Generation:
+    body = {
+        "model": handle.name,
+        "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
+        "stream": False,
+        "options": {**GREEDY, "num_predict": most},
+    }
+    answer = handle.client.call("POST", "/api/chat", body)
+    text = (answer.get("message") or {}).get("content")
+    if not isinstance(text, str) or not answer.get("done"):
+        raise StageError(f"Ollama gave no answer to a conversation of {len(messages)} messages: {answer}")
+    return Generation(ids=(), text=text, finish="length" if answer.get("done_reason") == "length" else "stop")
 
 
 def _render(handle: Handle, messages: Sequence[Mapping[str, str]]) -> list[int] | str:

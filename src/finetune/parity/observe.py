@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Backend, get
+from finetune.backends import Backend, Serves, get
 
 SHORT = 4  # tokens, too few to time
 
@@ -35,8 +35,10 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
         tokenizer = backend.tokenizer(tokens)
         rendered = backend.render(tokens, [each["messages"] for each in material["conversations"]])
         asked = [each["messages"] for each in material["questions"] if each["messages"]][: request["served"]]
-        chat = getattr(backend, "chat", None)
-        served = chat(model, asked, max_new_tokens=material["max_new_tokens"]) if chat and asked else None
+        served = None
+        if isinstance(backend, Serves) and asked:
+            answered = backend.chat(model, asked, max_new_tokens=material["max_new_tokens"])
+            served = [{"text": each.text, "finish": each.finish} for each in answered]
     finally:
         if hasattr(handle, "close"):  # a model that was handed to a server
             handle.close()
