@@ -22,7 +22,7 @@ from finetune.recipe import yaml as recipe_yaml
 ROOT = Path(__file__).parents[2]
 TARGETS = (
     *("quickstart", "test", "test-unit", "test-e2e-workflow", "test-e2e-real-model", "test-e2e-quick", "test-e2e-all"),
-    *("lint", "format", "docs", "clean"),
+    *("exports", "test-e2e-gguf", "test-e2e-mlx", "test-e2e-ollama", "lint", "format", "docs", "clean"),
 )
 
 
@@ -65,7 +65,8 @@ def _plan(target: str) -> str:
 
 def test_every_session_says_what_it_is_for(sessions: list[dict[str, Any]]) -> None:
     assert {session["name"] for session in sessions} >= {
-        *("lint", "tier1", "tier2", "unit", "quickstart", "bench", "docs", "format"),
+        *("lint", "tier1", "tier2", "tier3", "tier3-gguf", "tier3-mlx", "tier3-ollama"),
+        *("unit", "quickstart", "exports", "bench", "docs", "format"),
     }
     assert [session["name"] for session in sessions if not (session["doc"] or "").strip()] == []
 

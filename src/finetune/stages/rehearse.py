@@ -26,7 +26,8 @@ def run(recipe: Recipe, run: Run) -> Result:
     faults: list[tuple[str, FinetuneError]] = []
     with tempfile.TemporaryDirectory(prefix="rehearse-") as folder, progress(len(wanted), "rehearse") as bar:
         model = _as_merged(base, template, Path(folder) / base.name)
-        for number, target in enumerate(wanted, 1):
+        # The later ones ask for more (a quantizer), and what they found out holds for those before them.
+        for number, target in enumerate(reversed(wanted), 1):
             try:
                 exporter(target).rehearse(model, target.variant)
             except (MissingError, UsageError) as error:
@@ -34,7 +35,7 @@ def run(recipe: Recipe, run: Run) -> Result:
             bar.update(number)
     if faults:
         kind = MissingError if all(isinstance(error, MissingError) for _, error in faults) else UsageError
-        lines = [f"{name}: {error}" for name, error in faults]
+        lines = [f"{name}: {error}" for name, error in reversed(faults)]
         raise kind("\n  ".join([f"{len(faults)} of {len(wanted)} exports would fail:", *lines]))
     write_json(run.path / FILE, [{"name": target.name, "ok": True} for target in wanted])
     return {"metrics": {"exports": len(wanted)}, "artifacts": [run.path / FILE]}

@@ -29,7 +29,7 @@ def read(directory: Path) -> dict[str, TensorFacts]:
 def stored(file: Path) -> dict[str, Any]:
     """The tensors of a safetensors file, each read when it is used."""
     try:
-        return dict(mx.load(str(file)))  # type: ignore[arg-type]
+        return dict(mx.load(str(file)))
     except (RuntimeError, ValueError) as error:
         raise StageError(f"{file} cannot be read: {first_line(error)}") from None
 
