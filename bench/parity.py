@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.pipeline import run_stages
 from finetune.recipe import load_mapping
-from finetune.run import Run, write_json
+from finetune.run import Run, read_jsonl, write_json, write_jsonl
 from finetune.testing import questions
 
 EXPORTS = ("gguf:f16", "gguf:q8_0", "gguf:q6_k", "gguf:q5_k_m", "gguf:q4_k_m", "mlx")
@@ -44,13 +44,15 @@ def main() -> None:
 def one(seed: int, exports: list[str], out: Path) -> dict[str, dict[str, float]]:
     """The measures of every hop of one seed's run, whose weights are removed again."""
     asked = questions.write(out / f"asked-{seed}", seed=seed)
+    probes = read_jsonl(asked["probes"])
+    write_jsonl(asked["probes"], [*probes[:12], *probes[-4:]])  # as trained, and in words held out
     recipe = load_mapping(
         {
             "name": f"seed-{seed}",
             "data": {"path": str(asked["train"])},
             "template": {"name": "chatml"},
             "train": {
-                "max_steps": 40,
+                "max_steps": 32,
                 "per_device_train_batch_size": 6,
                 "learning_rate": 7e-4,
                 "warmup_steps": 5,

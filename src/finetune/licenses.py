@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from finetune import models
-from finetune.errors import RecipeError
+from finetune import gguf_header, models
+from finetune.errors import RecipeError, StageError
 from finetune.recipe import yaml
 
 TEXTS = Path(__file__).parent / "data" / "licenses"
@@ -165,58 +164,15 @@ def _joined(texts: Mapping[str, str]) -> str | None:
 
 # -- GGUF --------------------------------------------------------------------------------------------------------------
 
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY = 8, 9
 _KEYS = ("general.license", "general.license.name")
 
 
 def _of_gguf(file: Path) -> License:
     try:
-        with file.open("rb") as stream:
-            found = _general(stream, file.stat().st_size)
-    except (struct.error, KeyError, ValueError, OverflowError, MemoryError):  # damaged: loading it says so, and better
+        found = gguf_header.read(file, before="tokenizer.")
+    except StageError:  # damaged: loading it says so, and better
         found = {}
     for key in _KEYS:
         if name := identifier(found.get(key)):
             return License(spdx=name, text=text_of(name), source=f"{key} in the GGUF file")
     return License()
-
-
-def _general(stream: BinaryIO, size: int) -> dict[str, str]:
-    """The texts among the first metadata of a GGUF file, up to the tokenizer's (which are megabytes, and come last).
-
-    Format: magic, u32 version, u64 tensors, u64 pairs; then a pair's key (u64 length, UTF-8), u32 type, value; little
-    endian. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-    """
-    if stream.read(4) != b"GGUF":
-        return {}
-    _, _, pairs = _take(stream, "<IQQ")
-    found: dict[str, str] = {}
-    for _ in range(pairs):
-        key = _text(stream, size)
-        (kind,) = _take(stream, "<I")
-        if key.startswith("tokenizer."):
-            break
-        if kind == _STRING:
-            found[key] = _text(stream, size)
-        elif kind == _ARRAY:
-            inner, count = _take(stream, "<IQ")
-            if inner == _STRING:
-                for _ in range(count):
-                    _text(stream, size)
-            else:
-                stream.seek(_WIDTHS[inner] * count, 1)
-        else:
-            stream.seek(_WIDTHS[kind], 1)
-    return found
-
-
-def _take(stream: BinaryIO, layout: str) -> tuple[int, ...]:
-    return struct.unpack(layout, stream.read(struct.calcsize(layout)))
-
-
-def _text(stream: BinaryIO, size: int) -> str:
-    (length,) = _take(stream, "<Q")
-    if stream.tell() + length > size:
-        raise ValueError("cut short")
-    return stream.read(length).decode("utf-8", "replace")

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from contract import InferenceContract
+from finetune import gguf_header
 from finetune.errors import UsageError
-from finetune.export import ggufkeys, gotext
+from finetune.export import gotext
 
 TEXT, NUMBER, FLAG, OBJECT, LIST = str, (int, float), bool, dict, list
 # path: {field: type}, those of the API's reference; `!` marks one that must be there.
@@ -134,7 +135,7 @@ class Ollama:
     def show(self, body: Any) -> Any:
         made = self.model(body["model"])
         (digest,) = made["files"].values()
-        info: dict[str, Any] = {**ggufkeys.read(self.blob(digest)), "tokenizer.ggml.tokens": None}
+        info: dict[str, Any] = {**gguf_header.read(self.blob(digest)), "tokenizer.ggml.tokens": None}
         if body.get("verbose"):
             info["tokenizer.ggml.tokens"] = ["x"] * self.vocabulary
         info.pop("tokenizer.chat_template", None)

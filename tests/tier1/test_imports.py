@@ -20,7 +20,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lifecycle",),
     ("checks", "experiment", "parity", "report", "stages", "training"),
     ("backends", "data", "export", "hub", "licenses", "models"),
-    ("answers", "console", "estimate", "evidence", "interruption", "manifest", "memory", "recipe", "run"),
+    (
+        "answers",
+        "console",
+        "estimate",
+        "evidence",
+        "gguf_header",
+        "interruption",
+        "manifest",
+        "memory",
+        "recipe",
+        "run",
+    ),
     ("errors", "lookup", "secrets", ""),
 )
 HEAVY = {

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune import gguf_header
 from finetune.data.templates import BUILTIN, ChatTemplate, with_system
 from finetune.errors import StageError, UsageError
-from finetune.export import Exported, Source, ggufkeys, gotext, modelfile, ollama
+from finetune.export import Exported, Source, gotext, modelfile, ollama
 from finetune.export import gotemplate as gt
 from support.chat_templates import CHATML_TURNS, LIKE, REFUSED
 from support.ollama import Letters, write_gguf
@@ -370,7 +371,7 @@ def test_the_rehearsal_refuses_what_the_export_would(model, tokenizer, monkeypat
 def test_gguf_metadata_is_read_past_its_arrays(tmp_path):
     keys = {"general.architecture": "llama", "llama.rope.freq_base": 321.0, "x": True, "n": -3, "text": "naïve"}
     file = write_gguf(tmp_path / "a.gguf", keys, tokens=["a", "naïve", ""] * 50)
-    assert ggufkeys.read(file) == keys
+    assert gguf_header.read(file) == keys
 
 
 @pytest.mark.parametrize(
@@ -379,7 +380,7 @@ def test_gguf_metadata_is_read_past_its_arrays(tmp_path):
 def test_a_file_that_is_no_gguf_is_refused(tmp_path, data):
     (tmp_path / "a.gguf").write_bytes(data)
     with pytest.raises(StageError, match="no GGUF file that can be read"):
-        ggufkeys.read(tmp_path / "a.gguf")
+        gguf_header.read(tmp_path / "a.gguf")
 
 
 def test_chatml_without_spaces_is_the_template_people_know():

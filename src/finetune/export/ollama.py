@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from finetune import gguf_header
 from finetune.data.templates import ChatTemplate
 from finetune.errors import StageError, UsageError
-from finetune.export import Exported, Source, ggufkeys, gotemplate, modelfile
+from finetune.export import Exported, Source, gotemplate, modelfile
 from finetune.run import read_object, write_text
 
 # Ollama reserves memory for the whole context when it loads a model, and this much is its own default.
@@ -95,7 +96,7 @@ def _tokenizer(model: Path) -> Any:
 
 def _adds_bos(gguf: Path) -> tuple[bool, tuple[str, ...]]:
     """Whether Ollama puts the begin token before every prompt by itself, and what is to be said about it."""
-    keys = ggufkeys.read(gguf)
+    keys = gguf_header.read(gguf)
     if ADDS_BOS in keys:
         return bool(keys[ADDS_BOS]), ()
     note = f"the GGUF file lacks {ADDS_BOS}: Ollama before 0.30 then adds a begin token for most architectures"

@@ -17,17 +17,20 @@ _STRING, _ARRAY = 8, 9
 LONGEST = 1 << 26  # bytes of a text; chat templates have thousands
 
 
-def read(file: Path) -> dict[str, Value]:
-    """Every single value (no arrays) by its key. Raises StageError for what is no GGUF file."""
+def read(file: Path, *, before: str | None = None) -> dict[str, Value]:
+    """Every single value (no arrays) by its key; those that stand before the first key that begins with `before`, which
+    spares the tokenizer's megabytes. Raises StageError for what is no GGUF file."""
     try:
         with file.open("rb") as stream:
             magic, version, _, count = struct.unpack("<4sIQQ", stream.read(24))
             if magic != b"GGUF" or version not in (2, 3):
                 raise ValueError(f"it begins with {magic!r}, version {version}")
-            found = {}
+            found: dict[str, Value] = {}
             for _ in range(count):
-                key, value = _text(stream), _value(stream, *_numbers(stream, "I"))
-                if value is not None:
+                key = _text(stream)
+                if before is not None and key.startswith(before):
+                    break
+                if (value := _value(stream, *_numbers(stream, "I"))) is not None:
                     found[key] = value
             return found
     except (struct.error, ValueError, KeyError, OSError, OverflowError) as error:
@@ -42,7 +45,10 @@ def _text(stream: BinaryIO) -> str:
     (length,) = _numbers(stream, "Q")
     if length > LONGEST:
         raise ValueError(f"a text of {length} bytes")
-    return stream.read(length).decode("utf-8", "replace")
+    data = stream.read(length)
+    if len(data) < length:
+        raise ValueError("it is cut short")
+    return data.decode("utf-8", "replace")
 
 
 def _value(stream: BinaryIO, kind: int) -> Value | None:
