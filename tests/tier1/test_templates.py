@@ -167,3 +167,17 @@ def test_a_system_message_is_added_only_where_there_is_none() -> None:
     own = {"role": "system", "content": "own"}
     assert with_system([own, QUESTION], "S") == (own, QUESTION)
     assert with_system([QUESTION], None) == (QUESTION,)
+
+
+@pytest.mark.parametrize(("name", "begins"), [("alpaca", True), ("chatml", True), ("llama", False), ("llama3", False)])
+def test_a_template_of_ours_writes_the_begin_token_that_the_tokenizer_adds_once(name: str, begins: bool) -> None:
+    """Runtimes differ in whether they add it to rendered text; none doubles one that the template wrote."""
+
+    class Begins(StubTokenizer):
+        bos_token, adds_bos = "<s>", True
+
+    chosen = choose(Template(name=name), Begins())
+    rendered = chosen.render([QUESTION], add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
+    assert rendered.startswith("<s>") and rendered.count("<s>") == 1
+    assert chosen.source.startswith("{{ bos_token }}") == begins
+    assert choose(Template(name=name), StubTokenizer()).source == BUILTIN[name]

@@ -117,8 +117,8 @@ def choose(template: Template, tokenizer: Tokenizer) -> ChatTemplate:
         if tokenizer.chat_template:
             return _checked(ChatTemplate("model", tokenizer.chat_template), "the model's chat template")
         note = "the model has no chat template of its own, so Alpaca's is used; choose another with template.name"
-        return ChatTemplate("alpaca", BUILTIN["alpaca"], note)
-    source = BUILTIN[template.name]
+        return ChatTemplate("alpaca", _builtin("alpaca", tokenizer), note)
+    source = _builtin(template.name, tokenizer)
     spelled = [word for word in special_words(source) if len(tokenizer.encode(word)) != 1]
     if not spelled:
         return ChatTemplate(template.name, source)
@@ -128,6 +128,14 @@ def choose(template: Template, tokenizer: Tokenizer) -> ChatTemplate:
         f"template.name: {better} fits this model better"
     )
     return ChatTemplate(template.name, source, note)
+
+
+def _builtin(name: str, tokenizer: Tokenizer) -> str:
+    """A template of ours. It writes the begin token where the tokenizer adds one to plain text: some runtimes add it to
+    rendered text too and some do not, but none doubles one that the template wrote."""
+    source = BUILTIN[name]
+    begins = getattr(tokenizer, "adds_bos", False) and tokenizer.bos_token and "bos_token" not in source
+    return "{{ bos_token }}" + source if begins else source
 
 
 def special_words(source: str) -> list[str]:
