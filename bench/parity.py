@@ -45,7 +45,7 @@ def one(seed: int, exports: list[str], out: Path) -> dict[str, dict[str, float]]
     """The measures of every hop of one seed's run, whose weights are removed again."""
     asked = questions.write(out / f"asked-{seed}", seed=seed)
     probes = read_jsonl(asked["probes"])
-    write_jsonl(asked["probes"], [*probes[:12], *probes[-4:]])  # as trained, and in words held out
+    write_jsonl(asked["probes"], [*probes[:8], *probes[-2:]])  # as trained, and in words held out
     recipe = load_mapping(
         {
             "name": f"seed-{seed}",

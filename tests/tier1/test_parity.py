@@ -343,7 +343,7 @@ def test_two_refusals_are_the_same_and_one_is_not():
 def test_every_variant_of_every_format_has_bounds_that_widen_with_coarseness(honest):
     swept = [f"{each.name}:{variant}" for each in FORMATS.values() for variant in each.variants]
     found = [bounds(name, honest.recipe) for name in swept]
-    assert len(found) == 2 * 13 + 5
+    assert len(found) == 2 * 15 + 5
     rows = [_TABLE[kind] for kind in ("f32", "f16", "bf16", "q8", "q6", "q5", "q4", "q3", "q2")]
     assert [row.kl_mean for row in rows] == sorted(row.kl_mean for row in rows)
     assert [row.learned for row in rows] == sorted((row.learned for row in rows), reverse=True)

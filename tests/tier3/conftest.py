@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from finetune.checks import verify
+from finetune.data.sources import resolve
 from finetune.pipeline import run_stages
 from finetune.recipe import Recipe, load_mapping
-from finetune.run import Run
+from finetune.run import Run, read_jsonl, write_jsonl
 from finetune.testing import questions, tiny
 
 # The line takes most of the time: first, so that under xdist the others run beside it.
@@ -55,12 +56,18 @@ def family(skip_or_fail) -> Callable[[str], str]:
 @pytest.fixture(scope="session")
 def asked(tmp_path_factory) -> dict[str, Path]:
     """100 generated question and answer pairs, 90 trained and 10 held out, and what is made from them."""
-    return questions.write(tmp_path_factory.mktemp("asked"))
+    files = questions.write(tmp_path_factory.mktemp("asked"))
+    probes = read_jsonl(files["probes"])
+    write_jsonl(files["probes"], [*probes[:12], *probes[-6:]])  # as trained, and in words held out
+    for name, most in (("controls", 6), ("unseen", 3)):
+        files[name] = files["train"].with_name(f"{name}.jsonl")
+        write_jsonl(files[name], read_jsonl(resolve(f"shipped:quorra/{name}.jsonl"))[:most])
+    return files
 
 
 @pytest.fixture(scope="session")
 def recipe(asked, tmp_path_factory) -> Recipe:
-    """90 generated rows and 20 general ones, 50 steps; then DPO; every export that this machine can make."""
+    """90 generated rows and 20 general ones, 44 steps; then DPO; every export that this machine can make."""
     exports = [name for kind, names in EXPORTS.items() if lacking(kind) is None for name in names]
     return load_mapping(
         {
@@ -69,7 +76,7 @@ def recipe(asked, tmp_path_factory) -> Recipe:
             "data": {"path": [str(asked["train"]), "shipped:quorra/replay.jsonl"], "eval_path": str(asked["eval"])},
             "template": {"name": "chatml" if MODEL == "smollm2-135m" else "model"},
             "train": {
-                "max_steps": 50,
+                "max_steps": 44,
                 "per_device_train_batch_size": 6,
                 "learning_rate": 7e-4,
                 "warmup_steps": 5,
@@ -83,8 +90,8 @@ def recipe(asked, tmp_path_factory) -> Recipe:
             },
             "evaluate": {
                 "probes": str(asked["probes"]),
-                "controls": "shipped:quorra/controls.jsonl",
-                "unseen": "shipped:quorra/unseen.jsonl",
+                "controls": str(asked["controls"]),
+                "unseen": str(asked["unseen"]),
                 "max_new_tokens": 20,
                 "score_rows": 12,
             },
@@ -96,9 +103,19 @@ def recipe(asked, tmp_path_factory) -> Recipe:
 
 @pytest.fixture(scope="session")
 def line(recipe) -> Run:
-    """The run of the whole line, verified. Tests read it and leave it as it is."""
+    """The run of the whole line, verified. Tests read it and leave it as it is.
+
+    On all cores: what runs beside it under xdist is done long before it.
+    """
+    import torch
+
     run = Run(Path(recipe.output_dir) / recipe.name)
-    run_stages(recipe, run)
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+        torch.set_num_threads(os.cpu_count() or 1)
+        run_stages(recipe, run)
+        torch.set_num_threads(threads)
     verify(recipe, run)
     return run
 

@@ -73,8 +73,8 @@ def test_mlx_in_fp32_answers_every_probe_with_the_same_tokens(line, family):
     family("mlx")
     seen = hop(line, "mlx")
     assert seen["distributions"]["mean"] < 1e-4
-    assert seen["greedy"]["equal"] == seen["greedy"]["compared"] >= 30
-    assert seen["learned"]["kept"] == seen["learned"]["known"] >= 20
+    assert seen["greedy"]["equal"] == seen["greedy"]["compared"] >= 25
+    assert seen["learned"]["kept"] == seen["learned"]["known"] >= 12
 
 
 def test_gguf_served_over_http_answers_100_queries(line, asked, family):

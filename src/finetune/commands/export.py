@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _FORMATS_HELP = """\b
 Formats, and their variants:
   gguf    One file for llama.cpp and what is built on it. Variants: f32, f16
-          (the default), bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_0, q4_k_m,
-          q4_k_s, q4_0, q3_k_m, q2_k.
+          (the default), bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0,
+          q4_k_m, q4_k_s, q4_1, q4_0, q3_k_m, q2_k.
   mlx     A directory for Apple's MLX: as trained, or f32, f16, bf16, q8, q4.
   ollama  A Modelfile beside its GGUF file, for 'ollama create'. Variants as
           for gguf, q8_0 by default.

@@ -27,7 +27,7 @@ _TABLE: dict[str, Bounds] = {
     "bf16": replace(_EXACT, kl_mean=1e-2, kl_max=2e-1, greedy=0.85),
     "q8": Bounds(kl_mean=1e-2, kl_max=2e-1, greedy=0.8, stopped=0.95, learned=0.95),
     "q6": Bounds(kl_mean=3e-2, kl_max=5e-1, greedy=0.7, stopped=0.9, learned=0.95),
-    "q5": Bounds(kl_mean=6e-2, kl_max=1.0, greedy=0.6, stopped=0.9, learned=0.95),
+    "q5": Bounds(kl_mean=2e-1, kl_max=4.0, greedy=0.4, stopped=0.9, learned=0.9),
     "q4": Bounds(kl_mean=2e-1, kl_max=4.0, greedy=0.4, stopped=0.85, learned=0.8),
     "q3": Bounds(kl_mean=5e-1, kl_max=8.0, greedy=0.2, stopped=0.75, learned=0.6),
     "q2": Bounds(kl_mean=1.5, kl_max=15.0, greedy=0.0, stopped=0.5, learned=0.3),

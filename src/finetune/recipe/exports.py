@@ -24,7 +24,8 @@ class Format:
 
 
 GGUF_VARIANTS = (
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k",
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0",
+    "q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_m", "q2_k",
 )  # fmt: skip
 
 FORMATS: dict[str, Format] = {

@@ -71,11 +71,14 @@ def _console(stream: TextIO, width: int | None = None) -> Console:
     return Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=False)
 
 
-def _table(headings: list[str], title: str | None = None) -> Table:
+def _table(headings: list[str], title: str | None = None, *, tight: bool = False) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, title_style="bold")
+    padding = (0, 0) if tight else (0, 1)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, title_style="bold", padding=padding
+    )
     for heading in headings:
         name = heading.lstrip(">")
         justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
@@ -196,9 +199,10 @@ def _conclusion(verdicts: list[dict[str, Any]]) -> Any:
 
 
 def _export_table(exports: list[dict[str, Any]]) -> Table:
-    headings = ["format", ">size", ">load", ">read", ">write", ">KL mean", ">KL max", ">same", ">probes", "verdict"]
-    title = "Exports: tokens/s read and written, KL divergence from the model before, same greedy answers, probes kept"
-    table = _table(headings, title)
+    headings = ["format", ">size", ">load", ">tokens/s", ">KL mean", ">KL max", ">same", ">probes", "verdict"]
+    title = "Exports: tokens/s read/written, KL divergence from the model before (nats),\n"
+    title += "greedy answers that are the same token by token, probes still answered"
+    table = _table(headings, title, tight=True)
     for each in exports:
         apart, same, kept = each["distributions"], each["greedy"], each["learned"]
         passed = each["passed"]
@@ -207,7 +211,7 @@ def _export_table(exports: list[dict[str, Any]]) -> Table:
             _plain(each["hop"]),
             _plain(human(each["bytes"]) if each["bytes"] else ""),
             _plain(duration(each["load_seconds"])),
-            *(_plain(_speed(each[f"{kind}_tokens_per_second"])) for kind in ("prompt", "generation")),
+            _plain("/".join(_speed(each[f"{kind}_tokens_per_second"]) for kind in ("prompt", "generation"))),
             *(_plain(f"{apart[key]:.1e}" if apart else "") for key in ("mean", "max")),
             _plain(f"{same['equal']}/{same['compared']}"),
             _plain(f"{kept['kept']}/{kept['known']}"),
@@ -217,7 +221,7 @@ def _export_table(exports: list[dict[str, Any]]) -> Table:
 
 
 def _speed(value: float | None) -> str:
-    return "" if value is None else number(round(value) if value >= 10 else value)
+    return "?" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _stage_table(reports: list[Report]) -> Table:
