@@ -126,6 +126,7 @@ CELLS = {
         Cell(name="quickstart", backend="torch", extras=("torch",), needs_model=True),
         Cell(name="exports", extras=("torch", "gguf", "mlx"), needs_model=True),
         Cell(name="bench", backend="torch", extras=("torch",), needs_model=True),
+        Cell(name="calibrate", extras=("torch", "gguf", "mlx"), needs_model=True),
         Cell(name="docs"),
         Cell(name="format", groups=("lint",)),
     )
@@ -223,6 +224,12 @@ def exports(session: nox.Session, row: Cell) -> None:
 def bench(session: nox.Session, row: Cell) -> None:
     """The same SFT job with TRL's own command line and with finetune: seconds, tokens/s, memory."""
     session.run("python", "bench/sft.py", *session.posargs, env=offline())
+
+
+@cell
+def calibrate(session: nox.Session, row: Cell) -> None:
+    """How far sound exports are from their models over several seeds: what the bounds of parity are made from; an hour."""
+    session.run("python", "bench/parity.py", *session.posargs, env=offline())
 
 
 @cell

@@ -254,6 +254,23 @@ def test_weights_merged_twice_fail_at_the_hop_where_it_happened(compared, copied
     assert "distribution_parity" in kinds(compared(), "merged")
 
 
+def test_an_export_is_made_again_only_when_its_model_changed_or_on_demand(copied):
+    from finetune.stages import export
+
+    def made() -> int:
+        export.run(copied.recipe, copied.run)
+        return (copied.run.path / "export" / "bundle" / "manifest.json").stat().st_ino
+
+    first = made()
+    assert made() == first
+    copied.run.force = True
+    again = made()
+    assert again != first
+    copied.run.force = False
+    edit_json(copied.run, "merge/report.json", lambda report: report["artifacts"].update({"merge/model": "another"}))
+    assert made() != again
+
+
 def test_a_hop_is_taken_again_only_when_something_of_it_changed(copied, monkeypatch):
     asked: list[str] = []
 
@@ -347,6 +364,12 @@ def test_every_variant_of_every_format_has_bounds_that_widen_with_coarseness(hon
     rows = [_TABLE[kind] for kind in ("f32", "f16", "bf16", "q8", "q6", "q5", "q4", "q3", "q2")]
     assert [row.kl_mean for row in rows] == sorted(row.kl_mean for row in rows)
     assert [row.learned for row in rows] == sorted((row.learned for row in rows), reverse=True)
+
+
+def test_a_model_run_in_coarser_arithmetic_is_held_to_coarser_bounds(honest):
+    fine, coarse = (bounds("merged", honest.recipe, dtype) for dtype in ("float32", "bfloat16"))
+    assert (fine.kl_mean, coarse.kl_mean) == (1e-6, 1e-2)
+    assert bounds("gguf:q4_k_m", honest.recipe, "bfloat16") == bounds("gguf:q4_k_m", honest.recipe)
 
 
 def test_the_recipe_may_set_other_bounds(copied):

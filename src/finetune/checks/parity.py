@@ -33,7 +33,8 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
             why = f"'{name}' was not compared with the model it was made from"
             verdicts.append(missing(f"prompt_parity[{name}]", "==", 1.0, "share", path, why))
             continue
-        verdicts += _hop(name, json.loads(file.read_text(encoding="utf-8")), bounds(name, recipe), path)
+        seen = json.loads(file.read_text(encoding="utf-8"))
+        verdicts += _hop(name, seen, bounds(name, recipe, seen["dtype"]), path)
     return verdicts
 
 

@@ -34,16 +34,24 @@ _TABLE: dict[str, Bounds] = {
 }
 
 
-def bounds(hop: str, recipe: Recipe) -> Bounds:
-    """The bounds of a hop (`merged`, or an export's name), with what the recipe's `expect` says instead."""
-    if hop == "merged":
-        return _EXACT
-    target = parse(hop)
-    kind = target.variant.partition("_")[0]
-    if target.format.name == "bundle":
-        found = _EXACT
-    else:
-        found = _TABLE[kind or {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[recipe.model.dtype]]
+_KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def bounds(hop: str, recipe: Recipe, computed: str = "float32") -> Bounds:
+    """The bounds of a hop (`merged`, or an export's name), with what the recipe's `expect` says instead.
+
+    `computed` is the type that the model before was run in; a coarser one than float32 widens every bound.
+    """
+    found = _of_format(hop, recipe)
+    if computed != "float32":
+        coarse = _TABLE[_KINDS[computed]]
+        found = Bounds(
+            kl_mean=max(found.kl_mean, coarse.kl_mean),
+            kl_max=max(found.kl_max, coarse.kl_max),
+            greedy=min(found.greedy, coarse.greedy),
+            stopped=min(found.stopped, coarse.stopped),
+            learned=min(found.learned, coarse.learned),
+        )
     expect = recipe.expect
     return replace(
         found,
@@ -51,3 +59,12 @@ def bounds(hop: str, recipe: Recipe) -> Bounds:
         greedy=expect.export_greedy_min.get(hop, found.greedy),
         learned=min(found.learned, expect.export_learned_min),
     )
+
+
+def _of_format(hop: str, recipe: Recipe) -> Bounds:
+    if hop == "merged":
+        return _EXACT
+    target = parse(hop)
+    if target.format.name == "bundle":
+        return _EXACT
+    return _TABLE[target.variant.partition("_")[0] or _KINDS[recipe.model.dtype]]

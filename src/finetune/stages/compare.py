@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__, evidence
+from finetune import __version__, evidence, memory
 from finetune.backends import get
 from finetune.console import progress
 from finetune.experiment import in_fresh_process
@@ -20,6 +20,7 @@ from finetune.run import Run, write_json
 from finetune.stages import Result
 
 FOLDER = "compare"
+ROOM = 1.5  # times the weights, that a model needs to be run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +55,15 @@ def run(recipe: Recipe, run: Run) -> Result:
     # Those before a hop that is to be taken are asked again too: they are what it is held against.
     needed = chain if any(model.name not in taken for model in chain[1:]) else []
     needed = [model for model in needed if model.name not in taken or model.name in ("adapter", "merged")]
+    dtype = _dtype(recipe, run)
     with progress(len(needed), "compare") as bar:
         for number, model in enumerate(needed, 1):
             file = files[model.name].with_suffix(".npy")
-            seen = _observe(recipe, model, asked, first, file)
+            seen = _observe({**evidence.model_settings(recipe), "dtype": dtype}, model, asked, first, file)
             first = first or seen
             if reference is not None:
                 found = _evidence(recipe, run, asked, reference, (model, seen, file))
-                write_json(files[model.name], {"mark": marks[model.name], **found})
+                write_json(files[model.name], {"mark": marks[model.name], "dtype": dtype, **found})
             if reference is None or model.name == "merged":
                 if reference is not None:
                     reference[2].unlink(missing_ok=True)
@@ -111,7 +113,7 @@ def _chain(recipe: Recipe, run: Run) -> list[Model]:
 
 
 def _observe(
-    recipe: Recipe, model: Model, asked: dict[str, Any], first: dict[str, Any] | None, file: Path
+    settings: dict[str, Any], model: Model, asked: dict[str, Any], first: dict[str, Any] | None, file: Path
 ) -> dict[str, Any]:
     request = {
         "do": "observe",
@@ -119,8 +121,7 @@ def _observe(
         "model": str(model.path),
         "adapter": str(model.adapter) if model.adapter else None,
         "prompts_from": str(model.prompts_from),
-        # In float32 whatever the training used, so that the bounds measure the export and not the arithmetic.
-        "settings": {**evidence.model_settings(recipe), "dtype": "float32"},
+        "settings": settings,
         "material": asked,
         "answers": first["answers"] if first else None,
         "served": material.SERVED,
@@ -131,6 +132,14 @@ def _observe(
         return in_fresh_process(request, request_file)
     finally:
         request_file.unlink(missing_ok=True)
+
+
+def _dtype(recipe: Recipe, run: Run) -> str:
+    """float32 where the model fits, whatever the training used: bounds shall measure the export, not the arithmetic."""
+    stored = sum(file.stat().st_size for file in (run.path / "merge" / "model").glob("*.safetensors"))
+    needed = stored * (1 if recipe.model.dtype == "float32" else 2)
+    room = min((gpu.total for gpu in memory.gpus()), default=memory.available())
+    return "float32" if needed * ROOM < room else recipe.model.dtype
 
 
 def _evidence(
