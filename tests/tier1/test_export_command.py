@@ -18,6 +18,7 @@ import finetune
 from finetune import checks, doctor, stages
 from finetune.checks import judge
 from finetune.cli import cli
+from finetune.errors import MissingError
 from finetune.export import FORMATS
 from finetune.export import bundle as bundles
 from finetune.pipeline import run_stages
@@ -452,3 +453,16 @@ def test_a_missing_ollama_is_absent_not_wrong(monkeypatch: pytest.MonkeyPatch, b
     assert (finding.state, finding.optional) == ("absent", True)
     assert found in finding.found
     assert "ollama serve" in finding.fix
+
+
+def test_a_missing_ollama_is_told_before_the_training_and_only_where_it_is_needed(
+    town: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.commands.validate import refuse_faults
+
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    wanted = town_recipe(town, tmp_path / "runs", export=["ollama"])
+    with pytest.raises(MissingError, match="the export 'ollama' cannot be compared: .*ollama serve"):
+        refuse_faults(wanted)
+    refuse_faults(wanted, ["export"])  # --no-parity
+    refuse_faults(town_recipe(town, tmp_path / "runs", export=["bundle"]))

@@ -195,6 +195,17 @@ def test_the_begin_token_is_left_to_a_server_that_adds_it(server, model, monkeyp
     assert server.asked("/api/generate")[0]["prompt"] == "A"
 
 
+def test_messages_are_answered_as_the_prompt_that_they_render_to(server, model):
+    backend = OllamaBackend()
+    asked = [[{"role": "user", "content": "Who?"}], [{"role": "user", "content": "naïve 👩‍👩‍👧‍👦?"}]]
+    with backend.load(model) as handle:
+        alone = backend.generate(handle, backend.render(model, asked), max_new_tokens=9)
+    answered = backend.chat(model, asked, max_new_tokens=9)
+    assert [(each.text, each.finish) for each in answered] == [(each.text, each.finish) for each in alone]
+    assert {body["options"]["temperature"] for body in server.asked("/api/chat") if "options" in body} == {0.0}
+    assert backend.chat(model, asked, max_new_tokens=2)[0].finish == "length"
+
+
 # -- render and constants -----------------------------------------------------------------------------------------
 
 
