@@ -21,7 +21,7 @@ from finetune.parity import hop
 from finetune.parity.bounds import _TABLE, bounds
 from finetune.parity.divergence import divergence, top
 from finetune.recipe.exports import FORMATS
-from finetune.run import Run
+from finetune.run import Run, write_json
 from finetune.stages import compare
 from support.town import edit_json
 
@@ -73,7 +73,7 @@ BREAKS = (
     ),
     Break(
         "KL over its bound",
-        lambda e: e["distributions"].update(mean=2e-6),
+        lambda e: e["distributions"].update(mean=2e-7),
         "distribution_parity",
         "export of an older run",
     ),
@@ -155,6 +155,17 @@ def test_a_hop_that_was_not_compared_fails(copied, name):
     (copied.run.path / name).unlink()
     (why,) = failed(copied).values()
     assert "no evidence" in why
+
+
+@pytest.mark.parametrize(
+    ("hop", "kept", "passes"), [("gguf:q8_0", 5, True), ("gguf:q8_0", 4, False), ("gguf:f16", 5, False)]
+)
+def test_rounded_weights_may_lose_one_probe_of_a_few(copied, hop, kept, passes):
+    seen = json.loads((copied.run.path / BUNDLE).read_text())
+    seen["learned"] = {"known": 6, "kept": kept, "lost": [{"prompt": "Who?", "expected": "A", "found": "B"}]}
+    write_json(copied.run.path / f"compare/{hop.replace(':', '-')}.json", {**seen, "hop": hop})
+    recipe = copied.recipe.model_copy(update={"export": [hop]})
+    assert (f"learned_parity[{hop}]" not in {v.name for v in check(recipe, copied.run) if not v.passed}) == passes
 
 
 def test_a_differing_constant_is_named_as_the_cause_of_diverging(copied):
@@ -368,12 +379,12 @@ def test_every_variant_of_every_format_has_bounds_that_widen_with_coarseness(hon
 
 def test_a_model_run_in_coarser_arithmetic_is_held_to_coarser_bounds(honest):
     fine, coarse = (bounds("merged", honest.recipe, dtype) for dtype in ("float32", "bfloat16"))
-    assert (fine.kl_mean, coarse.kl_mean) == (1e-6, 1e-2)
+    assert (fine.kl_mean, coarse.kl_mean) == (1e-7, 1e-2)
     assert bounds("gguf:q4_k_m", honest.recipe, "bfloat16") == bounds("gguf:q4_k_m", honest.recipe)
 
 
 def test_the_recipe_may_set_other_bounds(copied):
-    edit_json(copied.run, BUNDLE, lambda seen: seen["distributions"].update(mean=0.5, max=5e-5))
+    edit_json(copied.run, BUNDLE, lambda seen: seen["distributions"].update(mean=0.5, max=5e-6))
     expect = copied.recipe.expect.model_copy(update={"export_kl_mean_max": {"bundle": 0.6}})
     assert [
         v.name

@@ -117,12 +117,14 @@ def _leaks(name: str, seen: dict[str, Any], path: str) -> Verdict:
 
 def _learned(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
     found = seen["learned"]
-    why = f"{found['kept']} of the {found['known']} probes that '{seen['reference']}' answers are answered"
+    known, kept = found["known"], found["kept"]
+    why = f"{kept} of the {known} probes that '{seen['reference']}' answers are answered"
     if found["lost"]:
         lost = found["lost"][0]
         why += f"; lost: {_short(lost['prompt'])!r} -> {_short(lost['found'])!r}"
-    verdict = judge(f"learned_parity[{name}]", found["kept"] / found["known"], ">=", bound.learned, "share", path, why)
-    return _explained(verdict, seen)
+    # Of a few probes one may fall to rounding alone, where the weights were rounded.
+    least = min(bound.learned, (known - 1) / known) if ":q" in name else bound.learned
+    return _explained(judge(f"learned_parity[{name}]", kept / known, ">=", least, "share", path, why), seen)
 
 
 def _served(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
