@@ -19,7 +19,7 @@ from finetune.checks.parity import check
 from finetune.errors import StageError
 from finetune.parity import hop
 from finetune.parity.bounds import _TABLE, bounds
-from finetune.parity.divergence import divergence, top
+from finetune.parity.divergence import divergence, gap, top
 from finetune.recipe.exports import FORMATS
 from finetune.run import Run, write_json
 from finetune.stages import compare
@@ -83,6 +83,7 @@ BREAKS = (
         "another continuation",
         lambda e: e["greedy"].update(
             equal=3,
+            gaps=[0.5] * 16,
             first={
                 "prompt": "Who?",
                 "position": 2,
@@ -166,6 +167,12 @@ def test_rounded_weights_may_lose_one_probe_of_a_few(copied, hop, kept, passes):
     write_json(copied.run.path / f"compare/{hop.replace(':', '-')}.json", {**seen, "hop": hop})
     recipe = copied.recipe.model_copy(update={"export": [hop]})
     assert (f"learned_parity[{hop}]" not in {v.name for v in check(recipe, copied.run) if not v.passed}) == passes
+
+
+@pytest.mark.parametrize(("gaps", "passes"), [([5e-4] * 4, True), ([5e-4, 5e-4, 0.5, 0.5], False), ([None] * 4, False)])
+def test_an_answer_that_parts_at_a_tie_is_not_counted_against_an_export(copied, gaps, passes):
+    edit_json(copied.run, BUNDLE, lambda seen: seen["greedy"].update(equal=seen["greedy"]["compared"] - 4, gaps=gaps))
+    assert ("greedy_parity[bundle]" not in failed(copied)) == passes
 
 
 def test_a_differing_constant_is_named_as_the_cause_of_diverging(copied):
@@ -252,6 +259,8 @@ def test_other_weights_fail_with_the_first_divergence_and_both_lists(compared, c
     assert kinds(found, "bundle") >= {"distribution_parity", "distribution_worst", "greedy_parity", "learned_parity"}
     assert "first divergence at token 0 of the answer to" in found["greedy_parity[bundle]"]
     assert "found 'B'; [" in found["greedy_parity[bundle]"]
+    gaps = json.loads((copied.run.path / BUNDLE).read_text())["greedy"]["gaps"]
+    assert len(gaps) >= 12 and min(gaps) > 1
 
 
 def test_weights_merged_twice_fail_at_the_hop_where_it_happened(compared, copied):
@@ -316,6 +325,12 @@ def test_divergence_is_that_of_kullback_and_leibler(tmp_path):
     assert found.kl == pytest.approx([0.5 * math.log(2) + 0.25 * math.log(0.5), 0.0], abs=1e-6)
     assert found.same_top == [False, True]
     assert top(p, 1, 1) == [(2, pytest.approx(0.8))]
+
+
+def test_a_gap_is_how_far_a_token_is_behind_the_likeliest(tmp_path):
+    rows = save(tmp_path / "p.npy", [[0.5, 0.25, 0.125, 0.125]])
+    assert gap(rows, 0, [0]) == 0
+    assert gap(rows, 0, [2, 1]) == pytest.approx(math.log(2))
 
 
 def test_divergence_of_what_is_not_a_number_is_none(tmp_path):

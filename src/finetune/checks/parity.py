@@ -82,14 +82,18 @@ def _distributions(name: str, seen: dict[str, Any], bound: Bounds, path: str) ->
 
 def _greedy(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
     found = seen["greedy"]
+    ties = sum(gap is not None and gap <= bound.tie for gap in found["gaps"])
     why = f"{found['equal']} of {found['compared']} greedy answers are the same token by token"
     why += f" ({found['tokens_agreed']} of {found['tokens']} tokens)"
+    if ties:
+        why += f", {ties} part at a tie (within {bound.tie:g} nats)"
     if first := found["first"]:
         why += f"; first divergence at token {first['position']} of the answer to {_short(first['prompt'])!r}: "
         why += f"expected {first['expected_next']!r}, found {first['found_next']!r}"
         if "expected_top5" in first:
             why += f"; {_tops(first['expected_top5'])} against {_tops(first['found_top5'])}"
-    return _explained(judge(f"greedy_parity[{name}]", _share(found), ">=", bound.greedy, "share", path, why), seen)
+    share = (found["equal"] + ties) / found["compared"] if found["compared"] else None
+    return _explained(judge(f"greedy_parity[{name}]", share, ">=", bound.greedy, "share", path, why), seen)
 
 
 def _stop(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:

@@ -10,10 +10,12 @@ from finetune.recipe.exports import parse
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """`kl_mean` and `kl_max` in nats; the others are least shares of the answers compared."""
+    """`kl_mean` and `kl_max` in nats; `tie` (nats): an answer that parts where the other token is no further than this
+    behind is not counted against an export; the others are least shares of the answers compared."""
 
     kl_mean: float
     kl_max: float
+    tie: float
     greedy: float
     stopped: float
     learned: float
@@ -21,17 +23,17 @@ class Bounds:
 
 # By what is stored of a weight; a hop from adapter to merged weights and a bundle count as exact. From bench/parity.py
 # over ten seeds: twice the worst, ten times for what only rounds, and never more than was promised.
-_EXACT = Bounds(kl_mean=1e-7, kl_max=1e-5, greedy=0.95, stopped=0.95, learned=0.95)
+_EXACT = Bounds(kl_mean=1e-7, kl_max=1e-5, tie=1e-3, greedy=0.95, stopped=0.95, learned=0.95)
 _TABLE: dict[str, Bounds] = {
     "f32": replace(_EXACT, kl_mean=1e-5, kl_max=1e-3),
-    "f16": replace(_EXACT, kl_mean=1e-4, kl_max=1e-2),
-    "bf16": replace(_EXACT, kl_mean=1e-2, kl_max=2e-1, greedy=0.85),
-    "q8": Bounds(kl_mean=1e-2, kl_max=0.7, greedy=0.6, stopped=0.95, learned=0.95),
-    "q6": Bounds(kl_mean=4e-2, kl_max=0.8, greedy=0.5, stopped=0.9, learned=0.95),
-    "q5": Bounds(kl_mean=3e-1, kl_max=8.0, greedy=0.3, stopped=0.9, learned=0.9),
-    "q4": Bounds(kl_mean=3e-1, kl_max=8.0, greedy=0.3, stopped=0.9, learned=0.8),
-    "q3": Bounds(kl_mean=8e-1, kl_max=10.0, greedy=0.2, stopped=0.75, learned=0.6),
-    "q2": Bounds(kl_mean=2.0, kl_max=15.0, greedy=0.0, stopped=0.5, learned=0.3),
+    "f16": replace(_EXACT, kl_mean=1e-4, kl_max=1e-2, tie=0.02),
+    "bf16": replace(_EXACT, kl_mean=1e-2, kl_max=2e-1, tie=0.2),
+    "q8": Bounds(kl_mean=1e-2, kl_max=0.7, tie=1.0, greedy=0.9, stopped=0.95, learned=0.95),
+    "q6": Bounds(kl_mean=4e-2, kl_max=0.8, tie=1.0, greedy=0.9, stopped=0.9, learned=0.95),
+    "q5": Bounds(kl_mean=3e-1, kl_max=8.0, tie=2.0, greedy=0.6, stopped=0.9, learned=0.9),
+    "q4": Bounds(kl_mean=3e-1, kl_max=8.0, tie=2.0, greedy=0.6, stopped=0.9, learned=0.8),
+    "q3": Bounds(kl_mean=8e-1, kl_max=10.0, tie=3.0, greedy=0.4, stopped=0.75, learned=0.6),
+    "q2": Bounds(kl_mean=2.0, kl_max=15.0, tie=4.0, greedy=0.2, stopped=0.5, learned=0.3),
 }
 _KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -47,6 +49,7 @@ def bounds(hop: str, recipe: Recipe, computed: str = "float32") -> Bounds:
         found = Bounds(
             kl_mean=max(found.kl_mean, coarse.kl_mean),
             kl_max=max(found.kl_max, coarse.kl_max),
+            tie=max(found.tie, coarse.tie),
             greedy=min(found.greedy, coarse.greedy),
             stopped=min(found.stopped, coarse.stopped),
             learned=min(found.learned, coarse.learned),

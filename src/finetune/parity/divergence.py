@@ -65,3 +65,11 @@ def top(file: Path, position: int, count: int = 5) -> list[tuple[int, float]]:
     row: Any = numpy.load(file, mmap_mode="r")[position]
     best: Sequence[int] = numpy.argsort(row)[::-1][:count].tolist()
     return [(int(token), float(numpy.exp(row[token]))) for token in best]
+
+
+def gap(file: Path, position: int, tokens: Sequence[int]) -> float:
+    """How much less likely (nats) the likeliest of `tokens` is than the likeliest token of all."""
+    import numpy
+
+    row: Any = numpy.load(file, mmap_mode="r")[position]
+    return float(row.max()) - max(float(row[token]) for token in tokens)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.answers import is_correct
-from finetune.parity.divergence import divergence, top
+from finetune.parity.divergence import divergence, gap, top
 from finetune.parity.observe import pairs
 
 AROUND = 4  # ids shown on either side of a first difference
@@ -110,22 +110,33 @@ def greedy(
     files: tuple[Path, Path] | None,
     decode: Decode,
 ) -> dict[str, Any]:
-    """Greedy answers token by token: how many are the same, and the first divergence with both top-5 lists."""
+    """Greedy answers token by token: how many are the same, and the first divergence with both top-5 lists.
+
+    `gaps` has, for each that is not the same, how much less likely (nats) the model before takes the other's token to be
+    than its own, where they part; None where that is not known.
+    """
     both = list(zip(expected["generated"], found["generated"], strict=True))
     differing = [number for number, (a, b) in enumerate(both) if (a["ids"], a["finish"]) != (b["ids"], b["finish"])]
-    agreed = sum(_agreed(a["ids"], b["ids"]) for a, b in both)
+    places = _answer_places(material, expected) if files else {}
+    gaps = []
+    for number in differing:
+        at = _agreed(both[number][0]["ids"], both[number][1]["ids"])
+        known = files and at < len(places.get(number, ()))
+        chosen = _chosen(both[number][1], at, material["eos_ids"])
+        gaps.append(gap(files[0], places[number][at], chosen) if files and known and chosen else None)
     result: dict[str, Any] = {
         "compared": len(both),
         "equal": len(both) - len(differing),
+        "gaps": gaps,
         "tokens": sum(len(a["ids"]) for a, _ in both),
-        "tokens_agreed": agreed,
+        "tokens_agreed": sum(_agreed(a["ids"], b["ids"]) for a, b in both),
         "first": None,
     }
     if differing:
         number = differing[0]
         a, b = both[number]
         at = _agreed(a["ids"], b["ids"])
-        first: dict[str, Any] = {
+        result["first"] = {
             "prompt": material["questions"][number]["prompt"],
             "position": at,
             "expected_text": a["text"],
@@ -133,14 +144,30 @@ def greedy(
             "expected_next": _next(a, at, decode),
             "found_next": _next(b, at, decode),
         }
-        answers = expected["answers"]
-        if files and answers[number][:at] == a["ids"][:at] and at < len(answers[number]):
-            whole = pairs(material, answers)
-            before = len(whole) - sum(bool(answer) for answer in answers[number:])
-            position = sum(len(target) for _, target in whole[:before]) + at
-            first |= _tops(position, *files, decode)
-        result["first"] = first
+        if files and at < len(places.get(number, ())):
+            result["first"] |= _tops(places[number][at], *files, decode)
     return result
+
+
+def _answer_places(material: dict[str, Any], expected: dict[str, Any]) -> dict[int, range]:
+    """By question, the rows of the distributions that belong to its answer; only where the model before gave just that
+    answer, so that both were scored after the same tokens."""
+    answers = expected["answers"]
+    whole = pairs(material, answers)
+    begin = sum(len(target) for _, target in whole[: len(whole) - sum(bool(answer) for answer in answers)])
+    found = {}
+    for number, (answer, made) in enumerate(zip(answers, expected["generated"], strict=True)):
+        if answer[: len(made["ids"])] == made["ids"]:
+            found[number] = range(begin, begin + len(answer))
+        begin += len(answer)
+    return found
+
+
+def _chosen(answer: dict[str, Any], at: int, eos_ids: list[int]) -> list[int]:
+    """The ids that an answer's next token may be: that one, or any that ends the turn; nothing where it was cut off."""
+    if at < len(answer["ids"]):
+        return [answer["ids"][at]]
+    return eos_ids if answer["finish"] == "stop" else []
 
 
 def _agreed(a: list[int], b: list[int]) -> int:
