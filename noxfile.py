@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -301,7 +302,8 @@ def summarize(name: str, report: Path) -> None:
 def install(session: nox.Session, row: Cell) -> None:
     """Install the project (editable), the row's extras and groups, once for every change of what they depend on."""
     version = re.findall(r'__version__ = "(.+)"', (ROOT / "src/finetune/__init__.py").read_text(encoding="utf-8"))
-    inputs = [CONSTRAINTS.read_bytes(), (ROOT / "pyproject.toml").read_bytes(), repr((row, version)).encode()]
+    own = inspect.getsource(install)
+    inputs = [CONSTRAINTS.read_bytes(), (ROOT / "pyproject.toml").read_bytes(), repr((row, version, own)).encode()]
     wanted = hashlib.sha256(b"\0".join(inputs)).hexdigest()
     stamp = Path(session.virtualenv.location) / "installed.sha256"
     if stamp.is_file() and stamp.read_text(encoding="ascii") == wanted:
