@@ -67,7 +67,7 @@ def asked(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def recipe(asked, tmp_path_factory) -> Recipe:
-    """90 generated rows and 20 general ones, 62 steps; then DPO; every export that this machine can make."""
+    """90 generated rows and 20 general ones, 56 steps; then DPO; every export that this machine can make."""
     exports = [name for kind, names in EXPORTS.items() if lacking(kind) is None for name in names]
     return load_mapping(
         {
@@ -76,7 +76,7 @@ def recipe(asked, tmp_path_factory) -> Recipe:
             "data": {"path": [str(asked["train"]), "shipped:quorra/replay.jsonl"], "eval_path": str(asked["eval"])},
             "template": {"name": "chatml" if MODEL == "smollm2-135m" else "model"},
             "train": {
-                "max_steps": 62,
+                "max_steps": 56,
                 "per_device_train_batch_size": 6,
                 "learning_rate": 7e-4,
                 "warmup_steps": 5,
