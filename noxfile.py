@@ -94,7 +94,7 @@ CELLS = {
             backend="llamacpp",
             extras=("torch", "gguf"),
             groups=("test",),
-            paths=("tests/tier3", "-k", "gguf"),
+            paths=("tests/tier3", "-k", "gguf or test_line"),
             workers=2,
             needs_model=True,
         ),
@@ -104,7 +104,7 @@ CELLS = {
             backend="mlx",
             extras=("torch", "mlx"),
             groups=("test",),
-            paths=("tests/tier3", "-k", "mlx"),
+            paths=("tests/tier3", "-k", "mlx or test_line"),
             workers=2,
             needs_model=True,
         ),
@@ -114,7 +114,7 @@ CELLS = {
             backend="ollama",
             extras=("torch", "gguf"),
             groups=("test",),
-            paths=("tests/tier3", "-k", "ollama"),
+            paths=("tests/tier3", "-k", "ollama or test_line"),
             needs_model=True,
         ),
         Cell(
@@ -267,7 +267,10 @@ def pytest(session: nox.Session, row: Cell) -> None:
                 "--dist=loadfile" if row.needs_model else "--dist=load",
             ),
             *session.posargs,
-            env=offline(),
+            env={
+                **offline(),
+                **({"FT_TIER3": row.name.removeprefix("tier3-")} if row.name.startswith("tier3-") else {}),
+            },
         )
     finally:
         summarize(session.name, report)

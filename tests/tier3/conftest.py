@@ -21,6 +21,7 @@ from finetune.testing import questions, tiny
 ORDER = ("test_line.py", "test_mlx_architectures.py")
 NEEDS = {"gguf": ("cyllama", "xllamacpp", "conversion"), "mlx": ("mlx_lm",), "ollama": ("cyllama", "conversion")}
 EXPORTS = {"gguf": ("gguf:f16", "gguf:q8_0", "gguf:q4_k_m"), "mlx": ("mlx",), "ollama": ("ollama",)}
+ONLY = os.environ.get("FT_TIER3")  # the family that a session is for; all that are here without it
 MODEL = os.environ.get("FT_E2E_MODEL_ID", "smollm2-135m")
 
 
@@ -46,6 +47,8 @@ def family(skip_or_fail) -> Callable[[str], str]:
     """A function: the family's name, or a skip (a failure where it was required) with the reason."""
 
     def need(name: str) -> str:
+        if ONLY and name != ONLY:
+            pytest.skip(f"this session is for {ONLY}; run: nox -s tier3-{name}")
         if reason := lacking(name):
             skip_or_fail(name, reason)
         return name
@@ -68,7 +71,8 @@ def asked(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def recipe(asked, tmp_path_factory) -> Recipe:
     """90 generated rows and 20 general ones, 56 steps; then DPO; every export that this machine can make."""
-    exports = [name for kind, names in EXPORTS.items() if lacking(kind) is None for name in names]
+    wanted = {kind: names for kind, names in EXPORTS.items() if ONLY in (None, kind) and lacking(kind) is None}
+    exports = [name for names in wanted.values() for name in names]
     return load_mapping(
         {
             "name": "line",
@@ -103,13 +107,15 @@ def recipe(asked, tmp_path_factory) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def line(recipe) -> Run:
+def line(recipe, family) -> Run:
     """The run of the whole line, verified. Tests read it and leave it as it is.
 
     On all cores: what runs beside it under xdist is done long before it.
     """
     import torch
 
+    if ONLY:
+        family(ONLY)
     run = Run(Path(recipe.output_dir) / recipe.name)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
