@@ -39,8 +39,10 @@ def test_every_check_passes_on_an_honest_run(verdicts):
 
 
 def test_every_check_and_every_stage_ran(recipe, trained_run, verdicts):
-    assert all(check.wanted(recipe) for check in CHECKS)
-    assert [stage.name for stage in STAGES if trained_run.report(stage.name)] == [stage.name for stage in STAGES]
+    """But those of exports, which tier 3 has."""
+    exporting = ("rehearse", "export", "compare")
+    assert [check.name for check in CHECKS if not check.wanted(recipe)] == ["parity"]
+    assert [stage.name for stage in STAGES if not trained_run.report(stage.name)] == list(exporting)
 
 
 def test_model_answers_the_made_up_facts(answers):
