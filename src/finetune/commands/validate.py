@@ -52,7 +52,9 @@ def refuse_faults(recipe: Recipe, only: list[str] | None = None) -> None:
         from finetune.backends.ollama import unavailable
 
         if reason := unavailable():
-            raise MissingError(f"the export 'ollama' cannot be compared: {reason}")
+            raise MissingError(
+                f"the export 'ollama' cannot be compared: {reason}. To write it uncompared: finetune export --no-parity"
+            )
     if "evaluate" not in stages:
         faults = [fault for fault in faults if not str(fault).startswith("evaluate.")]
     elif not faults:
