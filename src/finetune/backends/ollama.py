@@ -231,7 +231,7 @@ def _render(handle: Handle, messages: Sequence[Mapping[str, str]]) -> list[int] 
 
 
 def _constants(handle: Handle) -> dict[str, Constant]:
-    from finetune.backends.llamacpp.reading import KEYS
+    from finetune.backends.llamacpp.reading import KEYS, plain
 
     shown = handle.client.call("POST", "/api/show", {"model": handle.name})
     info = shown.get("model_info") or {}
@@ -250,12 +250,7 @@ def _constants(handle: Handle) -> dict[str, Constant]:
         found["vocab_size"] = len(full.get("model_info", {}).get("tokenizer.ggml.tokens") or []) or None
     if tensors := shown.get("tensors"):
         found["tie_word_embeddings"] = all(tensor.get("name") != "output.weight" for tensor in tensors)
-    return {name: _plain(value) for name, value in found.items() if isinstance(value, int | float | str)}
-
-
-def _plain(value: Constant) -> Constant:
-    """Float32 metadata as the shortest decimal that it is (1e-05, not 9.999999747378752e-06)."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    return {name: plain(value) for name, value in found.items() if isinstance(value, int | float | str)}
 
 
 def _number(version: str) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ def constants(gguf: Path) -> dict[str, Constant]:
     def value(*names: str) -> Any:
         for name in names:
             if file.find_key(f"{architecture}.{name}") >= 0:
-                return _plain(file.get_value(f"{architecture}.{name}"))
+                return plain(file.get_value(f"{architecture}.{name}"))
         return None
 
     found: dict[str, Constant] = {name: value(*keys) for name, keys in KEYS.items()}
@@ -59,7 +59,7 @@ def constants(gguf: Path) -> dict[str, Constant]:
     return {name: constant for name, constant in found.items() if constant is not None}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Float32 metadata as the shortest decimal that it is (1e-05, not 9.999999747378752e-06)."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
