@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune import tiny
 from finetune.errors import ResourceError, UsageError
 from finetune.memory import available, disk_free, gpus, human
 from finetune.run import Run, read_jsonl, read_object
@@ -248,6 +249,8 @@ def model_config(recipe: Recipe) -> dict[str, Any] | None:
     path = recipe.model.path
     if path in EMBEDDED:
         return dict(EMBEDDED[path])
+    if tiny.is_name(path):
+        return tiny.parse(path).config
     local = Path(path)
     for place in (local, Path(recipe.model.base_model or "")):
         if str(place) != "." and (place / "config.json").is_file():

@@ -1,22 +1,27 @@
-"""Where a model comes from: the embedded one, a local directory, a GGUF file, or the hub."""
+"""Where a model comes from: the embedded one, a local directory, a GGUF file, the hub, or made on the spot."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from finetune import hub
+from finetune import hub, tiny
 from finetune.console import say
+from finetune.data import sources
 from finetune.errors import MissingError, UsageError
 from finetune.lookup import did_you_mean, load, missing_package
-from finetune.recipe.sections import Model
+from finetune.recipe.sections import Data, Model
 from finetune.run import digest, read_object
 from finetune.secrets import redact, remember
 
@@ -54,9 +59,12 @@ EMBEDDED: dict[str, Embedded] = {
 }
 
 
+_TEXTS = ("shipped:quorra/train.jsonl", "shipped:stories/train.jsonl")
+
+
 @dataclass(frozen=True)
 class Resolved:
-    """A model ready to load: `base` and `adapter` are directories; `kind` is embedded, gguf, local or hub."""
+    """A model ready to load: `base` and `adapter` are directories; `kind` is as `kind` says."""
 
     base: Path
     adapter: Path | None
@@ -85,13 +93,16 @@ def embedded_path(name: str = "smollm2-135m") -> Path | None:
     return next((file for place in places if _has_size(file := place / model.file, model.size)), None)
 
 
-def obtain(path: str, *, revision: str | None = None, token: str | None = None) -> Path:
+def obtain(path: str, *, revision: str | None = None, token: str | None = None, data: Data | None = None) -> Path:
     """The local place of a model: a directory, or a GGUF file (`directory` turns that into a directory).
 
-    `path` is an embedded name, a directory, a GGUF file or a hub id. Raises MissingError when it cannot be had.
+    `path` is an embedded name, a directory, a GGUF file, a hub id, or `tiny:ARCHITECTURE`, whose tokenizer is trained on
+    `data`. Raises MissingError when it cannot be had.
     """
     if path in EMBEDDED:
         return embedded_path(path) or _download(path)
+    if tiny.is_name(path):
+        return _made(path, data, token)
     local = Path(path).expanduser()
     if local.is_dir():
         if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -117,18 +128,21 @@ def hub_id(path: str) -> str:
     return path
 
 
-def directory(path: str, *, revision: str | None = None, token: str | None = None) -> Path:
+def directory(path: str, *, revision: str | None = None, token: str | None = None, data: Data | None = None) -> Path:
     """As `obtain`, but always a directory in Hugging Face's layout: a GGUF file is converted once and kept."""
-    place = obtain(path, revision=revision, token=token)
+    place = obtain(path, revision=revision, token=token, data=data)
     return dequantized(place) if place.is_file() else place
 
 
-def resolve(model: Model) -> Resolved:
-    """The directories of the model that a recipe names, and of its adapter where `path` is one."""
+def resolve(model: Model, data: Data | None = None) -> Resolved:
+    """The directories of the model that a recipe names, and of its adapter where `path` is one.
+
+    `data` is the recipe's, for a tiny model's tokenizer.
+    """
     token = model.token.get_secret_value() if model.token else None
     if token:
         remember(token)
-    place = directory(model.path, revision=model.revision, token=token)
+    place = directory(model.path, revision=model.revision, token=token, data=data)
     if not is_adapter(place):
         return Resolved(place, None, kind(model.path))
     config = read_object(place / "adapter_config.json")
@@ -140,7 +154,7 @@ def resolve(model: Model) -> Resolved:
         raise MissingError(f"the adapter {place} names its base model '{base}', relative to an unknown place. {fix}")
     if _written_as_path(base) and not Path(base).expanduser().exists():
         raise MissingError(f"the adapter {place} needs its base model {base}, which is gone. {fix}")
-    found = directory(base, token=token)
+    found = directory(base, token=token, data=data)
     if is_adapter(found):
         raise UsageError(f"the base model of {place} is {base}, which is an adapter itself. {fix}")
     return Resolved(found, place, kind(model.path))
@@ -152,9 +166,11 @@ def is_adapter(place: Path) -> bool:
 
 
 def kind(path: str) -> str:
-    """Where `path` leads: embedded, gguf, local or hub."""
+    """Where `path` leads: embedded, tiny, gguf, local or hub."""
     if path in EMBEDDED:
         return "embedded"
+    if tiny.is_name(path):
+        return "tiny"
     local = Path(path).expanduser()
     return "gguf" if local.is_file() else "local" if local.is_dir() else "hub"
 
@@ -185,6 +201,43 @@ def dequantized(gguf: Path) -> Path:
             convert(gguf, made)
             made.rename(place)
     return place
+
+
+def _made(name: str, data: Data | None, token: str | None) -> Path:
+    """The directory of a tiny model, made when it is first asked for and cached by everything that went into it.
+
+    Its tokenizer is trained on all text in the rows of `data`, or on the shipped texts without any.
+    """
+    from filelock import FileLock
+
+    wanted = tiny.parse(name)
+    rows = sources.read(data, token) if data else [row for file in _TEXTS for row in sources.read(Data(path=file))]
+    texts = [text for row in rows for text in _texts(row.values)]
+    try:
+        made_by = {package: version(package) for package in ("torch", "transformers", "tokenizers")}
+    except PackageNotFoundError as error:
+        raise MissingError(missing_package(error.name)) from None
+    recipe = json.dumps([wanted.config, wanted.seed, tiny.SPECIAL, tiny.CHATML, made_by, texts], sort_keys=True)
+    mark = hashlib.sha256(recipe.encode("utf-8", "surrogatepass")).hexdigest()
+    place = cache_dir() / "tiny" / f"{wanted.architecture}-{mark[:16]}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.parent / f".{place.name}.lock"):
+        if not place.is_dir():
+            with tempfile.TemporaryDirectory(dir=place.parent, prefix=".making-") as temporary:
+                made = Path(temporary) / "model"
+                options = {"texts": texts, "vocab_size": wanted.vocab_size, "seed": wanted.seed, **wanted.values}
+                tiny.make(made, wanted.architecture, **options)
+                made.rename(place)
+    return place
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a row, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _download(name: str) -> Path:

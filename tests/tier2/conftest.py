@@ -1,4 +1,4 @@
-"""One expensive training on the embedded model, shared by every test that reads it; and tiny random models."""
+"""One expensive training on the embedded model, shared by every test that reads it; and recipes of tiny models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.data.sources import resolve
 from finetune.pipeline import run_stages
 from finetune.recipe import Recipe, load_mapping
 from finetune.run import Run
-from finetune.testing import scale, tiny
+from finetune.testing import scale
 
 # The long file first, so that under xdist the short ones run beside it; a short one third, since it waits behind it.
 ORDER = ("test_real_model.py", "test_torch_backend.py", "test_hub.py")
@@ -110,20 +110,6 @@ def trained_run(recipe) -> Run:
     run = Run(Path(recipe.output_dir) / recipe.name)
     run_stages(recipe, run)
     return run
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Callable[[str], Path]:
-    """A function: the directory of a tiny random model of an architecture, made once."""
-    made: dict[str, Path] = {}
-
-    def make(architecture: str = "llama") -> Path:
-        if architecture not in made:
-            texts = resolve("shipped:quorra/train.jsonl").read_text("utf-8").splitlines()
-            made[architecture] = tiny.make(tmp_path_factory.mktemp(architecture), architecture, texts=texts)
-        return made[architecture]
-
-    return make
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ from finetune.data.sources import resolve
 from finetune.pipeline import run_stages
 from finetune.recipe import Recipe, load_mapping
 from finetune.run import Run, read_jsonl, write_jsonl
-from finetune.testing import questions, tiny
+from finetune.testing import questions
 
 # The line takes most of the time: first, so that under xdist the others run beside it.
 ORDER = ("test_line.py", "test_mlx_architectures.py")
@@ -128,14 +129,6 @@ def line(recipe, family) -> Run:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Callable[..., Path]:
+def tiny_model(tiny_model) -> Callable[..., Path]:
     """A function: the directory of a tiny random model with odd constants, made once for each architecture."""
-    made: dict[str, Path] = {}
-
-    def make(architecture: str = "llama") -> Path:
-        if architecture not in made:
-            texts = [json.dumps(row) for row in questions.generate()]
-            made[architecture] = tiny.make(tmp_path_factory.mktemp(architecture), architecture, texts=texts, odd=True)
-        return made[architecture]
-
-    return make
+    return functools.partial(tiny_model, texts=[json.dumps(row) for row in questions.generate()], odd=True)

@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 
 from contract import CONVERSATIONS, ODD_TEXTS, InferenceContract, write_rows
-from finetune import memory
+from finetune import memory, tiny
 from finetune.backends import get
 from finetune.data.sources import resolve
 from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.export import Source
 from finetune.export import gguf as exporter
-from finetune.testing import tiny
 from support.gguf_files import rewrite
 
 END = "<|im_end|>"
@@ -425,7 +424,7 @@ def test_a_tokenizer_without_sentencepieces_own_file_is_taken_from_its_merges(
 ):
     """transformers writes no tokenizer.model; the converter then gives every token the same score, which splits words
     differently."""
-    monkeypatch.setattr(tiny, "_tokenizer", lambda _: sentencepiece_like(texts, kind))
+    monkeypatch.setattr(tiny, "tokenizer", lambda _, vocab_size: sentencepiece_like(texts, kind))
     model = tiny.make(tmp_path / "model", architecture, texts=texts, odd=True)
     assert not (model / "tokenizer.model").exists()
     made = exporter.export(Source(name="tiny", model=model), "f32", tmp_path)

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from contract import CHATS, CONVERSATIONS, write_rows
+from finetune import tiny
 from finetune.backends import get
 from finetune.backends.ollama import OllamaBackend, unavailable
 from finetune.errors import StageError
 from finetune.export import Source, modelfile, ollama
 from finetune.export.gotemplate import CONVERSATIONS as ASKED
 from finetune.export.gotemplate import REFUSAL, TOLERATED
-from finetune.testing import tiny
 from support.ollama import OllamaContract
 
 GOLDEN = Path(__file__).parents[1] / "tier1" / "golden"

@@ -88,6 +88,7 @@ def _refuse(source: str, faults: list[FinetuneError]) -> None:
 
 def faults_of(recipe: Recipe) -> list[FinetuneError]:
     """Everything that can be seen to be missing or wrong without reading a row or loading a weight."""
+    from finetune import tiny
     from finetune.backends import BACKENDS
     from finetune.data.sources import resolve
     from finetune.lookup import did_you_mean
@@ -102,6 +103,11 @@ def faults_of(recipe: Recipe) -> list[FinetuneError]:
             faults.append(
                 MissingError(f"{key}: no model at {value} (a name, a directory with a config.json, or a GGUF file)")
             )
+        elif value and tiny.is_name(value):
+            try:
+                tiny.parse(value)
+            except UsageError as error:
+                faults.append(UsageError(f"{key}: {error}"))
     for key, name in data_files(recipe):
         if not name.startswith("hub:"):
             try:
@@ -123,13 +129,16 @@ def data_files(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def model_kind(path: str) -> str:
-    """What a model's name refers to: `embedded`, `directory`, `gguf file`, `hub id`, or `missing`."""
+    """What a model's name refers to: `embedded`, `tiny`, `directory`, `gguf file`, `hub id`, or `missing`."""
+    from finetune import tiny
     from finetune.hub import is_id
     from finetune.models import EMBEDDED
 
     here = Path(path).expanduser()
     if path in EMBEDDED:
         return "embedded"
+    if tiny.is_name(path):
+        return "tiny"
     if here.is_dir():
         is_model = any((here / name).is_file() for name in ("config.json", "adapter_config.json"))
         return "directory" if is_model else "missing"

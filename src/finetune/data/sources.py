@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune import tiny
 from finetune.data.faults import plural, raise_all
 from finetune.errors import DataError, MissingError, UsageError
 from finetune.lookup import did_you_mean, missing_package
@@ -69,7 +70,9 @@ def resolve(path: str) -> Path:
 def local_files(recipe: Recipe, stage: str) -> list[Path]:
     """The local files whose content `stage` reads. Missing ones are left out: the stage itself reports them."""
     names: list[str | None] = []
-    if stage == "prepare":
+    if stage == "fetch" and recipe.data and tiny.is_name(recipe.model.path):  # its tokenizer is trained on them
+        names += recipe.data.paths
+    elif stage == "prepare":
         for data in (recipe.data, recipe.align.data if recipe.align else None):
             names += [*data.paths, data.eval_path] if data else []
         names.append(recipe.template.path)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import licenses, models
+from finetune import licenses, models, tiny
 from finetune.errors import RecipeError
 from finetune.recipe import yaml
 
@@ -83,6 +83,8 @@ def base_name(path: object) -> str | None:
         return None
     if path in models.EMBEDDED:
         return models.EMBEDDED[path].hub_id or path
+    if tiny.is_name(path):  # random weights are nobody's model
+        return None
     if is_place(path) or path.count("/") > 1 or path.startswith(".") or path.endswith(".gguf"):
         return Path(path.replace("\\", "/").rstrip("/")).name.removesuffix(".gguf") or None
     return path

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import __version__
+from finetune import __version__, tiny
 from finetune.errors import UsageError
 from finetune.lookup import load
 from finetune.run import Report, Run, digest, now
@@ -147,7 +147,8 @@ def plan(recipe: Recipe, only: Iterable[str] | None = None) -> list[Stage]:
 
 def inputs(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that a stage reads, as plain values; without the token."""
-    found = recipe.model_dump(mode="json", include=set(stage.sections), exclude={"model": {"token"}})
+    sections = {*stage.sections, *(("data",) if stage.name == "fetch" and tiny.is_name(recipe.model.path) else ())}
+    found = recipe.model_dump(mode="json", include=sections, exclude={"model": {"token"}})
     for section, keys in stage.keys.items():
         if found[section] is not None:
             found[section] = {key: found[section][key] for key in keys}

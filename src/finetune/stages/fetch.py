@@ -38,7 +38,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     its `size` in bytes and `sha256`. `license` is the SPDX id or None, `license_source` where it was found, and
     `license_text` the file of its words (`fetch/LICENSE`, inside the run) or None."""
     begin = time.perf_counter()
-    found = models.resolve(recipe.model)
+    found = models.resolve(recipe.model, recipe.data)
     seconds = time.perf_counter() - begin
     _check_backend(recipe, found.base)
     facts = _facts(found.base)
