@@ -8,7 +8,6 @@ from finetune import console
 from finetune.commands.options import (
     load_recipe,
     output_options,
-    print_json,
     recipe_options,
     run_options,
     show_plan,
@@ -32,6 +31,8 @@ def command(
 ) -> int:
     """Run all stages of a recipe, verify what came out, and report it. Ends with 1 when a check failed.
 
+    The report is printed, and written into the run: report.html to look at, report.json, report.md, junit.xml.
+
     RECIPE is a file, or a directory that holds a recipe.yaml; ./recipe.yaml by default. Stages whose inputs have not
     changed are not run again. To try it without a recipe: finetune run --example quickstart
     """
@@ -42,21 +43,20 @@ def command(
     if dry_run:
         show_plan(loaded, run, None, force=force, as_json=as_json)
         return 0
-    working(loaded, run, None, force=force)
     from contextlib import redirect_stdout
     from sys import stderr
 
     from finetune.checks import verify
+    from finetune.commands.report import leave_behind, show_and_write
+
+    try:
+        working(loaded, run, None, force=force)
+    except BaseException:
+        leave_behind(run)
+        raise
 
     console.say("== verify")
     with run.locked(), redirect_stdout(stderr):
         verdicts = verify(loaded, run)
-    if as_json:
-        from finetune.report.summary import as_dict
-
-        print_json(as_dict(run))
-    else:
-        from finetune.report.terminal import show
-
-        show(run)
+    show_and_write(run, as_json=as_json)
     return 0 if verdicts and all(verdict.passed for verdict in verdicts) else 1

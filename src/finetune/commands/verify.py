@@ -1,4 +1,4 @@
-"""`finetune verify` and `finetune report`: a stored run, checked again or shown."""
+"""`finetune verify`: a stored run, checked again."""
 
 from __future__ import annotations
 
@@ -41,22 +41,3 @@ def command(run: str | None, checks: tuple[str, ...], as_json: bool) -> int:
 
         show_verdicts(result["verdicts"])
     return 0 if result["passed"] else 1
-
-
-@click.command("report")
-@click.argument("run", required=False, type=FILE)
-@output_options
-def report(run: str | None, as_json: bool) -> None:
-    """Show a stored run: answers before and after, verdicts, times and memory, files.
-
-    RUN is a run directory, or a name under ./runs; the newest run there by default.
-    """
-    found = stored_run(run)
-    if as_json:
-        from finetune.report.summary import as_dict
-
-        print_json(as_dict(found))
-    else:
-        from finetune.report.terminal import show
-
-        show(found)

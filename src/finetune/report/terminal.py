@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from finetune.console import duration
 from finetune.memory import human
 from finetune.report import summary
+from finetune.report.wording import SETS, conclusion, ended, held, result, small
+from finetune.report.wording import metric_lines as metric_lines
+from finetune.report.wording import number as number
 from finetune.run import Report, Run
 from finetune.secrets import redact
 
@@ -17,12 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SHOWN = {"probes": 4, "controls": 2, "unseen": 2}  # questions of a set; the rest is in the file
-_TITLES = {
-    "probes": "What it was taught",
-    "controls": "What it must not forget",
-    "unseen": "What it was never told (it should not know)",
-}
-_TELLING = ("first_loss", "last_loss", "tokens_per_second", "seconds_per_step", "rows", "trained_tokens")
+_ANSWERS = 8  # of two runs
 _WRAPPED = ("name", "result", "why", "found", "get it with")
 _COLUMN = {"base": "before", "trained": "after", "aligned": "aligned"}
 
@@ -71,7 +69,7 @@ def _console(stream: TextIO, width: int | None = None) -> Console:
     return Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=False)
 
 
-def _table(headings: list[str], title: str | None = None, *, tight: bool = False) -> Table:
+def _table(headings: list[str], title: str | None = None, *, tight: bool = False, wrapped: bool = False) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -82,7 +80,7 @@ def _table(headings: list[str], title: str | None = None, *, tight: bool = False
     for heading in headings:
         name = heading.lstrip(">")
         justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
-        table.add_column(name, justify=justify, no_wrap=name not in _WRAPPED, overflow="fold")
+        table.add_column(name, justify=justify, no_wrap=not wrapped and name not in _WRAPPED, overflow="fold")
     return table
 
 
@@ -107,10 +105,11 @@ def _write(console: Console, run: Run) -> None:
     if reports:
         console.print(_stage_table(reports))
     _write_files(console, run, reports)
-    if stored:
-        console.print(_conclusion(stored["verdicts"]))
-    else:
-        console.print(_plain("not verified yet"))
+    console.print(_conclusion(stored["verdicts"]) if stored else _plain("not verified yet"))
+    if stopped := summary.stopped(run):
+        console.print(_plain(ended(stopped), "bold red"))
+    elif summary.outdated(run):
+        console.print(_plain("a stage ran after these verdicts were written: verify again", "bold red"))
     console.print(_plain(f"verify again: finetune verify {_short(run)}"), soft_wrap=True)
 
 
@@ -124,7 +123,7 @@ def _write_answers(console: Console, rows: list[dict[str, Any]]) -> None:
             kinds.setdefault(str(row.get("kind") or ""), []).append(row)
         each = max(1, SHOWN.get(name, 2) // len(kinds))
         shown = [row for kind in kinds.values() for row in kind[:each]]
-        console.print(_plain(_TITLES.get(name, name), "bold"))
+        console.print(_plain(SETS.get(name, name), "bold"))
         for row in shown:
             _line(
                 console, "", f"{_one_line(row['prompt'])}  (expected: {row.get('match') or _one_line(row['answer'])})"
@@ -173,11 +172,9 @@ def _write_verdicts(console: Console, verdicts: list[dict[str, Any]], tabled: in
     width = max((len(verdict["name"]) for verdict in verdicts), default=0)
     console.print(_plain("Verdicts", "bold"))
     for verdict in verdicts:
-        measured = "nothing" if verdict["measured"] is None else number(verdict["measured"])
-        held = f"{measured} {verdict['compare']} {number(verdict['bound'])} {verdict['unit']}".rstrip()
         passed = bool(verdict["passed"])
         state, style = ("pass", "green") if passed else ("FAIL", "bold red")
-        console.print(_plain(f"  {state}  {verdict['name']:<{width}}  {held}", style))
+        console.print(_plain(f"  {state}  {verdict['name']:<{width}}  {held(verdict)}", style))
         if passed:  # the sentence of a failure is worth more lines than that of a success
             console.print(_plain(f"        {verdict['why']}", "dim"), no_wrap=True, overflow="ellipsis")
         else:
@@ -190,12 +187,8 @@ def _write_verdicts(console: Console, verdicts: list[dict[str, Any]], tabled: in
 
 
 def _conclusion(verdicts: list[dict[str, Any]]) -> Any:
-    failed = [verdict["name"] for verdict in verdicts if not verdict["passed"]]
-    if not verdicts:
-        return _plain("no check was run", "bold red")
-    if failed:
-        return _plain(f"{len(failed)} of {len(verdicts)} checks failed: {', '.join(failed)}", "bold red")
-    return _plain(f"all {len(verdicts)} checks passed", "bold green")
+    passed = bool(verdicts) and all(verdict["passed"] for verdict in verdicts)
+    return _plain(conclusion(verdicts), "bold green" if passed else "bold red")
 
 
 def _export_table(exports: list[dict[str, Any]]) -> Table:
@@ -212,7 +205,7 @@ def _export_table(exports: list[dict[str, Any]]) -> Table:
             _plain(human(each["bytes"]) if each["bytes"] else ""),
             _plain(duration(each["load_seconds"])),
             _plain("/".join(_speed(each[f"{kind}_tokens_per_second"]) for kind in ("prompt", "generation"))),
-            *(_plain(f"{apart[key]:.1e}" if apart else "") for key in ("mean", "max")),
+            *(_plain(small(apart[key]) if apart else "") for key in ("mean", "max")),
             _plain(f"{same['equal']}/{same['compared']}"),
             _plain(f"{kept['kept']}/{kept['known']}"),
             _plain(verdict, "green" if passed else "bold red"),
@@ -228,22 +221,68 @@ def _stage_table(reports: list[Report]) -> Table:
     table = _table(["stage", ">time", ">peak memory", "result"], "Stages")
     for report in reports:
         peaks = " + ".join(human(size) + (" GPU" if kind == "device" else "") for kind, size in report.peak.items())
-        result = ", ".join(metric_lines(report))
-        table.add_row(_plain(report.stage), _plain(duration(report.seconds)), _plain(peaks), _plain(result))
+        table.add_row(_plain(report.stage), _plain(duration(report.seconds)), _plain(peaks), _plain(result(report)))
     table.add_row(_plain("all"), _plain(duration(sum(report.seconds for report in reports))), "", "")
     return table
 
 
-def metric_lines(report: Report, limit: int = 4) -> list[str]:
-    """The plain numbers of a report, as `name value`, the most telling first."""
-    lines = []
-    known = [name for name in _TELLING if name in report.metrics]
-    for name in dict.fromkeys([*known, *report.metrics]):
-        value = report.metrics[name]
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            text = human(value) if name.endswith("bytes") else number(value)
-            lines.append(f"{name.removesuffix('_bytes').replace('_', ' ')} {text}")
-    return lines[:limit]
+def show_comparison(compared: dict[str, Any]) -> None:
+    """Print two runs side by side (see `compare.compare`)."""
+    _write_comparison(_console(sys.stdout), compared)
+
+
+def render_comparison(compared: dict[str, Any], *, width: int = 80) -> str:
+    """The comparison as plain text."""
+    stream = io.StringIO()
+    _write_comparison(_console(stream, width), compared)
+    return stream.getvalue()
+
+
+def _write_comparison(console: Console, compared: dict[str, Any]) -> None:
+    from finetune.report.compare import setting, told
+
+    for side in ("a", "b"):
+        each = compared[side]
+        style = {True: "green", False: "bold red"}.get(each["passed"], "")
+        console.print(_plain(f"{side.upper()}  {each['name']}: {each['status']}", style), soft_wrap=True)
+        console.print(_plain(f"   {each['run']}", "dim"), soft_wrap=True)
+    console.print()
+    changed = [[each["key"], setting(each["a"]), setting(each["b"])] for each in compared["recipe"]]
+    _write_side_by_side(console, "Recipe keys that differ", ["key", "A", "B"], changed)
+    outcomes = [
+        [each["name"], *(_outcome(each, side) for side in ("a", "b")), each["wanted"]] for each in compared["verdicts"]
+    ]
+    _write_side_by_side(console, "Verdicts that differ", ["check", "A", "B", "wanted"], outcomes)
+    differing = [each for each in compared["metrics"] if each["difference"] != 0]
+    numbers = [
+        [each["group"], each["label"], *(told(each, side) for side in ("a", "b", "difference"))] for each in differing
+    ]
+    _write_side_by_side(console, "Numbers that differ", ["of", "number", ">A", ">B", ">difference"], numbers)
+    console.print(_plain(f"{len(compared['metrics']) - len(differing)} numbers are the same", "dim"))
+    console.print()
+    answers = compared["answers"]
+    console.print(_plain(f"Answers that differ at the end: {len(answers)}", "bold"))
+    for each in answers[:_ANSWERS]:
+        _line(console, "", f"{_one_line(each['prompt'])}  (expected: {_one_line(each['answer'])})")
+        for side in ("a", "b"):
+            _line(console, side.upper(), *_answer(each[side]))
+    if len(answers) > _ANSWERS:
+        console.print(_plain(f"  and {len(answers) - _ANSWERS} more in the page", "dim"))
+
+
+def _outcome(verdict: dict[str, Any], side: str) -> str:
+    return f"{verdict[side]} ({verdict[f'{side}_measured']})" if verdict[f"{side}_measured"] else verdict[side]
+
+
+def _write_side_by_side(console: Console, title: str, headings: list[str], rows: list[list[str]]) -> None:
+    if not rows:
+        console.print(_plain(f"{title}: none", "bold"))
+        console.print()
+        return
+    table = _table(headings, title, wrapped=True)
+    for row in rows:
+        table.add_row(*(_plain(cell) for cell in row))
+    console.print(table)
 
 
 def _write_files(console: Console, run: Run, reports: list[Report]) -> None:
@@ -254,13 +293,6 @@ def _write_files(console: Console, run: Run, reports: list[Report]) -> None:
         for name in tops:
             console.print(_plain(f"    {name}"), soft_wrap=True)
     console.print()
-
-
-def number(value: float) -> str:
-    """A number at a glance: large and whole ones grouped, others with four digits."""
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e15):
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def _one_line(text: Any) -> str:

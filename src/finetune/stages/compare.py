@@ -162,6 +162,7 @@ def _evidence(
         "prompts": hop.prompts(asked, found, decode),
         "distributions": hop.distributions(asked, expected["answers"], *files, decode) if files else None,
         "greedy": hop.greedy(asked, expected, found, files, decode),
+        "answers": [{"text": each["text"], "finish": each["finish"]} for each in found["generated"]],
         "stop": hop.stop(asked, expected, found),
         "learned": hop.learned(asked, expected, found),
         "served": hop.served(found, asked),

@@ -1,0 +1,29 @@
+"""The four files that every run leaves about itself: report.json, junit.xml, report.md and report.html."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune.report import html, junit, markdown, summary
+from finetune.run import Run, write_text
+
+HTML = "report.html"
+
+
+def render(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
+    """What report.json holds, and the text of every file by its name. Reads the run, writes nothing."""
+    document = summary.document(run)
+    plain: dict[str, Any] = summary.portable(document)
+    return plain, {
+        "report.json": json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "junit.xml": junit.render(document),
+        "report.md": markdown.render(document),
+        HTML: html.render(document),
+    }
+
+
+def write(run: Run, texts: dict[str, str]) -> None:
+    """Put the files of `render` into the run. Raises OSError where it cannot be written into."""
+    for name, text in texts.items():
+        write_text(run.path / name, text)

@@ -1,0 +1,87 @@
+"""A run as a few lines of Markdown: verdicts first, those that failed with their sentence. For a CI job's summary."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from finetune.console import duration
+from finetune.memory import human
+from finetune.report import wording
+from finetune.report.facts import facts
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#&~$@])")
+_SHOWN = 20
+_LONG = 400
+
+
+def render(document: dict[str, Any]) -> str:
+    """The Markdown of a report (see `summary.document`)."""
+    parts = [
+        f"## {escape(document['name'])}: {escape(wording.status(document))}",
+        *_failures(document),
+        *_facts(document),
+    ]
+    if document["exports"]:
+        parts.append(_exports(document["exports"]))
+    parts.append(
+        f"{len(document['stages'])} stages in {duration(document['seconds'])}. The whole report: report.html beside this "
+        f"file. Check again: `finetune verify {document['run'].replace('`', '')}`"
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text as it is: nothing in it is markup, and it stays on one line."""
+    return _SPECIAL.sub(r"\\\1", wording.visible(" ".join(text.split())))
+
+
+def _failures(document: dict[str, Any]) -> list[str]:
+    parts = []
+    if document["stopped"]:
+        parts.append(f"**{escape(wording.ended(document['stopped']))}**")
+    failed = [verdict for verdict in document["verdicts"] if not verdict["passed"]]
+    if failed:
+        rows = [
+            [f"**{escape(verdict['name'])}**", escape(wording.measured(verdict)), escape(wording.wanted(verdict)),
+             escape(_cut(verdict["why"]))]
+            for verdict in failed[:_SHOWN]
+        ]  # fmt: skip
+        parts.append(_table(["failed", "measured", "wanted", "why"], rows))
+    if len(failed) > _SHOWN:
+        parts.append(f"and {len(failed) - _SHOWN} more")
+    return parts
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONG else text[: _LONG - 3] + "..."
+
+
+def _facts(document: dict[str, Any]) -> list[str]:
+    rows = [
+        [escape(fact.label), escape(f"{fact.before} → {fact.value}" if fact.before else fact.value), escape(fact.note)]
+        for fact in facts(document)
+    ]
+    return [_table(["", "", ""], rows)] if rows else []
+
+
+def _exports(hops: list[dict[str, Any]]) -> str:
+    rows = []
+    for hop in hops:
+        apart, same, kept = hop["distributions"], hop["greedy"], hop["learned"]
+        rows.append(
+            [
+                escape(hop["hop"]),
+                "" if hop["passed"] is None else "passed" if hop["passed"] else "**failed**",
+                human(hop["bytes"]) if hop["bytes"] else "",
+                wording.small(apart["mean"]) if apart else "",
+                f"{same['equal']} of {same['compared']}",
+                f"{kept['kept']} of {kept['known']}",
+            ]
+        )
+    return _table(["export", "checks", "size", "KL mean", "same answers", "probes kept"], rows)
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
