@@ -45,7 +45,8 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
     bar = None
     stack = ExitStack()
     try:
-        stream = get(recipe.backend).train(replace(job, should_stop=stack.enter_context(stop_requests())))
+        name = recipe.name if stage == "train" else f"{recipe.name}-{stage}"
+        stream = get(recipe.backend).train(replace(job, name=name, should_stop=stack.enter_context(stop_requests())))
         while True:
             try:
                 step = next(stream)

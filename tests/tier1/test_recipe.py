@@ -89,7 +89,11 @@ def section(kind: type[Section], **instead: st.SearchStrategy[Any]) -> st.Search
 
 
 PATHS = TEXTS.filter(bool)
-STEPS = {"max_steps": st.sampled_from([-1, 1, 60]), "fp16": st.just(False)}
+STEPS = {
+    "max_steps": st.sampled_from([-1, 1, 60]),
+    "fp16": st.just(False),
+    "report_to": st.sampled_from(["none", "wandb", [], ["tensorboard", "mlflow"]]),
+}
 TEMPLATES = st.one_of(
     section(Template, name=st.sampled_from(["model", "alpaca", "llama3"]), path=st.none(), jinja=st.none()),
     st.fixed_dictionaries({"name": st.just("custom"), "jinja": TEXTS}),

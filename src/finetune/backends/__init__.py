@@ -61,6 +61,7 @@ class Job:
     resume: Path | None = None
     chat_template: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # dtype, device, attn_implementation, trust_remote_code
+    name: str = "run"  # what trackers call this training
     should_stop: Callable[[], bool] = lambda: False  # asked after every step; True saves a checkpoint and ends early
 
 

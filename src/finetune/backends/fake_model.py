@@ -88,6 +88,13 @@ class FakeTokenizer:
             at = match.end()
         return ids + list(text[at:].encode("utf-8", "replace"))
 
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode`, and where in the text (characters) each token begins and ends."""
+        spans: list[tuple[int, int]] = []
+        for piece in re.finditer(rf"{_SPECIAL_TEXT.pattern}|.", text, re.DOTALL):
+            spans += [piece.span()] * len(self.encode(piece.group()))
+        return self.encode(text), spans
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         out = b""
         for token in ids:

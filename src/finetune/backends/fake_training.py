@@ -30,6 +30,7 @@ from finetune.backends.fake_model import (
     save_model,
 )
 from finetune.errors import MissingError, StageError, UsageError
+from finetune.recipe import trackers
 from finetune.run import read_jsonl
 
 # ("A", module, slot, bucket), ("B", topic, tail, slot); in full training ("T", topic, tail, token), ("E", last, token).
@@ -74,6 +75,9 @@ class Training:
         self.lora = job.method == "lora"
         if job.objective == "dpo" and self.options.get("loss_type", "sigmoid") != "sigmoid":
             raise UsageError(f"the fake backend has no DPO loss '{self.options['loss_type']}'. It has: sigmoid.")
+        if trackers.named(self.options.get("report_to")):
+            section = "align" if job.objective == "dpo" else "train"
+            raise UsageError(f"{section}.report_to: the fake backend reports to no tracker; leave it out")
         self.rows = _read(job.rows)
         self.eval_rows = _read(job.eval_rows) if job.eval_rows else []
         self.step, self.best, self.patience_used = 0, math.inf, 0

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from finetune.recipe import trackers
 from finetune.recipe.exports import parse
 
 Positive = Annotated[int, Field(gt=0)]
@@ -23,9 +24,14 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Which model is trained. `path` is an embedded name, a hub id, a local directory, a GGUF file, or an adapter."""
+    """Which model is trained. `path` is an embedded name, a hub id, a local directory, a GGUF file, an adapter, or
+    `tiny:ARCHITECTURE`."""
 
-    path: str = Field("smollm2-135m", min_length=1, description="Embedded name, hub id, local directory, or GGUF file.")
+    path: str = Field(
+        "smollm2-135m",
+        min_length=1,
+        description="Embedded name, hub id, local directory, GGUF file, or `tiny:llama` (random weights, made here).",
+    )
     base_model: str | None = Field(
         None, description="The base of `path`, where `path` is an adapter that does not say."
     )
@@ -167,6 +173,12 @@ class Optimization(Section):
     dataloader_num_workers: NonNegative = 0
     report_to: str | list[str] = "none"
     output_dir: str | None = Field(None, description="Also publish the adapter and checkpoints into this directory.")
+
+    @field_validator("report_to")
+    @classmethod
+    def _known_trackers(cls, value: str | list[str]) -> str | list[str]:
+        trackers.check(value)
+        return value
 
     @field_validator("max_steps")
     @classmethod

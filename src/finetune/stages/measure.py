@@ -118,7 +118,8 @@ def _resume(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
         )
     work = out / "resume"
     shutil.rmtree(work, ignore_errors=True)
-    job = replace(sft_job(recipe, run, work), resume=usable[-1])
+    job = sft_job(recipe, run, work)
+    job = replace(job, resume=usable[-1], options={**job.options, "report_to": "none"})
     answer = in_fresh_process(train_request(recipe.backend, job), out / "resume-request.json")
     begin = int(usable[-1].name.rpartition("-")[2])
     name = "adapter" if job.method == "lora" else "model"

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from finetune.errors import MissingError, StageError, first_line
+from finetune.errors import MissingError, StageError, UsageError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -59,6 +59,15 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.hf.encode(text, add_special_tokens=False)
         return ids
+
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode`, and where in the text (characters) each token begins and ends."""
+        if not self.hf.is_fast:
+            raise UsageError(
+                f"{type(self.hf).__name__} does not tell where its tokens are in a text; take another model"
+            )
+        found = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+        return found["input_ids"], [tuple(span) for span in found["offset_mapping"]]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         text: str = self.hf.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)

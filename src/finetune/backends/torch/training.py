@@ -21,10 +21,11 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from finetune.backends import Job, Step
-from finetune.backends.torch import options
+from finetune.backends.torch import options, tracking
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.lookup import load as load_reference
+from finetune.recipe import trackers
 
 OBJECTIVES = {"sft": "finetune.backends.torch.sft:make_trainer", "dpo": "finetune.backends.torch.dpo:make_trainer"}
 # Recipe keys that are training arguments of transformers and TRL under the same name.
@@ -34,7 +35,6 @@ ARGUMENTS = (
     "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_length", "gradient_checkpointing",
     "bf16", "fp16", "tf32", "torch_compile", "seed", "data_seed", "full_determinism", "logging_steps",
     "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps", "dataloader_num_workers",
-    "report_to",
 )  # fmt: skip
 
 
@@ -49,6 +49,9 @@ def arguments(job: Job, *names: str) -> dict[str, Any]:
     return {
         **chosen,
         "output_dir": str(job.out),
+        "report_to": trackers.named(values["report_to"]),
+        "run_name": job.name,
+        "project": tracking.PROJECT,
         "use_cpu": choose_device(job.settings.get("device", "auto")).type == "cpu",
         "disable_tqdm": True,
         "remove_unused_columns": False,
@@ -65,7 +68,8 @@ def train(job: Job) -> Generator[Step, None, dict[str, Any]]:
 
     def work() -> None:
         try:
-            facts.update(_train(job, steps.put, stop))
+            with tracking.tracked(job):
+                facts.update(_train(job, steps.put, stop))
             steps.put(None)
         except BaseException as error:  # handed to the consumer, which raises it
             steps.put(error)

@@ -1,0 +1,213 @@
+"""Trackers through transformers' own integrations: the losses that they hold are the training's, and all is in the run.
+
+Each that is not installed is skipped; `pip install 'finetune[trackers]'` gets them all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sqlite3
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import MissingError, StageError
+from finetune.pipeline import run_directory, run_stages
+from finetune.recipe import Recipe
+from finetune.run import Run
+
+KEY, TOKEN = "k" * 40, "hf_plantedplantedplanted"
+SHORT = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
+
+
+def tensorboard(place: Path, name: str) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(place / "tensorboard"))
+    found.Reload()
+    return {scalar.step: scalar.value for scalar in found.Scalars("train/loss")}
+
+
+def trackio(place: Path, name: str) -> dict[int, float]:
+    with sqlite3.connect(place / "trackio" / "finetune.db") as store:
+        rows = store.execute("SELECT run_name, metrics FROM metrics ORDER BY id").fetchall()
+    assert {run for run, _ in rows} == {name}
+    logs = [json.loads(metrics) for _, metrics in rows]
+    return {log["train/global_step"]: log["train/loss"] for log in logs if "train/loss" in log}
+
+
+def mlflow(place: Path, name: str) -> dict[int, float]:
+    from mlflow import MlflowClient, is_tracking_uri_set
+
+    assert not is_tracking_uri_set()
+    client = MlflowClient(tracking_uri=f"sqlite:///{place / 'mlflow' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("finetune").experiment_id])
+    assert (run.info.run_name, run.info.status) == (name, "FINISHED")
+    return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
+
+
+def wandb(place: Path, name: str) -> dict[int, float]:
+    losses, runs = {}, set()
+    for file in sorted(place.glob("wandb/offline-run-*/*.wandb")):
+        for record in wandb_records(file):
+            if record.WhichOneof("record_type") == "run":
+                runs.add((record.run.run_id, record.run.project, record.run.display_name))
+            items = {(item.key or "/".join(item.nested_key)): item.value_json for item in record.history.item}
+            if "train/loss" in items:
+                losses[int(items["train/global_step"])] = float(items["train/loss"])
+    assert runs == {((place / "wandb" / "run-id").read_text().strip(), "finetune", name)}
+    return losses
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """The records of an offline file: LevelDB's log format behind a header of 7 bytes, a protobuf message each."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = file.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if (left := 2**15 - at % 2**15) < 7:  # a block's last bytes are too few for a header
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            yield Record.FromString(whole)
+            whole = b""
+
+
+READERS: dict[str, Callable[[Path, str], dict[int, float]]] = {
+    "tensorboard": tensorboard, "trackio": trackio, "mlflow": mlflow, "wandb": wandb,
+}  # fmt: skip
+TRACKERS = pytest.mark.parametrize("tracker", READERS)
+
+
+def variables() -> dict[str, str]:
+    """The environment variables of trackers."""
+    prefixes = ("WANDB_", "MLFLOW_", "TRACKIO_", "TENSORBOARD_")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model, skip_or_fail) -> Callable[[str], Path]:
+    """A function: skips where a tracker is missing, and returns an empty home that is the working directory too."""
+    for name in variables():
+        monkeypatch.delenv(name)
+    tiny_model()
+
+    def prepare(tracker: str) -> Path:
+        if importlib.util.find_spec(tracker) is None:
+            skip_or_fail(tracker, f"{tracker} is not installed; get it with: pip install {tracker}")
+        home = tmp_path / "home"
+        home.mkdir()
+        monkeypatch.chdir(home)
+        monkeypatch.setenv("HOME", str(home))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        return home
+
+    return prepare
+
+
+def logged(run: Run, stage: str = "train") -> dict[int, float]:
+    rows = json.loads((run.path / stage / "trainer_logs.json").read_text("utf-8"))
+    return {row["step"]: row["loss"] for row in rows}
+
+
+@TRACKERS
+def test_a_tracker_holds_the_losses_of_a_training_and_of_its_continuation(
+    tracker: str, alone, tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, capfd
+):
+    home = alone(tracker)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    environment = variables()
+    recipe = tiny_recipe(**SHORT, report_to=tracker)
+    run = run_directory(recipe)
+
+    run_stages(recipe, run, ["train"])
+    place = run.path / "train" / "trackers"
+    assert READERS[tracker](place, recipe.name) == pytest.approx(logged(run))
+
+    longer = tiny_recipe(**{**SHORT, "max_steps": 6}, report_to=[tracker])
+    run_stages(longer, run, ["train"], resume=run.path / "train" / "checkpoint-4")
+    assert sorted(logged(run)) == [1, 2, 3, 4, 5, 6]
+    assert READERS[tracker](place, recipe.name) == pytest.approx(logged(run))
+
+    assert "ERROR" not in capfd.readouterr().err
+    assert variables() == environment == {"WANDB_API_KEY": KEY}
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if KEY.encode() in (held := path.read_bytes()) or TOKEN.encode() in held] == []
+
+
+@TRACKERS
+def test_two_stages_of_one_process_are_two_runs(
+    tracker: str, alone, tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+):
+    alone(tracker)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    align = {"data": {"path": "shipped:quorra/preferences.jsonl"}, "max_steps": 2, "report_to": tracker}
+    recipe = tiny_recipe(**SHORT, report_to=tracker, align=align)
+    run = run_directory(recipe)
+
+    run_stages(recipe, run, ["align"])
+
+    for stage, name in (("train", recipe.name), ("align", f"{recipe.name}-align")):
+        assert READERS[tracker](run.path / stage / "trackers", name) == pytest.approx(logged(run, stage))
+
+
+def test_what_the_user_set_has_the_last_word(
+    alone, tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    alone("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine" / "tensorboard"))
+    recipe = tiny_recipe(**SHORT, report_to="tensorboard")
+    run = run_directory(recipe)
+
+    run_stages(recipe, run, ["train"])
+
+    assert tensorboard(tmp_path / "mine", recipe.name) == pytest.approx(logged(run))
+    assert not (run.path / "train" / "trackers").exists()
+
+
+def test_a_tracker_that_cannot_be_reached_ends_the_stage_with_the_fix(
+    alone, tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+):
+    alone("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    recipe = tiny_recipe(**SHORT, report_to="mlflow")
+
+    with pytest.raises(StageError, match=r"train.report_to: mlflow failed: .*Unset MLFLOW_TRACKING_URI"):
+        run_stages(recipe, run_directory(recipe), ["train"])
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_the_model_is_loaded(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+):
+    from finetune.backends.torch import training
+    from finetune.recipe import trackers
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(training, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    recipe = tiny_recipe(**SHORT, report_to="neptune")
+
+    with pytest.raises(
+        MissingError, match="train.report_to: neptune is not installed. Install with: pip install neptune"
+    ):
+        run_stages(recipe, run_directory(recipe), ["train"])
+
+
+def test_our_trackers_are_those_of_transformers():
+    from transformers.integrations import integration_utils
+
+    from finetune.recipe.trackers import TRACKERS as ours
+
+    assert set(ours) == set(integration_utils.INTEGRATION_TO_CALLBACK)
