@@ -1,0 +1,125 @@
+"""`finetune serve`: a run's model behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from finetune import console
+from finetune.commands.options import FILE, stored_recipe, stored_run
+from finetune.errors import MissingError, UsageError
+
+if TYPE_CHECKING:
+    from finetune.recipe import Recipe
+    from finetune.run import Run
+    from finetune.serving.models import Found
+
+NEWEST = "last"
+_HELP = """\b
+Backends:
+  torch     transformers' server on the model as it was trained.
+  llamacpp  llama.cpp's server on the run's GGUF export.
+  mlx       mlx-lm's server on the run's MLX export.
+"""
+
+
+@click.command("serve", epilog=_HELP)
+@click.argument("run", type=FILE)
+@click.option(
+    "--from-checkpoint", "checkpoint", is_flag=False, flag_value=NEWEST, metavar="[CHECKPOINT]", type=FILE,
+    help="Serve a checkpoint: the newest, or the one named [default: the final model].",
+)  # fmt: skip
+@click.option(
+    "--backend", type=click.Choice(["torch", "llamacpp", "mlx"]), default="torch", show_default=True,
+    help="Whose server it is.",
+)  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all of them.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0: any free one."
+)
+@click.option(
+    "--export", "export", metavar="FORMAT[:VARIANT]",
+    help="For llamacpp and mlx: which export [default: the one nearest to the model].",
+)  # fmt: skip
+def command(run: str, checkpoint: str | None, backend: str, host: str, port: int, export: str | None) -> int:
+    """Answer OpenAI's API with the model of a run, until Ctrl-C or SIGTERM.
+
+    RUN is a run directory, or a name under ./runs. Once it can answer it prints its address on stdout; a client finds
+    /v1/models, /v1/completions, /v1/chat/completions and /health there. The model's name is the recipe's.
+    """
+    from finetune.serving import base_url, bind, check_installed, serve, until_stopped
+    from finetune.serving.models import whole
+
+    stored = stored_run(run)
+    recipe = stored_recipe(stored)
+    if recipe.backend == "fake":
+        raise UsageError(f"{stored.path} was made with the backend 'fake', which has no weights that could be served")
+    found = _found(stored, recipe, backend, checkpoint, export)
+    check_installed(backend)
+    with until_stopped(), bind(host, port) as held:
+        address, stdout = base_url(held), sys.stdout
+
+        def ready() -> None:
+            _tell(address, recipe.name, found.what, backend, host)
+            print(address, file=stdout, flush=True)
+
+        with redirect_stdout(sys.stderr):  # stdout has the address, and nothing else
+            serve(backend, whole(found, stored, recipe), stored, recipe, held, ready)
+    return 0
+
+
+def _found(run: Run, recipe: Recipe, backend: str, checkpoint: str | None, export: str | None) -> Found:
+    from finetune.serving import SERVERS, models
+
+    kind = SERVERS[backend].format
+    if kind is None:
+        if export is not None:
+            raise UsageError(f"--export goes with --backend llamacpp or mlx; '{backend}' serves the model as trained")
+        if checkpoint is None:
+            return models.final(run, recipe)
+        return models.from_checkpoint(run, recipe, _checkpoint(run, recipe, checkpoint))
+    if checkpoint is not None:
+        raise UsageError(
+            f"--from-checkpoint goes with --backend torch: '{backend}' serves exports, which are made of the final model"
+        )
+    return models.exported(run, kind, export)
+
+
+def _checkpoint(run: Run, recipe: Recipe, wanted: str) -> Path:
+    """A checkpoint of the alignment, else of the training; `train/checkpoint-20` says which where both have one."""
+    from finetune.pipeline import checkpoint
+    from finetune.training import checkpoints, is_checkpoint
+
+    if is_checkpoint(run.path / wanted):
+        return run.path / wanted
+    failures = []
+    for stage, section in (("align", recipe.align), ("train", recipe.train)):
+        if section is None:
+            continue
+        try:
+            return checkpoint(recipe, run, stage, wanted)
+        except MissingError as error:
+            failures.append(error)
+    if wanted == NEWEST or not failures:
+        raise MissingError(
+            f"{run.path} has no checkpoint. One is kept where the recipe has train.save_strategy 'steps' or 'epoch'; the "
+            "final model is served without --from-checkpoint"
+        )
+    there = [path for stage in ("train", "align") for path in checkpoints(run.path / stage)]
+    known = ", ".join(str(path.relative_to(run.path)) for path in there) or "none"
+    raise MissingError(f"no checkpoint at {wanted}. Those of {run.path}: {known}.")
+
+
+def _tell(address: str, name: str, what: str, backend: str, host: str) -> None:
+    """How to use the server, on stderr."""
+    question = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+    console.say(f"serving {what} of '{name}' with {backend}. Ask it with:")
+    console.say(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'")
+    console.say("Stop it with Ctrl-C.")
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        console.say(f"note: it listens on {host} and asks for no key: whoever reaches this machine can use it")

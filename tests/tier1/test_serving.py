@@ -1,0 +1,433 @@
+"""`finetune serve` before any server starts: what it serves, what it refuses, and what a request may say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from click.testing import CliRunner, Result
+
+from finetune.backends import child
+from finetune.cli import cli
+from finetune.errors import MissingError, StageError
+from finetune.lookup import load
+from finetune.pipeline import run_stages
+from finetune.recipe import Recipe
+from finetune.recipe import load as load_recipe
+from finetune.run import Run, write_json
+from finetune.serving import SERVERS, base_url, bind, serving
+from finetune.serving.models import Found, exported, final, from_checkpoint, whole
+from finetune.serving.requests import Refused, checked
+from support import town
+
+NAME = "town"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Run]:
+    """A run on the fake backend, trained, aligned, not merged; tests read it and leave it as it is."""
+    place = town.build(tmp_path_factory.mktemp("town"))
+    align = {
+        "data": {"path": str(place / "preferences.jsonl")},
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 3,
+        "max_length": 256,
+    }
+    recipe = town.only_training(place, place / "runs", align=align)
+    run = Run(place / "runs" / NAME)
+    run_stages(recipe, run, ["train", "align"])
+    return recipe, run
+
+
+@pytest.fixture
+def own(finished: tuple[Recipe, Run], tmp_path: Path) -> tuple[Recipe, Run]:
+    """A copy of the run to change."""
+    shutil.copytree(finished[1].path, tmp_path / NAME)
+    return finished[0], Run(tmp_path / NAME)
+
+
+@pytest.fixture
+def torch_run(own: tuple[Recipe, Run], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The copy as if PyTorch had made it, and every package there; what would load a model fails the test."""
+    recipe, run = own
+    text = (run.path / "recipe.yaml").read_text(encoding="utf-8")
+    (run.path / "recipe.yaml").write_text(text.replace("backend: fake", "backend: torch"), encoding="utf-8")
+    assert load_recipe(run.path / "recipe.yaml").backend == "torch"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("finetune.serving.models.whole", never)
+    return run
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["serve", *map(str, arguments)], standalone_mode=True)
+
+
+def merged(run: Run) -> Path:
+    (run.path / "merge" / "model").mkdir(parents=True)
+    write_report(run, "merge")
+    return run.path / "merge" / "model"
+
+
+def write_report(run: Run, stage: str, started: str = "2999-01-01T00:00:00.000Z") -> None:
+    write_json(
+        run.path / stage / "report.json", {"stage": stage, "fingerprint": "", "started": started, "seconds": 1.0}
+    )
+
+
+def write_exports(run: Run, *names: str) -> None:
+    folder = run.path / "export"
+    for name in names:
+        (folder / name.replace(":", "-")).mkdir(parents=True, exist_ok=True)
+    write_json(folder / "exports.json", [{"name": n, "path": f"export/{n.replace(':', '-')}"} for n in names])
+    write_report(run, "export")
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_help_names_every_server_of_the_table() -> None:
+    text = CliRunner().invoke(cli, ["serve", "--help"]).stdout
+    assert len(SERVERS) == 3
+    assert f"[{'|'.join(SERVERS)}]" in text
+    assert all(f"  {name} " in text for name in SERVERS)
+
+
+def test_every_server_of_the_table_can_be_found() -> None:
+    assert all(callable(load(row.start)) for row in SERVERS.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nowhere"], 3, "no run at"),
+        ([], 2, "Missing argument 'RUN'"),
+        (["{run}", "--backend", "vllm"], 2, "'vllm' is not one of 'torch', 'llamacpp', 'mlx'"),
+        (["{run}", "--port", "70000"], 2, "70000 is not in the range"),
+        (["{run}", "--export", "gguf"], 2, "--export goes with --backend llamacpp or mlx"),
+        (["{run}", "--backend", "mlx", "--from-checkpoint"], 2, "--from-checkpoint goes with --backend torch"),
+        (["{run}", "--backend", "mlx", "--export", "gguf:f16"], 2, "not an export of the format 'mlx'"),
+        (["{run}", "--backend", "llamacpp"], 3, "--to gguf:f16"),
+        (["{run}", "--backend", "mlx"], 3, "--to mlx"),
+        (["{run}", "--backend", "llamacpp", "--export", "gguf:q8_0"], 3, "--to gguf:q8_0"),
+        (["{run}", "--from-checkpoint", "checkpoint-99"], 3, "train/checkpoint-3"),
+    ],
+)
+def test_what_cannot_be_served_is_told(torch_run: Run, arguments: list[str], code: int, words: str) -> None:
+    done = call(*(each.format(run=torch_run.path) for each in arguments))
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert words in done.stderr
+
+
+def test_a_run_without_weights_is_refused(finished: tuple[Recipe, Run]) -> None:
+    done = call(finished[1].path)
+    assert done.exit_code == 2
+    assert "backend 'fake', which has no weights" in done.stderr
+
+
+@pytest.mark.parametrize("backend", SERVERS)
+def test_missing_packages_are_named_with_the_line_that_installs_them(
+    torch_run: Run, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
+    write_exports(torch_run, "gguf:f16", "mlx")
+    done = call(torch_run.path, "--backend", backend)
+    assert done.exit_code == 3
+    assert f"not installed: uvicorn. Install them with: pip install 'finetune[{SERVERS[backend].extra},serve]'" in (
+        done.stderr
+    )
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(torch_run: Run) -> None:
+    with bind("127.0.0.1", 0) as other:
+        other.listen()
+        port = other.getsockname()[1]
+        done = call(torch_run.path, "--port", port)
+    assert done.exit_code == 4
+    assert f"port {port} on 127.0.0.1 is taken. Choose another with --port, or any free one: --port 0" in done.stderr
+
+
+def test_an_unfinished_training_is_not_served_as_if_it_were_the_final_model(torch_run: Run) -> None:
+    torch_run.forget("align")
+    done = call(torch_run.path)
+    assert done.exit_code == 3
+    assert "its stage 'align' has not finished" in done.stderr and "--from-checkpoint" in done.stderr
+
+
+def test_a_run_without_checkpoints_says_how_to_get_one(torch_run: Run) -> None:
+    for folder in torch_run.path.glob("*/checkpoint-*"):
+        shutil.rmtree(folder)
+    done = call(torch_run.path, "--from-checkpoint")
+    assert done.exit_code == 3
+    assert "train.save_strategy" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ([], "align/checkpoint-4"),
+        (["checkpoint-2"], "align/checkpoint-2"),
+        (["checkpoint-9"], "train/checkpoint-9"),
+        (["train/checkpoint-3"], "train/checkpoint-3"),
+        (["{run}/train/checkpoint-6"], "train/checkpoint-6"),
+    ],
+)
+def test_a_checkpoint_is_the_newest_or_the_one_named(
+    torch_run: Run, wanted: list[str], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Found] = []
+
+    def stop(model: Found, *_: Any) -> Any:
+        seen.append(model)
+        raise StageError("far enough")
+
+    monkeypatch.setattr("finetune.serving.models.whole", stop)
+    done = call(torch_run.path, "--port", 0, "--from-checkpoint", *(each.format(run=torch_run.path) for each in wanted))
+    assert "far enough" in done.stderr
+    assert [(model.what, model.path, model.adapter) for model in seen] == [
+        (f"checkpoint {found}", Path(seen[0].path), torch_run.path / found)
+    ]
+
+
+# -- which model -------------------------------------------------------------------------------------------------------
+
+
+def test_the_final_model_is_the_adapter_of_the_last_training(finished: tuple[Recipe, Run]) -> None:
+    recipe, run = finished
+    found = final(run, recipe)
+    assert found.adapter == run.path / "align" / "adapter"
+    assert final(run, recipe.model_copy(update={"align": None})).adapter == run.path / "train" / "adapter"
+
+
+def test_the_merged_model_is_served_unless_it_is_older_than_the_training(own: tuple[Recipe, Run]) -> None:
+    recipe, run = own
+    model = merged(run)
+    assert (final(run, recipe).path, final(run, recipe).adapter) == (model, None)
+    write_report(run, "merge", "2000-01-01T00:00:00.000Z")
+    assert final(run, recipe).adapter == run.path / "align" / "adapter"
+
+
+def test_a_whole_checkpoint_needs_no_base(own: tuple[Recipe, Run]) -> None:
+    recipe, run = own
+    checkpoint = run.path / "train" / "checkpoint-3"
+    (checkpoint / "adapter_config.json").unlink()
+    assert from_checkpoint(run, recipe, checkpoint).adapter is None
+    assert whole(from_checkpoint(run, recipe, checkpoint), run, recipe) == checkpoint
+
+
+def test_a_checkpoint_of_the_alignment_stands_on_what_was_trained(own: tuple[Recipe, Run]) -> None:
+    recipe, run = own
+    (run.path / "train" / "adapter").rename(run.path / "train" / "model")  # as full fine-tuning leaves it
+    base = from_checkpoint(run, recipe, run.path / "train" / "checkpoint-3").path
+    assert (
+        from_checkpoint(run, recipe, run.path / "align" / "checkpoint-2").path == run.path / "train" / "model" != base
+    )
+
+
+def test_an_adapter_is_merged_once_and_again_when_it_changes(own: tuple[Recipe, Run]) -> None:
+    recipe, run = own
+    found = final(run, recipe)
+    first = whole(found, run, recipe)
+    (first / "mark").write_text("the same folder")
+    assert whole(found, run, recipe) == first and (first / "mark").exists()
+    assert found.adapter is not None
+    (found.adapter / "more.txt").write_text("trained again")
+    second = whole(found, run, recipe)
+    assert second != first
+    assert [path.name for path in (run.path / "serve").glob("[!.]*")] == [second.name]
+
+
+def test_a_merge_that_fails_leaves_nothing_that_could_be_served(
+    own: tuple[Recipe, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = own
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise StageError("the disk is full")
+
+    monkeypatch.setattr("finetune.backends.fake.FakeBackend.merge", fail)
+    with pytest.raises(StageError, match="disk is full"):
+        whole(final(run, recipe), run, recipe)
+    assert list((run.path / "serve").glob("[!.]*")) == []
+
+
+def test_the_export_nearest_to_the_model_is_served(own: tuple[Recipe, Run]) -> None:
+    _, run = own
+    write_exports(run, "gguf:q4_k_m", "gguf:f16", "gguf:q8_0", "mlx:q4", "mlx", "bundle")
+    assert exported(run, "gguf", None).what == "the export gguf:f16"
+    assert exported(run, "mlx", None).what == "the export mlx"
+    assert exported(run, "gguf", "gguf:q8_0").path == run.path / "export" / "gguf-q8_0"
+    assert exported(run, "gguf", "gguf").path == run.path / "export" / "gguf-f16"
+    with pytest.raises(MissingError, match=r"no export gguf:q6_k\. It has gguf:f16, gguf:q8_0, gguf:q4_k_m"):
+        exported(run, "gguf", "gguf:q6_k")
+
+
+def test_exports_older_than_the_training_are_not_served(own: tuple[Recipe, Run]) -> None:
+    _, run = own
+    write_exports(run, "gguf:f16")
+    write_report(run, "export", "2000-01-01T00:00:00.000Z")
+    with pytest.raises(MissingError, match=r"older than its training\. Make them again with: finetune export"):
+        exported(run, "gguf", None)
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def check(body: Any, *, chat: bool = True, **more: Any) -> dict[str, Any]:
+    return checked(body if isinstance(body, bytes) else json.dumps(body).encode(), chat=chat, name=NAME, **more)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param", "words"),
+    [
+        ({"model": "gpt-5"}, 404, "model", "no model 'gpt-5' here. This server has 'town'"),
+        ({"model": 5}, 404, "model", "no model '5'"),
+        ({"adapters": "/somewhere"}, 400, "adapters", "this server has one model"),
+        ({"draft_model": "other"}, 400, "draft_model", "this server has one model"),
+        ({"generation_config": "{}"}, 400, "generation_config", "this server has one model"),
+        ({"max_tokens": -5}, 400, "max_tokens", "a whole number of 1 or more, not -5"),
+        ({"max_tokens": 1.5}, 400, "max_tokens", "not 1.5"),
+        ({"max_tokens": True}, 400, "max_tokens", "not true"),
+        ({"max_completion_tokens": 0}, 400, "max_completion_tokens", "1 or more"),
+        ({"temperature": -0.1}, 400, "temperature", "a number from 0 to 2, not -0.1"),
+        ({"temperature": "hot"}, 400, "temperature", 'not "hot"'),
+        ({"temperature": float("nan")}, 400, "temperature", "from 0 to 2"),
+        ({"top_p": 0}, 400, "top_p", "above 0"),
+        ({"top_p": 1.1}, 400, "top_p", "from 0 to 1"),
+        ({"seed": -1}, 400, "seed", "from 0 to"),
+        ({"frequency_penalty": 3}, 400, "frequency_penalty", "from -2 to 2"),
+        ({"stop": [1]}, 400, "stop", "a list of up to 4 texts"),
+        ({"stop": [""]}, 400, "stop", "none of them empty"),
+        ({"stop": list("abcde")}, 400, "stop", "up to 4"),
+        ({"logit_bias": {"one": 1}}, 400, "logit_bias", "ids of tokens"),
+        ({"logit_bias": {"1": 101}}, 400, "logit_bias", "from -100 to 100"),
+        ({"stream": "yes"}, 400, "stream", "true or false"),
+        ({"n": 2}, 400, "n", "not supported"),
+        ({"messages": []}, 400, "messages", "at least one message"),
+        ({"messages": ["Hello"]}, 400, "messages[0]", "an object with 'role' and 'content'"),
+        ({"messages": [*HELLO, {"role": "wizard", "content": ""}]}, 400, "messages[1].role", 'not "wizard"'),
+        ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "must be a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content", "'text'"),
+    ],
+)
+def test_a_request_is_refused_with_the_field_the_value_and_what_is_allowed(
+    change: dict[str, Any], status: int, param: str, words: str
+) -> None:
+    with pytest.raises(Refused) as caught:
+        check({"messages": HELLO, **change}, ignored=("n",))
+    error = caught.value.error["error"]
+    assert (caught.value.status, error["param"], error["type"]) == (status, param, "invalid_request_error")
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe\x00", b'"Hello"', b"[]", b"null", b"[" * 100_000])
+def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(Refused, match="the body"):
+        check(body)
+
+
+@pytest.mark.parametrize("prompt", [None, "", [], ["a", "b"], [1, 2], 5])
+def test_a_prompt_is_one_text(prompt: Any) -> None:
+    with pytest.raises(Refused, match="'prompt' must be one text"):
+        check({"prompt": prompt}, chat=False)
+
+
+def test_what_a_server_gets_has_the_models_name_and_plain_texts() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    asked = check({"messages": [{"role": "user", "content": parts}], "temperature": None, "top_k": 5})
+    assert asked == {"messages": HELLO, "model": NAME, "top_k": 5}
+    assert check({"prompt": ["Hello"], "model": NAME}, chat=False) == {"prompt": "Hello", "model": NAME}
+
+
+def test_the_recipes_system_message_comes_first_where_there_is_none() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    other = [{"role": "system", "content": "No."}, *HELLO]
+    assert check({"messages": HELLO}, system="Be brief.")["messages"] == [system, *HELLO]
+    assert check({"messages": other}, system="Be brief.")["messages"] == other
+
+
+@pytest.mark.parametrize("nothing", [{"n": 1}, {"echo": False}, {"best_of": 1}, {"response_format": {"type": "text"}}])
+def test_a_field_that_asks_for_nothing_is_no_fault(nothing: dict[str, Any]) -> None:
+    assert check({"messages": HELLO, **nothing}, ignored=(*nothing,)).items() >= nothing.items()
+
+
+# -- processes and addresses -------------------------------------------------------------------------------------------
+
+
+def resolving_to(address: str, family: int = socket.AF_INET) -> Any:
+    """Stands for `socket.getaddrinfo`, which tier 1 keeps from other hosts."""
+    return lambda host, port, **_: [(family, socket.SOCK_STREAM, 0, "", (address, port))]
+
+
+@pytest.mark.parametrize(
+    ("address", "family", "seen"),
+    [
+        ("127.0.0.1", socket.AF_INET, "127.0.0.1"),
+        ("0.0.0.0", socket.AF_INET, "127.0.0.1"),
+        ("::1", socket.AF_INET6, "[::1]"),
+        ("::", socket.AF_INET6, "[::1]"),
+    ],
+)
+def test_an_address_is_one_that_a_client_here_can_use(
+    address: str, family: int, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", resolving_to(address, family))
+    with bind(address, 0) as held:
+        assert base_url(held) == f"http://{seen}:{held.getsockname()[1]}"
+
+
+def test_a_host_that_is_not_this_machine_is_told(torch_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", resolving_to("192.0.2.1"))
+    done = call(torch_run.path, "--host", "example.test")
+    assert (done.exit_code, "--host example.test is not an address of this machine" in done.stderr) == (2, True)
+
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    done = call(torch_run.path, "--host", "example.test")
+    assert (done.exit_code, "--host example.test is no address: Name or" in done.stderr) == (2, True)
+
+
+def test_a_server_that_does_not_start_says_the_last_that_it_said(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"(?s)ended with exit code 3.*no run at"), serving(tmp_path):
+        raise AssertionError("it started")
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function: the name of a module with some source, which a child can run."""
+
+    def write(source: str) -> str:
+        (tmp_path / "played.py").write_text(f"import os, signal, sys, time\n{source}\n")
+        return "played"
+
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return write
+
+
+def test_a_child_that_is_late_is_stopped(module: Any) -> None:
+    name = module("print('loading', file=sys.stderr, flush=True)\ntime.sleep(60)")
+    late = pytest.raises(StageError, match=r"(?s)it does not start: it was not ready after 1 s\n  loading")
+    with late, child.serving(name, [], what="it", timeout=0.6):
+        raise AssertionError("it started")
+
+
+def test_a_child_that_heeds_nothing_is_killed(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "STOP_SECONDS", 0.2)
+    source = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(f'http://{os.getpid()}', flush=True)\ntime.sleep(60)"
+    with child.serving(module(source), [], what="it") as address:
+        process = psutil.Process(int(address.removeprefix("http://")))
+        assert process.is_running()
+    assert not process.is_running()
