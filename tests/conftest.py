@@ -1,7 +1,8 @@
 """What every tier shares: the folder decides the marker, tier 1 has no network, and a skip needs a reason.
 
-A test that needs something which may be missing calls the fixture `skip_or_fail(name, reason)`. Whoever knows that
-it is there says so with `--require NAME` (or FT_REQUIRE=NAME,NAME), and then its absence is a failure.
+A test that needs something which may be missing calls the fixture `skip_or_fail(name, reason)` of finetune's own pytest
+plugin. Whoever knows that it is there says so with `--require NAME` (or FT_REQUIRE=NAME,NAME; `real-model` for all of
+tier 2), and then its absence is a failure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from finetune.testing.plugin import required
+
+pytest_plugins = ["pytester"]
 pytest.register_assert_rewrite("contract")
 
 TESTS = Path(__file__).parent
@@ -26,22 +30,6 @@ REAL_MODEL = "real-model"
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--require",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"NAME is there, so a test skipped for want of it fails ('{REAL_MODEL}' for all of tier 2); repeatable.",
-    )
-
-
-def required(config: pytest.Config) -> set[str]:
-    """The names that the caller declared to be there."""
-    declared = os.environ.get("FT_REQUIRE", "").split(",")
-    return {name.strip() for name in (*declared, *config.getoption("--require")) if name.strip()}
 
 
 def tier_of(item: pytest.Item) -> str | None:
@@ -64,18 +52,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if REAL_MODEL in required(config):
                 raise pytest.UsageError(f"'{REAL_MODEL}' is required, but {reason}")
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-@pytest.fixture(scope="session")
-def skip_or_fail(pytestconfig: pytest.Config) -> Callable[[str, str], None]:
-    """`skip_or_fail(name, reason)`: skip with the reason (say how to get it), or fail where `name` was required."""
-
-    def skip_or_fail(name: str, reason: str) -> None:
-        if name in required(pytestconfig):
-            pytest.fail(f"'{name}' was required, but: {reason}", pytrace=False)
-        pytest.skip(reason)
-
-    return skip_or_fail
 
 
 class NetworkBlocked(RuntimeError):

@@ -40,8 +40,13 @@ COMMANDS: dict[str, Row] = {
     "completion": Row("completion:command", "Print the completion script for bash, zsh or fish.", _START),
     "run": Row("run:command", "Run all stages of a recipe, verify, and report.", _PROOF),
     "verify": Row("verify:command", "Check a stored run again, from what is on disk.", _PROOF),
-    "report": Row("verify:report", "Show a stored run: answers, verdicts, times, files.", _PROOF),
+    "report": Row("report:command", "Show a stored run, or compare two; write the page to look at.", _PROOF),
+    "perplexity": Row("perplexity:command", "Score a text by how little a reference model expects it.", _PROOF),
+    "serve": Row("serve:command", "Answer OpenAI's API with the model of a run.", _PROOF),
     "runs": Row("runs:command", "List runs (ls) or show one (show).", _PROOF),
+    "spec": Row(
+        "spec:command", "Tests of a recipe as YAML files, which pytest runs: record, validate, schema.", _PROOF
+    ),
     **{stage.name: Row(f"stage:{stage.name}", stage.help, _STAGES) for stage in STAGES},
     "export": Row("export:command", BY_NAME["export"].help, _STAGES),
     "train quick": Row("stage:quick", "Train MODEL on DATA without a recipe file.", _STAGES),

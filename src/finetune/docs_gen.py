@@ -1,4 +1,5 @@
-"""The docs that are written from the code: docs/recipes.md from the recipe's models, the README's tree from the source.
+"""The docs that are written from the code: docs/recipes.md and the keys in docs/specs.md from the models, the README's
+tree from the source.
 
 `python -m finetune.docs_gen` writes them; with `--check` it writes nothing and exits 1 when one is out of date.
 """
@@ -18,15 +19,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
+from finetune import tiny
 from finetune.recipe import Recipe
 from finetune.recipe.legacy import FIELD_KEYS, RENAMED
 from finetune.recipe.profiles import PROFILES
 from finetune.recipe.sections import Align, Data, Evaluate, Expect, Lora, Model, Optimization, Section, Template, Train
+from finetune.testing.spec.model import Bounds, Inference, Learned, Loss, Spec, Stderr, json_schema
 
 RECIPES = Path("docs/recipes.md")
+SPECS = Path("docs/specs.md")
+SPEC_SCHEMA = Path("docs/spec.schema.json")
 README = Path("README.md")
 SOURCE = Path("src/finetune")
-TREE_START, TREE_END = "<!-- tree -->", "<!-- /tree -->"
 
 EXAMPLE = """\
 name: support
@@ -63,6 +67,10 @@ Only `data.path` must be given (with an `align` section, `align.data.path` too);
 - **Paths** are relative to the recipe's own directory. `model.path` counts as a path when something is there, or when
   it starts with `.`, `/` or `~`; anything else is an embedded name or a hub id. In `data.path`, `hub:owner/name` is a
   data set on the hub, and `shipped:quorra/train.jsonl` comes with the package.
+- **Tiny models**: `model: tiny:llama` is a small model with random weights, made on the spot, the same every time: for
+  smoke tests, and for training from scratch. Its tokenizer is trained on the texts of `data` (on shipped ones without
+  any). Sizes go behind a question mark: `tiny:llama?hidden_size=128&num_hidden_layers=3&vocab_size=1000` (at most so
+  many tokens), and `seed`. Architectures: {", ".join(tiny.ARCHITECTURES)}; a wrong option lists those there are.
 - **Overrides**: `--set train.max_steps=1` (repeatable, on every command that takes a recipe) lays one value over the
   file. The value is read as YAML, so `--set train.lora.target_modules='[q_proj, v_proj]'` is a list.
 - **Environment**: `${{NAME}}` and `${{NAME:-default}}` are replaced in any text. A variable whose name sounds like a
@@ -105,6 +113,19 @@ SECTIONS: tuple[tuple[str, type[Section], str], ...] = (
     ("`expect`", Expect, "Bounds of the checks. A check that finds no evidence fails, whatever the bound."),
 )
 
+SPEC_SECTIONS: tuple[tuple[str, type[Section], str], ...] = (
+    ("Top level", Spec, "The first three are required."),
+    ("`loss`", Loss, "A bound that a model passes which learned nothing is honoured, and reported as vacuous."),
+    ("`stderr`", Stderr, "Texts are looked for as they are, in each line."),
+    (
+        "`inference`",
+        Inference,
+        "Present: the trained model is served, completes the prompt, and the completion is scored.",
+    ),
+    ("`learned`", Learned, "The recipe's `evaluate` section says the rest."),
+    ("`bounds`", Bounds, "Without a key, no bound."),
+)
+
 # What the models leave to the libraries' own names, said in words. A key with neither is an error, and so is a word
 # for a key that needs none.
 WORDS = {
@@ -134,7 +155,7 @@ WORDS = {
     "Optimization.optim": "Optimizer, by the name that transformers gives it.",
     "Optimization.per_device_eval_batch_size": "Rows per device and evaluation batch.",
     "Optimization.per_device_train_batch_size": "Rows per device and training batch.",
-    "Optimization.report_to": "Trackers to report to, by the names that transformers gives them.",
+    "Optimization.report_to": "Trackers by transformers' names: `none`, one, or a list; see trackers.md.",
     "Optimization.save_steps": "Steps between checkpoints.",
     "Optimization.save_strategy": "When to save a checkpoint.",
     "Optimization.save_total_limit": "Checkpoints kept; empty keeps all.",
@@ -173,7 +194,15 @@ WORDS = {
 }
 
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-_PLAIN = {str: "text", SecretStr: "text", int: "integer", float: "number", bool: "true or false", type(None): "empty"}
+_PLAIN = {
+    str: "text",
+    SecretStr: "text",
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    type(None): "empty",
+    Any: "value",
+}
 
 
 def kind(annotation: Any, metadata: Iterable[object] = ()) -> str:
@@ -205,7 +234,13 @@ def default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default_factory is not None:
-        return "" if kind(field.annotation).startswith("section") else "`{}`"
+        return (
+            ""
+            if kind(field.annotation).startswith("section")
+            else "`[]`"
+            if "list" in str(field.annotation)
+            else "`{}`"
+        )
     if field.default is None:
         return ""
     return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
@@ -228,18 +263,23 @@ def describe(model: type[Section], name: str, field: FieldInfo, unused: set[str]
     return WORDS[f"{model.__name__}.{name}"]
 
 
-def tables() -> Iterator[str]:
-    """A heading and a table for every section. Raises ValueError where WORDS and the models have come apart."""
+def recipe_tables() -> Iterator[str]:
+    """The recipe's tables. Raises ValueError where WORDS and the models have come apart."""
     unused = set(WORDS)
-    for title, model, sentence in SECTIONS:
+    yield from tables(SECTIONS, unused)
+    if unused:
+        raise ValueError(f"docs_gen.WORDS describes keys that need no words: {', '.join(sorted(unused))}")
+
+
+def tables(sections: Iterable[tuple[str, type[Section], str]], unused: set[str]) -> Iterator[str]:
+    """A heading and a table for every section; the WORDS that were needed are taken out of `unused`."""
+    for title, model, sentence in sections:
         yield f"## {title}\n\n{sentence}\n"
         rows = [
             (f"`{name}`", kind(field.annotation, field.metadata), default(field), describe(model, name, field, unused))
             for name, field in own_fields(model).items()
         ]
         yield table(("key", "type", "default", "what it is"), rows)
-    if unused:
-        raise ValueError(f"docs_gen.WORDS describes keys that need no words: {', '.join(sorted(unused))}")
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -258,7 +298,7 @@ def recipes() -> str:
         INTRO,
         "## Profiles\n\n`profile: NAME` sets defaults for a kind of task; whatever the recipe says itself wins.\n",
         table(("profile", "sets"), profiles),
-        *tables(),
+        *recipe_tables(),
         LEGACY,
         "Keys with another name now:\n",
         table(("old", "new"), renamed),
@@ -290,20 +330,28 @@ def _leaf(name: str, depth: int, module: Path) -> str:
 
 
 def readme(text: str, source: Path) -> str:
-    """A README with the tree between its markers written anew; unchanged where it has no markers."""
-    before, start, rest = text.partition(TREE_START)
-    _, end, after = rest.partition(TREE_END)
-    if not (start and end):
-        return text
-    block = "\n".join(tree(source))
-    return f"{before}{start}\n```text\n{block}\n```\n{end}{after}"
+    """A README with the tree between its markers written anew."""
+    return between(text, "tree", "```text\n" + "\n".join(tree(source)) + "\n```")
+
+
+def specs(text: str) -> str:
+    """docs/specs.md with the tables of keys between its markers written anew."""
+    return between(text, "keys", "\n" + "\n".join(tables(SPEC_SECTIONS, set())))
+
+
+def between(text: str, name: str, block: str) -> str:
+    """A text with what is between `<!-- name -->` and `<!-- /name -->` replaced; unchanged where it has no markers."""
+    before, start, rest = text.partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    return f"{before}{start}\n{block}\n{end}{after}" if start and end else text
 
 
 def outdated(root: Path) -> dict[Path, str]:
     """The generated files whose text is not what the code says now, with the text that they should have."""
-    wanted = {root / RECIPES: recipes()}
-    if (root / README).is_file():
-        wanted[root / README] = readme((root / README).read_text(encoding="utf-8"), root / SOURCE)
+    wanted = {root / RECIPES: recipes(), root / SPEC_SCHEMA: json.dumps(json_schema(), indent=2) + "\n"}
+    for name, write in ((README, lambda text: readme(text, root / SOURCE)), (SPECS, specs)):
+        if (root / name).is_file():
+            wanted[root / name] = write((root / name).read_text(encoding="utf-8"))
     return {
         path: text for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
     }

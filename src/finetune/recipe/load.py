@@ -9,16 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from finetune.errors import MissingError, RecipeError, UsageError
-from finetune.lookup import did_you_mean
 from finetune.recipe import legacy, profiles, yaml
+from finetune.recipe.faults import TOKEN_PATH, Lines, describe, place
 from finetune.recipe.model import Recipe
 from finetune.secrets import is_secret_name, redact, remember
 
-# The line of every path in the file; for a path given on the command line, the option instead.
-Lines = dict[tuple[str | int, ...], int | str]
 _REFERENCE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _PATH_KEYS = (
     ("data", "path"),
@@ -34,7 +32,6 @@ _PATH_KEYS = (
     ("train", "output_dir"),
     ("align", "output_dir"),
 )
-TOKEN_PATH = ("model", "token")
 
 
 def read_mapping(path: str | Path) -> tuple[dict[str, Any], Lines]:
@@ -93,7 +90,7 @@ def load_mapping(
     try:
         recipe = Recipe.model_validate(mapping)
     except ValidationError as error:
-        faults += _describe(error, source, lines)
+        faults += describe(error, source, lines, Recipe)
     if faults:
         raise RecipeError(f"{source} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:", faults)
     return recipe
@@ -105,11 +102,11 @@ def load_downloads(path: str | Path) -> list[dict[str, Any]]:
     source, faults = str(path), list[str]()
     models = mapping["models"]
     if not isinstance(models, list) or not models:
-        faults.append(f"{_place(source, ('models',), lines)}: expected a list of downloads, each with a 'repo'")
+        faults.append(f"{place(source, ('models',), lines)}: expected a list of downloads, each with a 'repo'")
     else:
         for index, entry in enumerate(models):
             if not isinstance(entry, dict) or not isinstance(entry.get("repo"), str):
-                faults.append(f"{_place(source, ('models', index), lines)}: expected 'repo: NAME'")
+                faults.append(f"{place(source, ('models', index), lines)}: expected 'repo: NAME'")
     section = mapping.get("huggingface")
     token = section.get("token") if isinstance(section, dict) else None
     expanded = {
@@ -177,14 +174,14 @@ def _expand(value: Any, path: tuple[str | int, ...], source: str, lines: Lines, 
             return match.group()[1:]
         if is_secret_name(name) and path != TOKEN_PATH:
             faults.append(
-                f"{_place(source, path, lines)}: '${{{name}}}' holds a secret, which only model.token may name"
+                f"{place(source, path, lines)}: '${{{name}}}' holds a secret, which only model.token may name"
             )
             return ""
         found = os.environ.get(name, default)
         if found is None and path == TOKEN_PATH:
             return ""
         if found is None:
-            faults.append(f"{_place(source, path, lines)}: the environment variable {name} is not set")
+            faults.append(f"{place(source, path, lines)}: the environment variable {name} is not set")
             return ""
         return found
 
@@ -192,9 +189,7 @@ def _expand(value: Any, path: tuple[str | int, ...], source: str, lines: Lines, 
     if path == TOKEN_PATH:
         remember(expanded)
         if expanded == value and value and not value.startswith("<"):
-            warnings.warn(
-                f"{_place(source, path, lines)}: a literal token; write '${{HF_TOKEN}}' instead", stacklevel=2
-            )
+            warnings.warn(f"{place(source, path, lines)}: a literal token; write '${{HF_TOKEN}}' instead", stacklevel=2)
         return expanded if expanded and not expanded.startswith("<") else None
     return expanded
 
@@ -227,74 +222,3 @@ def _resolve_model(mapping: dict[str, Any], base: Path) -> None:
         value = model.get(key)
         if isinstance(value, str) and (value.startswith((".", "/", "~")) or (base / value).exists()):
             model[key] = str((base / Path(value).expanduser()).resolve())
-
-
-def _place(source: str, path: tuple[str | int, ...], lines: Lines) -> str:
-    known = path
-    while known and known not in lines:
-        known = known[:-1]
-    line = lines.get(known)
-    where = line if isinstance(line, str) else f"{source}:{line}" if line is not None else source
-    return f"{where}: {'.'.join(str(part) for part in path)}" if path else where
-
-
-def _describe(error: ValidationError, source: str, lines: Lines) -> list[str]:
-    """One line for every path at fault; the alternatives of a key that takes several types are joined."""
-    found: dict[tuple[str | int, ...], list[str]] = {}
-    for fault in error.errors(include_url=False):
-        path = _real_path(fault["loc"])
-        messages = found.setdefault(path, [])
-        if (message := _message(fault, path)) not in messages:
-            messages.append(message)
-    # A list that is wrong inside is also no string, where either was allowed; only the inside is worth telling.
-    outer = {path[:length] for path in found for length in range(1, len(path))}
-    return [
-        redact(f"{_place(source, path, lines)}: {'; or: '.join(said)}")
-        for path, said in found.items()
-        if path not in outer
-    ]
-
-
-def _message(fault: Any, path: tuple[str | int, ...]) -> str:
-    if fault["type"] == "extra_forbidden":
-        section = _section(path[:-1])
-        known = list(section.model_fields) if section else []
-        hint = did_you_mean(str(path[-1]), known) or f" Known: {', '.join(known)}."
-        return f"unknown key.{hint}"
-    if fault["type"] == "missing":
-        return "required, but missing"
-    message, value = str(fault["msg"]).removeprefix("Value error, "), fault["input"]
-    if path == TOKEN_PATH or isinstance(value, (dict, list)) or value is None:
-        return message
-    hint = did_you_mean(value, re.findall(r"'([^']*)'", message)) if isinstance(value, str) else ""
-    return f"{message}, not {value!r}.{hint}" if hint else f"{message}, not {value!r}"
-
-
-def _real_path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """A fault's path in the file: without the names that pydantic gives to the alternatives of a type."""
-    here: type[BaseModel] | None = Recipe
-    for index, part in enumerate(location):
-        if here is None or part not in here.model_fields:
-            return location[: index + 1]
-        field = here.model_fields[str(part)].annotation
-        here = _model_class(field)
-        if here is None:
-            rest = location[index + 1 :]
-            inside = tuple(item for item in rest if isinstance(item, int) or getattr(field, "__origin__", None) is dict)
-            return (*location[: index + 1], *inside)
-    return location
-
-
-def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The section class at a path, found through the annotations."""
-    here: type[BaseModel] | None = Recipe
-    for part in path:
-        if here is None or part not in here.model_fields:
-            return None
-        here = _model_class(here.model_fields[str(part)].annotation)
-    return here
-
-
-def _model_class(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

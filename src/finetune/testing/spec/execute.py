@@ -1,0 +1,174 @@
+"""A spec run for real: the command line in a process of its own, its output in a temporary directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import FinetuneError, StageError
+from finetune.recipe import Recipe
+from finetune.recipe import load as load_recipe
+from finetune.run import Run
+from finetune.testing.spec.load import Case, recipe_file, repository
+from finetune.testing.spec.model import EXAMPLE_PREFIX, Inference
+
+if TYPE_CHECKING:
+    from finetune.testing.perplexity import Perplexity
+
+GRACE_SECONDS = 20.0  # a training that is told to stop saves a checkpoint first
+REQUEST_SECONDS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What the served model wrote after the prompt, and its score (None where there was nothing to score)."""
+
+    text: str
+    score: Perplexity | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a command left behind. `code` is None where it ran out of time; `seconds` is wall time. `served` is None where
+    the spec asks for no inference or the command failed, `problem` says why inference came to nothing."""
+
+    command: tuple[str, ...]
+    run: Run
+    code: int | None
+    seconds: float
+    stdout: str
+    stderr: str
+    served: Served | None = None
+    problem: str = ""
+
+
+def command(case: Case, directory: Path, *, root: Path) -> tuple[list[str], Path]:
+    """The arguments of `finetune` for a case, and the folder that it starts in. Raises MissingError without a recipe,
+    RecipeError for one with faults, the spec's own overrides among them."""
+    recipe, file = recipe_of(case, root=root), recipe_file(case, _roots(case, root))
+    source = [str(file)] if file is not None else ["--example", case.spec.config.removeprefix(EXAMPLE_PREFIX)]
+    verb = "run" if case.spec.whole else "train" if recipe.train is not None else "align"
+    arguments = [verb, *source, "--run", str(directory / "run")]
+    for key, value in {**case.spec.overrides, **_redirected(recipe, directory)}.items():
+        arguments += ["--set", f"{key}={json.dumps(value)}"]  # JSON is YAML
+    return arguments, root if file is None else file.parent
+
+
+def recipe_of(case: Case, *, root: Path) -> Recipe:
+    """The recipe as the case runs it."""
+    from finetune.commands.options import example
+
+    file = recipe_file(case, _roots(case, root)) or example(case.spec.config.removeprefix(EXAMPLE_PREFIX))
+    return load_recipe(file, [f"{key}={json.dumps(value)}" for key, value in case.spec.overrides.items()])
+
+
+def _roots(case: Case, root: Path) -> Iterable[Path]:
+    inside = repository(case.file)
+    return [*([inside] if inside else []), root]
+
+
+def _redirected(recipe: Recipe, directory: Path) -> dict[str, str]:
+    """What the recipe would publish beside its run goes into the temporary directory too."""
+    sections = {"train": recipe.train, "align": recipe.align}
+    return {
+        f"{name}.output_dir": str(directory / "published" / name)
+        for name, section in sections.items()
+        if section is not None and section.output_dir
+    }
+
+
+def execute(case: Case, directory: Path, *, root: Path, environment: dict[str, str] | None = None) -> Outcome:
+    """Run the case's command, and its inference where the command succeeded. Everything is written into `directory`."""
+    arguments, folder = command(case, directory, root=root)
+    line = [sys.executable, "-m", "finetune", *arguments]
+    texts = {name: directory / f"{name}.txt" for name in ("stdout", "stderr")}
+    started = time.monotonic()
+    with texts["stdout"].open("wb") as out, texts["stderr"].open("wb") as err:
+        process = subprocess.Popen(
+            line, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+            env={**os.environ, **_importable(), **(environment or {})},
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(case.spec.timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    seconds = time.monotonic() - started
+    said = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in texts.items()}
+    run = Run(directory / "run")
+    served, problem = None, ""
+    if case.spec.inference is not None and code == 0:
+        try:
+            served = _inference(run, case.spec.inference)
+        except FinetuneError as error:
+            problem = str(error)
+    return Outcome(
+        command=("finetune", *arguments), run=run, code=code, seconds=seconds, served=served, problem=problem, **said
+    )
+
+
+def _importable() -> dict[str, str]:
+    """The child finds the very package that this process runs, whatever folder it starts in."""
+    package = str(Path(__file__).parents[3])
+    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    absolute = [str(Path(path).resolve()) for path in others]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys([*absolute, package]))} if others else {}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a command that is still running, and everything that it started."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _inference(run: Run, wanted: Inference) -> Served:
+    """Serve the trained model as a user would, complete the prompt, and score what it wrote."""
+    from finetune.serving import serving
+    from finetune.testing.perplexity import perplexity
+
+    checkpoint = "last" if wanted.backend == "torch" else None
+    with serving(run, backend=wanted.backend, checkpoint=checkpoint, timeout=wanted.server_timeout) as url:
+        text = _complete(url, wanted)
+    if not text.strip():
+        return Served(text=text, score=None)
+    return Served(text=text, score=perplexity(text, wanted.prompt, scorer=wanted.scorer))
+
+
+def _complete(url: str, wanted: Inference) -> str:
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    asked = wanted.model_dump(include={"prompt", "max_tokens", "temperature", "seed"})
+    request = Request(f"{url}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"})
+    try:
+        with urlopen(request, timeout=REQUEST_SECONDS) as answer:
+            return str(json.load(answer)["choices"][0]["text"])
+    except HTTPError as error:
+        raise StageError(f"the server answers {error.code}: {error.read().decode('utf-8', 'replace')[:500]}") from None
+    except (OSError, ValueError, LookupError) as error:
+        raise StageError(f"the server gives no completion: {error}") from None
+
+
+def steps_logged(outcome: Outcome) -> list[dict[str, Any]] | None:
+    """The entries of `trainer_logs.json`, or None where it is not there or is no list."""
+    paths = [outcome.run.path / stage / "trainer_logs.json" for stage in ("train", "align")]
+    try:
+        value = json.loads(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else None
