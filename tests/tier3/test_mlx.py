@@ -349,15 +349,20 @@ def test_torchs_blas_comes_before_mlx_and_without_importing_torch():
     assert done.stdout.split() == ["False", str(importlib.util.find_spec("torch") is not None)]
 
 
-def test_one_module_imports_mlx_when_it_is_imported():
+def test_runtime_imports_mlx_before_any_other_module_does():
+    """The server, whose classes are mlx-lm's, is the one other module that imports it when it is imported itself."""
     package = importlib.util.find_spec("finetune.backends.mlx")
     files = sorted(Path(package.origin).parent.glob("*.py"))
     assert len(files) >= 10
     tops = {
-        file.stem: {name for node in ast.parse(file.read_text("utf-8")).body for name in imported(node)}
+        file.stem: [name for node in ast.parse(file.read_text("utf-8")).body for name in imported(node)]
         for file in files
     }
-    assert {stem for stem, names in tops.items() if {"mlx", "mlx_lm"} & names} == {"runtime"}
+    assert {stem for stem, names in tops.items() if {"mlx", "mlx_lm"} & set(names)} == {"runtime", "server"}
+    code = "import sys, finetune.backends.mlx.server\nnames = list(sys.modules)\n"
+    code += "print(names.index('finetune.backends.mlx.runtime') < names.index('mlx_lm'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["True"]
 
 
 def imported(node):

@@ -96,7 +96,8 @@ class SpecItem(pytest.Item):
 
     def runtest(self) -> None:
         directory = self.config._tmp_path_factory.mktemp(self.case.spec.test_id)  # type: ignore[attr-defined]
-        outcome = execute(self.case, directory, root=self.config.rootpath, environment=_threads())
+        os.environ.update(_threads())
+        outcome = execute(self.case, directory, root=self.config.rootpath)
         findings = judge(self.case, outcome)
         for finding in findings:
             if finding.measured is not None:
@@ -165,7 +166,8 @@ def _is_apple_silicon() -> bool:
 
 
 def _threads() -> dict[str, str]:
-    """This worker's share of the cores, where several run: busy threads slow each other down five times."""
+    """This worker's share of the cores, where several run: busy threads slow each other down five times. For the command,
+    the server and the scorer alike."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}

@@ -86,7 +86,7 @@ def _redirected(recipe: Recipe, directory: Path) -> dict[str, str]:
     }
 
 
-def execute(case: Case, directory: Path, *, root: Path, environment: dict[str, str] | None = None) -> Outcome:
+def execute(case: Case, directory: Path, *, root: Path) -> Outcome:
     """Run the case's command, and its inference where the command succeeded. Everything is written into `directory`."""
     arguments, folder = command(case, directory, root=root)
     line = [sys.executable, "-m", "finetune", *arguments]
@@ -95,7 +95,7 @@ def execute(case: Case, directory: Path, *, root: Path, environment: dict[str, s
     with texts["stdout"].open("wb") as out, texts["stderr"].open("wb") as err:
         process = subprocess.Popen(
             line, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
-            env={**os.environ, **_importable(), **(environment or {})},
+            env={**os.environ, **_importable()},
         )  # fmt: skip
         try:
             code: int | None = process.wait(case.spec.timeout)
