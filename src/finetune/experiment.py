@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Job, get
+from finetune.backends import Job, child, get
 from finetune.errors import StageError
 from finetune.memory import PeakMemory
 from finetune.parity.observe import observe
@@ -25,7 +25,11 @@ def in_fresh_process(request: dict[str, Any], file: Path) -> dict[str, Any]:
     """Run `request` in a new Python process and return its answer. Raises StageError with its last words."""
     write_json(file, request)
     done = subprocess.run(
-        [sys.executable, "-m", "finetune.experiment", str(file)], capture_output=True, text=True, check=False
+        child.command("finetune.experiment", str(file)),
+        env=child.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         tail = done.stderr.strip().splitlines()[-1:] or ["no output"]

@@ -188,6 +188,14 @@ def test_a_project_or_a_recipe_that_is_not_there_is_told_with_the_specs_line(tmp
     assert "Did you mean 'recipe.yaml'?" in str(caught.value)
 
 
+def test_a_users_file_named_as_a_library_is_no_module_of_the_command(tmp_path):
+    root = project.make(tmp_path / "repo", one=project.plain("one"))
+    for name in ("json", "random", "pydantic"):
+        (root / "project" / f"{name}.py").write_text("raise SystemExit(9)\n", encoding="utf-8")
+    outcome = execute(load(root / "specs" / "one.yaml")[0], _folder(tmp_path / "out"), root=root)
+    assert outcome.code == 0, outcome.stderr
+
+
 def test_what_a_recipe_publishes_goes_into_the_temporary_directory(tmp_path):
     root = project.make(tmp_path / "repo", one=project.plain("one"))
     recipe = root / "project" / "recipe.yaml"

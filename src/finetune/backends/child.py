@@ -1,4 +1,4 @@
-"""A server in a process of its own: started, waited for until it says its address, and stopped."""
+"""Our modules in processes of their own; and servers: started, waited for until they say their address, and stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import queue
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -30,12 +31,12 @@ def serving(module: str, arguments: Sequence[str], *, what: str, timeout: float 
     """
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            command(module, *arguments),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
-            env=_environment(),
+            env=environment(),
             start_new_session=True,  # Ctrl-C on a terminal is for this process, which then stops the other in order
         )
         try:
@@ -44,11 +45,17 @@ def serving(module: str, arguments: Sequence[str], *, what: str, timeout: float 
             _stop(process)
 
 
-def _environment() -> dict[str, str]:
-    """This process's, in which the child finds this very package."""
+def command(module: str, *arguments: str) -> list[str]:
+    """`python -m module`, to which files of the folder that it starts in are no modules: a user may have a `random.py`."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """This process's, in which a child finds this very package, whatever folder it starts in."""
     root = str(Path(__file__).parents[2])
-    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != root]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *others])}
+    found = [] if root == sysconfig.get_path("purelib") else [root]
+    others = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*found, *others]))}
 
 
 def _address(process: subprocess.Popen[str], said: IO[bytes], what: str, timeout: float) -> str:

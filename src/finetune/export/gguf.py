@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from finetune import errors, memory
+from finetune.backends import child
 from finetune.errors import MissingError, ResourceError, StageError
 from finetune.export import Exported, Source
 from finetune.run import read_object
@@ -144,16 +144,14 @@ def _need_disk(model: Path, out: Path, variants: list[str]) -> None:
 
 def _work(command: str, **options: Any) -> dict[str, Any]:
     """A command of gguf_convert in a process of its own. Raises what it reports, under the same class."""
-    root = str(Path(__file__).parents[2])
-    paths = [root, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != root)]
     ended = subprocess.run(
-        [sys.executable, "-m", "finetune.export.gguf_convert", command, json.dumps(options)],
+        child.command("finetune.export.gguf_convert", command, json.dumps(options)),
         capture_output=True,
         text=True,
         encoding="utf-8",
         errors="replace",
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
+        env={**child.environment(), "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
     )
     try:
         result: dict[str, Any] = json.loads(ended.stdout.strip().rpartition("\n")[2])

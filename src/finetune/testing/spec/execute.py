@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.backends import child
 from finetune.errors import FinetuneError, StageError
 from finetune.recipe import Recipe
 from finetune.recipe import load as load_recipe
@@ -89,13 +89,13 @@ def _redirected(recipe: Recipe, directory: Path) -> dict[str, str]:
 def execute(case: Case, directory: Path, *, root: Path) -> Outcome:
     """Run the case's command, and its inference where the command succeeded. Everything is written into `directory`."""
     arguments, folder = command(case, directory, root=root)
-    line = [sys.executable, "-m", "finetune", *arguments]
+    line = child.command("finetune", *arguments)
     texts = {name: directory / f"{name}.txt" for name in ("stdout", "stderr")}
     started = time.monotonic()
     with texts["stdout"].open("wb") as out, texts["stderr"].open("wb") as err:
         process = subprocess.Popen(
             line, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
-            env={**os.environ, **_importable()},
+            env=child.environment(),
         )  # fmt: skip
         try:
             code: int | None = process.wait(case.spec.timeout)
@@ -115,14 +115,6 @@ def execute(case: Case, directory: Path, *, root: Path) -> Outcome:
     return Outcome(
         command=("finetune", *arguments), run=run, code=code, seconds=seconds, served=served, problem=problem, **said
     )
-
-
-def _importable() -> dict[str, str]:
-    """The child finds the very package that this process runs, whatever folder it starts in."""
-    package = str(Path(__file__).parents[3])
-    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    absolute = [str(Path(path).resolve()) for path in others]
-    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys([*absolute, package]))} if others else {}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
