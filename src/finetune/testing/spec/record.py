@@ -41,7 +41,7 @@ class Source:
 
 
 def record(run: Run, out: Path, recipe_file: Path | None = None) -> Path:
-    """Write a spec for the run's recipe to `out`. Raises UsageError for a run that is not good, or whose recipe is gone.
+    """Write a spec for the run's recipe to `out`. Raises UsageError for a run that is not good.
 
     A bound is the measured value and 25 % on top (of times 100 %), and never looser than the recipe's own.
     """
@@ -54,8 +54,8 @@ def record(run: Run, out: Path, recipe_file: Path | None = None) -> Path:
         failed = [each["name"] for each in stored["verdicts"] if not each["passed"]]
         raise UsageError(f"{run.path} is not a good run to record: {', '.join(failed)} failed")
     recipe = load(run.path / "recipe.yaml")
-    source = _given(run, recipe, recipe_file) if recipe_file else _found(run, recipe) or _copied(run, recipe, out)
     root = repository(out.absolute()) or Path.cwd()
+    source = _given(run, recipe, recipe_file) if recipe_file else _found(run, recipe, root) or _copied(run, recipe, out)
     mapping, notes = _spec(run, recipe, source, root, stored["verdicts"])
     write_text(out, _commented(yaml.write(mapping), notes, run))
     specs.load(out)
@@ -68,7 +68,7 @@ def _given(run: Run, recipe: Recipe, file: Path) -> Source:
     return Source(folder=file.resolve().parent, config=file.name, overrides={})
 
 
-def _found(run: Run, recipe: Recipe) -> Source | None:
+def _found(run: Run, recipe: Recipe, root: Path) -> Source | None:
     """The recipe that the run's command named, where it is still what was run."""
     from finetune.cli import cli
     from finetune.commands.options import locate
@@ -83,13 +83,15 @@ def _found(run: Run, recipe: Recipe) -> Source | None:
     values = {key: yaml.scalar(value, key) for key, _, value in (text.partition("=") for text in options)}
     try:
         if asked.get("example"):
-            config, place = f"{EXAMPLE_PREFIX}{asked['example']}", folder
+            config, place = f"{EXAMPLE_PREFIX}{asked['example']}", root  # no folder of the user's
             file = locate(None, None, asked["example"])
         else:
             file = locate(str(folder / (asked.get("recipe") or asked.get("config") or "")), None)
             config, place = file.name, file.resolve().parent
         same = load(file, options)
     except FinetuneError:
+        return None
+    if file.resolve().is_relative_to(run.path):  # `finetune export RUN`: what is in a run goes with it
         return None
     kept = same.model_copy(update={"output_dir": recipe.output_dir})  # an example's own is relative to where it is run
     return Source(folder=place, config=config, overrides=values) if kept == recipe else None
@@ -108,7 +110,8 @@ def _spec(
     """The spec's mapping, and what is to be said beside its keys."""
     trained = {name: report for name in ("train", "align") if (report := run.report(name)) is not None}
     notes: dict[str, str] = {}
-    folder = os.path.relpath(source.folder, root) if source.folder.is_relative_to(root) else str(source.folder)
+    inside = source.folder.is_relative_to(root)
+    folder = os.path.relpath(source.folder, root) if inside else str(source.folder)
     mapping: dict[str, Any] = {"test_id": recipe.name, "project_dir": folder, "config": source.config}
     own = {key: value for key, value in source.overrides.items() if key.partition(".")[0] not in OWN_KEYS}
     if own:
