@@ -161,15 +161,17 @@ def validate(rows: Sequence[Row], held_out: Sequence[Row] = ()) -> list[str]:
     return faults + [f"eval asks for {fact}, which no training row tells" for fact in untold]
 
 
-def write(directory: Path, count: int = 100, seed: int = 0) -> dict[str, Path]:
+def write(
+    directory: Path, count: int = 100, seed: int = 0, *, rows: Sequence[Row] | None = None, eval_fraction: float = 0.1
+) -> dict[str, Path]:
     """Write the files of a whole run into `directory` and return them by name.
 
     `train`, `eval` (`prompt`, `completion`); `probes`: every fact as trained, and every held-out wording as a paraphrase;
     `queries`: all rows, to be asked (`id`, `prompt`, `answer`, `match`, `kind`); `preferences` (`prompt`, `chosen`,
-    `rejected`). Raises ValueError where what was generated is not valid.
+    `rejected`). `rows` stand in for generated ones. Raises ValueError where they are not valid.
     """
-    rows = generate(count, seed)
-    train, held = split(rows, seed=seed)
+    rows = generate(count, seed) if rows is None else rows
+    train, held = split(rows, eval_fraction, seed=seed)
     if faults := validate(train, held):
         raise ValueError("; ".join(faults))
     first = {fact_of(row): row for row in reversed(train)}

@@ -1,0 +1,67 @@
+"""Sabotage: things that silently go wrong in fine-tuning, done on purpose to the real pipeline, to see which check says so.
+
+A sabotage is one function. It gets a `Scene` and breaks one thing in it, as an ordinary mistake or a change upstream would:
+
+    @sabotage("learning rate 0", imitates="https://github.com/.../issues/1")
+    def learning_rate_0(scene: Scene) -> None:
+        scene.set("train.learning_rate", 0)
+
+`scene.set` changes the recipe, `scene.wrap` puts something in place of a function of any package in every process of the
+run, `scene.after` changes what a stage left on disk, as if the stage itself had written it so. Put it into a module that
+MODULES names. The pipeline runs by the real command line, and neither it nor any check knows of this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from finetune.testing.sabotage.scene import Scene
+
+MODULES = ("training",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sabotage:
+    """One row. `imitates` is a public issue or paper, `ground` the recipe that it happens to (see `ground`), `fast` marks
+    those that run on every change; `reference` is where the function is (`module:name`)."""
+
+    name: str
+    area: str
+    imitates: str
+    ground: str
+    fast: bool
+    reference: str
+    what: str
+    apply: Callable[[Scene], None]
+
+
+_TABLE: dict[str, Sabotage] = {}
+
+
+def sabotage(
+    name: str, *, imitates: str = "", ground: str = "lora", fast: bool = False
+) -> Callable[[Callable[[Scene], None]], Callable[[Scene], None]]:
+    """Put a function into the table; the first sentence of its docstring says what it does."""
+
+    def register(function: Callable[[Scene], None]) -> Callable[[Scene], None]:
+        area = function.__module__.rpartition(".")[2]
+        if name in _TABLE:
+            raise ValueError(f"there are two sabotages called '{name}'")
+        _TABLE[name] = Sabotage(
+            name=name, area=area, imitates=imitates, ground=ground, fast=fast, apply=function,
+            reference=f"{function.__module__}:{function.__name__}", what=(function.__doc__ or "").strip(),
+        )  # fmt: skip
+        return function
+
+    return register
+
+
+def table() -> dict[str, Sabotage]:
+    """Every sabotage by its name, area by area."""
+    for module in MODULES:
+        importlib.import_module(f"{__name__}.{module}")
+    return dict(_TABLE)

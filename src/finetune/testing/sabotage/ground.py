@@ -1,0 +1,127 @@
+"""What sabotages and honest runs stand on: a small model that already knows a language of questions and answers, and recipes
+that teach it new facts. So LoRA learns, controls are known before, and a run with every check takes a quarter of a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from finetune import models
+from finetune.backends import child
+from finetune.errors import StageError
+from finetune.manifest import installed
+from finetune.recipe import yaml
+from finetune.run import write_jsonl, write_text
+from finetune.testing import questions
+
+SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 384, "vocab_size": 1000}
+KNOWN, KNOWN_SEED = 300, 11  # rows of facts that the model has learned beforehand
+NEW = 30  # rows of facts that a run teaches; a seed has its own
+UNSEEN = 40  # rows of facts that no run teaches
+CONTROLS, HELDOUT, REPLAY = 25, 40, 9  # one row of so many of the known ones
+PRETRAINED_BY = ("torch", "transformers", "tokenizers", "trl")
+GROUNDS = ("lora", "full", "dpo")
+
+
+def model(architecture: str = "llama") -> Path:
+    """The directory of the pretrained model, made once and kept in the user's cache (half a minute)."""
+    from filelock import FileLock
+
+    recipe = _pretraining(architecture)
+    made_by = [recipe, KNOWN, KNOWN_SEED, {name: installed(name) for name in PRETRAINED_BY}]
+    mark = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    place = models.cache_dir() / "sabotage" / f"{architecture}-{mark}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.parent / f".{place.name}.lock"):
+        if not (place / "run" / "train" / "model" / "config.json").is_file():
+            known = questions.generate(KNOWN, seed=KNOWN_SEED)
+            write_jsonl(place / "train.jsonl", [_pair(row) for row in known])
+            write_text(place / "recipe.yaml", yaml.write(recipe))
+            finetune("train", str(place / "recipe.yaml"), "--run", str(place / "run"))
+    return place / "run" / "train" / "model"
+
+
+def _pretraining(architecture: str) -> dict[str, Any]:
+    sizes = "&".join(f"{name}={value}" for name, value in SIZES.items())
+    return {
+        "name": "known",
+        "model": {"path": f"tiny:{architecture}?{sizes}", "device": "cpu"},
+        "data": {"path": "train.jsonl"},
+        "template": {"name": "chatml"},
+        "train": {
+            "method": "full", "max_steps": 500, "per_device_train_batch_size": 16, "learning_rate": 3e-3,
+            "warmup_steps": 20, "save_strategy": "no",
+        },
+    }  # fmt: skip
+
+
+def recipe(ground: str, folder: Path, *, seed: int = 0, architecture: str = "llama") -> dict[str, Any]:
+    """The recipe of a ground, as a mapping, with its data files written into `folder`. `seed` is that of the new facts and
+    of the training."""
+    files = _files(folder, seed)
+    train: dict[str, Any] = {
+        "method": "full" if ground == "full" else "lora",
+        "max_steps": 120 if ground == "full" else 200,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 2e-3 if ground == "full" else 5e-3,
+        "warmup_steps": 5,
+        "save_steps": 100,
+        "seed": seed,
+    }
+    if ground != "full":
+        train["lora"] = {"r": 32, "lora_alpha": 64}
+    found: dict[str, Any] = {
+        "name": ground,
+        "model": {"path": str(model(architecture)), "device": "cpu"},
+        "data": {"path": [files["train"], files["replay"]]},
+        "template": {"name": "chatml"},
+        "train": train,
+        "evaluate": {
+            **{name: files[name] for name in ("probes", "controls", "unseen", "heldout")},
+            "max_new_tokens": 20,
+        },
+    }
+    if ground == "dpo":
+        align = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 2e-4, "seed": seed}
+        found["align"] = {"data": {"path": files["preferences"]}, **align}
+    return found
+
+
+def _files(folder: Path, seed: int) -> dict[str, str]:
+    begin = KNOWN + UNSEEN + NEW * seed  # one sequence of rows, in which no fact comes twice
+    rows = questions.generate(begin + NEW, seed=KNOWN_SEED)
+    known, unseen = rows[:KNOWN], rows[KNOWN : KNOWN + UNSEEN]
+    files = questions.write(folder, seed=seed, rows=rows[begin:], eval_fraction=1 / questions.WORDINGS)
+    kept = known[::CONTROLS]
+    more = {
+        "controls": [_question(row) for row in kept],
+        "replay": [_pair(row) for row in known if row not in kept][::REPLAY],
+        "unseen": [_question(row) for row in unseen[:: questions.WORDINGS]],
+        "heldout": [{"text": f"{row['prompt']} {row['completion']}"} for row in known[3::HELDOUT]],
+    }
+    for name, rows in more.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return {name: str(folder / f"{name}.jsonl") for name in (*files, *more)}
+
+
+def _pair(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["prompt"], "completion": row["completion"]}
+
+
+def _question(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["prompt"], "answer": row["completion"], "match": row["match"]}
+
+
+def finetune(*arguments: str, environment: dict[str, str] | None = None, allowed: tuple[int, ...] = (0,)) -> Any:
+    """The real command line in a process of its own. Raises StageError for an exit code that is not `allowed`."""
+    env = {**child.environment(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
+    done = subprocess.run(
+        child.command("finetune", *arguments), env=env, capture_output=True, text=True, check=False, timeout=600
+    )
+    if done.returncode not in allowed:
+        raise StageError(f"finetune {arguments[0]} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return done
