@@ -65,11 +65,11 @@ def recipe(ground: str, folder: Path, *, seed: int = 0, architecture: str = "lla
     files = _files(folder, seed)
     train: dict[str, Any] = {
         "method": "full" if ground == "full" else "lora",
-        "max_steps": 120 if ground == "full" else 200,
+        "max_steps": 120 if ground == "full" else 300,
         "per_device_train_batch_size": 8,
         "learning_rate": 2e-3 if ground == "full" else 5e-3,
         "warmup_steps": 5,
-        "save_steps": 100,
+        "save_steps": 116,
         "seed": seed,
     }
     if ground != "full":
