@@ -108,14 +108,18 @@ def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Col
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Findings that fail nothing (vacuous bounds, warnings) travel with the report, from xdist's workers too."""
     report = yield
-    if report.when == "call":
-        vars(report)["finetune_notes"] = getattr(item, "notes", [])
+    if hasattr(item, "notes"):
+        vars(report)["finetune_notes"] = item.notes if report.when == "call" else []
     return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [report for group in terminalreporter.stats.values() for report in group]
-    notes = [note for report in reports for note in getattr(report, "finetune_notes", ())]
+    specs = [report for report in reports if hasattr(report, "finetune_notes")]
+    notes = [note for report in specs for note in report.finetune_notes]
+    skipped = sum(report.skipped for report in specs)
+    if skipped and not any(report.when == "call" for report in specs):
+        notes.append(("warning", f"no spec was run: {skipped} skipped"))
     if notes:
         terminalreporter.section("finetune")
     for kind, text in notes:
