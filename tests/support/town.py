@@ -9,7 +9,8 @@ from typing import Any
 
 from finetune.backends.fake_model import make_model
 from finetune.recipe import Recipe
-from finetune.run import Run, digest, read_jsonl, write_json, write_jsonl
+from finetune.run import Run, read_jsonl, write_json, write_jsonl
+from finetune.testing.sabotage import scene
 
 CAPITALS = {
     "Zorland": "Quell",
@@ -134,10 +135,7 @@ def edit_json(run: Run, name: str, change: Callable[[Any], Any]) -> None:
 def as_if_written_so(run: Run) -> None:
     """Renew the digests in all reports, so that an edit is no broken artifact but what the stage itself wrote."""
     for file in run.path.glob("*/report.json"):
-        report = json.loads(file.read_text(encoding="utf-8"))
-        there = [name for name in report["artifacts"] if (run.path / name).exists()]
-        report["artifacts"].update({name: digest(run.path / name) for name in there})
-        write_json(file, report)
+        scene.as_if_written_so(run, file.parent.name)
 
 
 def write_memory(run: Run, *, lora: int = 30 * MIB, full: int = 100 * MIB, estimated: int | None = None) -> None:

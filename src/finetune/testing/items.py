@@ -15,6 +15,7 @@ import pytest
 
 from finetune import estimate
 from finetune.errors import FinetuneError
+from finetune.recipe import Recipe
 from finetune.recipe.exports import parse
 from finetune.testing.helpers import NEEDS, unavailable
 from finetune.testing.ledger import Need, reserved
@@ -82,11 +83,17 @@ class SpecItem(pytest.Item):
 
     def setup(self) -> None:
         self._skip_without_hardware()
-        self._skip_without_runtimes()
         try:
-            need = self._need()
+            recipe = recipe_of(self.case, root=self.config.rootpath)
         except FinetuneError:
             return  # a recipe with faults takes nothing; running it says what they are
+        for name in _runtimes(self.case, recipe):
+            if reason := unavailable(name):
+                lacking(self.config, name, reason)
+        try:
+            need = _need(self.case, recipe)
+        except FinetuneError:
+            return
         waited = self._held.enter_context(reserved(self.nodeid, need))
         if waited > 1:
             self.user_properties.append(("waited_seconds", round(waited, 1)))
@@ -130,31 +137,21 @@ class SpecItem(pytest.Item):
             "Run it on the CPU with --on-cpu (or finetune_on_cpu = true in pytest's ini file), or write gpu_requirement: 0",
         )
 
-    def _skip_without_runtimes(self) -> None:
-        for name in _runtimes(self.case, self.config.rootpath):
-            if reason := unavailable(name):
-                lacking(self.config, name, reason)
 
-    def _need(self) -> Need:
-        """Memory by the recipe's estimate, and more where a model is scored."""
-        recipe = recipe_of(self.case, root=self.config.rootpath)
-        config = estimate.model_config(recipe)
-        memory = UNKNOWN_NEED
-        if recipe.backend == "fake":
-            memory = FAKE_NEED
-        elif config is not None and (found := estimate.of_recipe(recipe, config)) is not None:
-            memory = found.total
-        return Need(
-            memory=memory + (SCORER_NEED if self.case.spec.inference else 0), gpus=self.case.spec.gpu_requirement
-        )
+def _need(case: Case, recipe: Recipe) -> Need:
+    """Memory by the recipe's estimate, and more where a model is scored."""
+    config = estimate.model_config(recipe)
+    memory = UNKNOWN_NEED
+    if recipe.backend == "fake":
+        memory = FAKE_NEED
+    elif config is not None and (found := estimate.of_recipe(recipe, config)) is not None:
+        memory = found.total
+    return Need(memory=memory + (SCORER_NEED if case.spec.inference else 0), gpus=case.spec.gpu_requirement)
 
 
-def _runtimes(case: Case, root: Path) -> list[str]:
+def _runtimes(case: Case, recipe: Recipe) -> list[str]:
     """The runtimes that a case needs, by the names that `--require` knows."""
-    try:
-        backends = {recipe_of(case, root=root).backend}
-    except FinetuneError:
-        return []
+    backends = {recipe.backend}
     backends |= {name for export in case.spec.parity if (name := parse(export).format.backend)}
     if case.spec.inference is not None:
         backends |= {"torch", case.spec.inference.backend}  # torch scores

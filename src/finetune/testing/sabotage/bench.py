@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from typing import Any
 from finetune.backends import child
 from finetune.errors import StageError
 from finetune.recipe import yaml
+from finetune.report.summary import verdicts
 from finetune.run import Run, write_text
 from finetune.testing.sabotage import Sabotage, ground, hook
 from finetune.testing.sabotage.scene import Scene, as_if_written_so
@@ -72,10 +72,7 @@ def _carry_out(name: str, scene: Scene, directory: Path, environment: dict[str, 
 
 
 def _verdicts(run: Run) -> tuple[str, ...]:
-    path = run.path / "verdicts.json"
-    if not path.is_file():
-        return ()
-    stored = json.loads(path.read_text(encoding="utf-8"))["verdicts"]
+    stored = (verdicts(run) or {}).get("verdicts", [])
     return tuple(verdict["name"] for verdict in stored if not verdict["passed"])
 
 

@@ -41,9 +41,10 @@ class Scene:
 
 
 def as_if_written_so(run: Run, stage: str) -> None:
-    """Renew the digests in a stage's report, so that a change is no broken artifact, but what the stage itself wrote."""
+    """Renew the digests in a stage's report, so that a change is no broken artifact, but what the stage itself wrote. A file
+    that is gone stays in the report: it is missed."""
     file = run.path / stage / "report.json"
     report = json.loads(file.read_text(encoding="utf-8"))
     there = [name for name in report["artifacts"] if (run.path / name).exists()]
-    report["artifacts"] = {name: digest(run.path / name) for name in there}
+    report["artifacts"].update({name: digest(run.path / name) for name in there})
     write_json(file, report)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.estimate import MIB
+from finetune.report.summary import verdicts
 from finetune.report.terminal import number
 from finetune.testing.spec.execute import Outcome, Served, steps_logged
 from finetune.testing.spec.load import Case
 
 Kind = Literal["failed", "warning", "vacuous"]
 NEEDED_FALL = 0.95  # of what a model that learned nothing scores: the fall that the check `loss` asks for by default
-HEADROOM = 1.25  # over the value measured, where a bound is proposed
+HEADROOM = 0.25  # over the value measured, where a bound is proposed
 # Verdicts that say by which key of `expect` they can be moved.
 EXPECT_KEYS = {
     "loss_convergence": "loss_reduction_min",
@@ -145,12 +146,12 @@ def _vacuous_loss(outcome: Outcome, losses: list[float], bound: float) -> Iterat
     if not known or bound < min(known.values()):
         return
     meaningful = min(known.values()) * NEEDED_FALL
-    final = losses[-1]
-    near = f", and {number(final * HEADROOM)} is {HEADROOM - 1:.0%} above what this run reached"
+    final, near = losses[-1], losses[-1] * (1 + HEADROOM)
+    hint = f", and {number(near)} is {HEADROOM:.0%} above what this run reached"
     why = (
         f"{number(bound)} is vacuous: a model that learned nothing passes it ("
         + "; ".join(f"{what}: {number(value)}" for what, value in known.items())
-        + f"). A bound below {number(meaningful)} would mean something{near if final * HEADROOM < meaningful else ''}"
+        + f"). A bound below {number(meaningful)} would mean something{hint if near < meaningful else ''}"
     )
     yield Finding(kind="vacuous", key="loss.final_max", why=why, measured=final, bound=bound)
 
@@ -159,10 +160,7 @@ def _verdicts(case: Case, outcome: Outcome) -> Iterator[Finding]:
     """The checks of the whole run, each verdict a finding at the spec's key that asked for it."""
     if not case.spec.whole:
         return
-    import json
-
-    path = outcome.run.path / "verdicts.json"
-    stored = json.loads(path.read_text(encoding="utf-8"))["verdicts"] if path.is_file() else []
+    stored = (verdicts(outcome.run) or {}).get("verdicts", [])
     if not stored:
         yield Finding(kind="failed", key="expect", why="the run has no verdicts: no check was run")
         return

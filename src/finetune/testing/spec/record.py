@@ -12,16 +12,16 @@ from typing import Any
 from finetune import evidence
 from finetune.checks import CHECKS
 from finetune.errors import FinetuneError, UsageError
+from finetune.estimate import MIB
 from finetune.recipe import Recipe, dump, load, yaml
 from finetune.report.summary import reports, verdicts
 from finetune.report.terminal import number
 from finetune.run import Run, write_text
 from finetune.testing.spec import load as specs
-from finetune.testing.spec.judge import EXPECT_KEYS
+from finetune.testing.spec.judge import EXPECT_KEYS, HEADROOM
 from finetune.testing.spec.load import repository
 from finetune.testing.spec.model import EXAMPLE_PREFIX, OWN_KEYS
 
-HEADROOM = 0.25
 LEAST_HEADROOM = 0.05  # nats: a share of a loss near zero is less than what rounds differently elsewhere
 TIME_HEADROOM = 1.0  # another machine, or this one on a busy day
 START_SECONDS = 20  # imports and checks, which no stage counts
@@ -129,7 +129,7 @@ def _spec(
     else:
         mapping["checks"] = [check.name for check in CHECKS if check.wanted(recipe)]
     seconds = sum(report.seconds for report in reports(run))
-    process = max((report.peak.get("process", 0) for report in trained.values()), default=0) / 2**20
+    process = max((report.peak.get("process", 0) for report in trained.values()), default=0) / MIB
     mapping["bounds"] = {
         "seconds_max": _above(seconds, TIME_HEADROOM) + START_SECONDS,
         "process_mib_max": _above(process, HEADROOM),
