@@ -7,8 +7,10 @@ A sabotage is one function. It gets a `Scene` and breaks one thing in it, as an 
         scene.set("train.learning_rate", 0)
 
 `scene.set` changes the recipe, `scene.wrap` puts something in place of a function of any package in every process of the
-run, `scene.after` changes what a stage left on disk, as if the stage itself had written it so. Put it into a module that
-MODULES names. The pipeline runs by the real command line, and neither it nor any check knows of this package.
+run, `scene.after` changes what a stage left on disk, as if the stage itself had written it so. It happens to the honest
+run of a ground (`ground.GROUNDS`), in a copy: all stages from `since` on run again, and those that a change concerns. Put
+it into a module that MODULES names. The pipeline runs by the real command line, and neither it nor any check knows of
+this package.
 """
 
 from __future__ import annotations
@@ -21,18 +23,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from finetune.testing.sabotage.scene import Scene
 
-MODULES = ("training",)
+MODULES = ("training", "alignment", "saving", "exporting", "evaluation", "serving")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sabotage:
-    """One row. `imitates` is a public issue or paper, `ground` the recipe that it happens to (see `ground`), `fast` marks
-    those that run on every change; `reference` is where the function is (`module:name`)."""
+    """One row. `imitates` is a public issue or paper, `ground` the recipe that it happens to (see `ground`), `since` the
+    first stage that its patches are there for, `fast` marks those that run on every change; `reference` is where the
+    function is (`module:name`)."""
 
     name: str
     area: str
     imitates: str
     ground: str
+    since: str
     fast: bool
     reference: str
     what: str
@@ -43,7 +47,7 @@ _TABLE: dict[str, Sabotage] = {}
 
 
 def sabotage(
-    name: str, *, imitates: str = "", ground: str = "lora", fast: bool = False
+    name: str, *, imitates: str = "", ground: str = "lora", since: str = "fetch", fast: bool = False
 ) -> Callable[[Callable[[Scene], None]], Callable[[Scene], None]]:
     """Put a function into the table; the first sentence of its docstring says what it does."""
 
@@ -52,7 +56,7 @@ def sabotage(
         if name in _TABLE:
             raise ValueError(f"there are two sabotages called '{name}'")
         _TABLE[name] = Sabotage(
-            name=name, area=area, imitates=imitates, ground=ground, fast=fast, apply=function,
+            name=name, area=area, imitates=imitates, ground=ground, since=since, fast=fast, apply=function,
             reference=f"{function.__module__}:{function.__name__}", what=(function.__doc__ or "").strip(),
         )  # fmt: skip
         return function

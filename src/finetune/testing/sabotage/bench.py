@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +18,121 @@ from finetune.errors import StageError
 from finetune.recipe import yaml
 from finetune.report.summary import verdicts
 from finetune.run import Run, write_text
+from finetune.stages import STAGES
 from finetune.testing.sabotage import Sabotage, ground, hook
 from finetune.testing.sabotage.scene import Scene, as_if_written_so
 
 ENDINGS = (0, 1, 2, 3, 4)  # whatever the command line ends with says something; a crash of Python itself does not
+SABOTAGES = Path(__file__).parent
+ORDER = [stage.name for stage in STAGES]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What became of a run. `failed` are the names of the verdicts that failed, `refused` is what a stage said that would
-    not go on; both empty: nobody noticed anything. `seconds` is wall time."""
+    not go on; both empty: nobody noticed anything. `verdicts` are all that were given, `seconds` is wall time."""
 
     name: str
     failed: tuple[str, ...]
     refused: str
     seconds: float
+    verdicts: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
     @property
     def caught(self) -> bool:
         return bool(self.failed or self.refused)
 
 
-def attempt(each: Sabotage, directory: Path) -> Found:
-    """Carry out a sabotage in a new folder."""
-    scene = Scene(recipe=ground.recipe(each.ground, directory / "data"))
-    each.apply(scene)
-    environment = {}
-    if scene.patches:
-        patches = hook.write(directory / "patches", each.reference)
-        environment["PYTHONPATH"] = os.pathsep.join([str(patches), child.environment()["PYTHONPATH"]])
-    return _carry_out(each.name, scene, directory, environment)
+class Bench:
+    """A folder in which sabotages are carried out, each on a copy of its ground's honest run, which is made once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._made: dict[str, Path] = {}
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def attempt(self, each: Sabotage) -> Found:
+        """Carry out a sabotage. Raises StageError where the honest run raises an alarm already, or where it was the
+        sabotage itself that broke."""
+        honest = self._honest(each.ground)
+        started = time.monotonic()
+        directory = _new(self.directory / each.name.replace(" ", "-").replace("/", "-"))
+        run, own = Run(directory / "run"), directory / "own"
+        own.mkdir()
+        shutil.copytree(honest / "run", run.path, symlinks=True)
+        scene = Scene(recipe=ground.recipe(each.ground, honest / "data"), folder=own)
+        each.apply(scene)
+        environment = {}
+        if scene.patches:
+            patches = hook.write(directory / "patches", each.reference)
+            environment["PYTHONPATH"] = os.pathsep.join([str(patches), child.environment()["PYTHONPATH"]])
+            _forget(run, ORDER[ORDER.index(each.since) :])
+        (run.path / "verdicts.json").unlink()
+        failed, refused, all_verdicts = _carry_out(each.name, scene, run, environment)
+        seconds = round(time.monotonic() - started, 1)
+        return Found(name=each.name, failed=failed, refused=refused, seconds=seconds, verdicts=all_verdicts)
+
+    def _honest(self, name: str) -> Path:
+        with self._locks[name]:
+            if name not in self._made:
+                directory = self.directory / "honest" / name
+                found = honest(name, ground.recipe(name, directory / "data"), directory)
+                if found.caught:
+                    raise StageError(f"the honest run '{name}' raises an alarm: {found.failed or found.refused}")
+                self._made[name] = directory
+        return self._made[name]
 
 
 def honest(name: str, recipe: dict[str, Any], directory: Path) -> Found:
-    """Carry out an honest run: whatever fails is a false alarm."""
-    return _carry_out(name, Scene(recipe=recipe), directory, {})
-
-
-def _carry_out(name: str, scene: Scene, directory: Path, environment: dict[str, str]) -> Found:
+    """Carry out an honest run: whatever fails is a false alarm. The run is in `directory`/run."""
     started = time.monotonic()
-    file, run = directory / "recipe.yaml", Run(directory / "run")
+    run = Run(_new(directory / "run"))
+    failed, refused, all_verdicts = _carry_out(name, Scene(recipe=recipe), run, {})
+    seconds = round(time.monotonic() - started, 1)
+    return Found(name=name, failed=failed, refused=refused, seconds=seconds, verdicts=all_verdicts)
+
+
+def _new(directory: Path) -> Path:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
+
+
+def _forget(run: Run, stages: Iterable[str]) -> None:
+    for stage in stages:
+        shutil.rmtree(run.path / stage, ignore_errors=True)
+
+
+def _carry_out(
+    name: str, scene: Scene, run: Run, environment: dict[str, str]
+) -> tuple[tuple[str, ...], str, tuple[dict[str, Any], ...]]:
+    """The names of the failed verdicts, what was refused, and all verdicts."""
+    file = run.path.parent / "recipe.yaml"
     write_text(file, yaml.write(scene.recipe))
     there = ("--run", str(run.path), "--quiet")
-    for stage, changes in scene.changes.items():
-        ground.finetune(stage, str(file), *there, environment=environment)
-        for change in changes:
+    for stage in sorted(scene.changes, key=ORDER.index):
+        if run.report(stage) is None:
+            ground.finetune(stage, str(file), *there, environment=environment)
+        for change in scene.changes[stage]:
             change(run)
         as_if_written_so(run, stage)
     done = ground.finetune("run", str(file), *there, environment=environment, allowed=ENDINGS)
-    failed, refused = _verdicts(run), ""
-    if done.returncode not in (0, 1):
-        refused = (done.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("error: ")
-    elif bool(failed) != (done.returncode == 1):
-        raise StageError(f"'{name}' ended with {done.returncode}, and its failed verdicts are {failed or 'none'}")
-    return Found(name=name, failed=failed, refused=refused, seconds=round(time.monotonic() - started, 1))
+    stored = tuple((verdicts(run) or {}).get("verdicts", []))
+    failed = tuple(verdict["name"] for verdict in stored if not verdict["passed"])
+    if done.returncode in (0, 1):
+        if bool(failed) != (done.returncode == 1):
+            raise StageError(f"'{name}' ended with {done.returncode}, and its failed verdicts are {failed or 'none'}")
+        return failed, "", stored
+    return (), _refused(name, done.stderr), stored
 
 
-def _verdicts(run: Run) -> tuple[str, ...]:
-    stored = (verdicts(run) or {}).get("verdicts", [])
-    return tuple(verdict["name"] for verdict in stored if not verdict["passed"])
+def _refused(name: str, said: str) -> str:
+    """The last line that a stage said. Raises StageError where it was the sabotage that broke, not what it was done to."""
+    refused = next((line for line in said.splitlines() if line.startswith("error: ")), "error: no word")
+    places = [line for line in said.splitlines() if line.lstrip().startswith('File "')]
+    if refused.startswith("error: unexpected") and places and str(SABOTAGES) in places[-1]:
+        raise StageError(f"the sabotage '{name}' is broken itself: {refused}\n{said[-800:]}")
+    return refused.removeprefix("error: ")
 
 
 def side_by_side(works: Iterable[Callable[[], Found]], workers: int) -> list[Found]:

@@ -24,7 +24,17 @@ NEW = 30  # rows of facts that a run teaches; a seed has its own
 UNSEEN = 40  # rows of facts that no run teaches
 CONTROLS, HELDOUT, REPLAY = 25, 40, 9  # one row of so many of the known ones
 PRETRAINED_BY = ("torch", "transformers", "tokenizers", "trl")
-GROUNDS = ("lora", "full", "dpo")
+# Name: the training it starts from, and what it asks for besides (as `section.key`).
+GROUNDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {}),
+    "full": ("full", {}),
+    "dpo": ("dpo", {}),
+    "resume": ("lora", {"expect.resume": True}),
+    "memory": ("lora", {"expect.memory_reduction_min": 0.3}),
+    "gguf": ("lora", {"export": ["gguf:f16"]}),
+    "q8": ("lora", {"export": ["gguf:q8_0"]}),
+    "mlx": ("lora", {"export": ["mlx"]}),
+}
 
 
 def model(architecture: str = "llama") -> Path:
@@ -59,9 +69,10 @@ def _pretraining(architecture: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def recipe(ground: str, folder: Path, *, seed: int = 0, architecture: str = "llama") -> dict[str, Any]:
+def recipe(name: str, folder: Path, *, seed: int = 0, architecture: str = "llama") -> dict[str, Any]:
     """The recipe of a ground, as a mapping, with its data files written into `folder`. `seed` is that of the new facts and
     of the training."""
+    ground, more = GROUNDS[name]
     files = _files(folder, seed)
     train: dict[str, Any] = {
         "method": "full" if ground == "full" else "lora",
@@ -75,7 +86,7 @@ def recipe(ground: str, folder: Path, *, seed: int = 0, architecture: str = "lla
     if ground != "full":
         train["lora"] = {"r": 32, "lora_alpha": 64}
     found: dict[str, Any] = {
-        "name": ground,
+        "name": name,
         "model": {"path": str(model(architecture)), "device": "cpu"},
         "data": {"path": [files["train"], files["replay"]]},
         "template": {"name": "chatml"},
@@ -88,7 +99,17 @@ def recipe(ground: str, folder: Path, *, seed: int = 0, architecture: str = "lla
     if ground == "dpo":
         align = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 2e-4, "seed": seed}
         found["align"] = {"data": {"path": files["preferences"]}, **align}
+    for key, value in more.items():
+        put(found, key, value)
     return found
+
+
+def put(recipe: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of a recipe: `train.learning_rate`."""
+    *above, last = key.split(".")
+    for part in above:
+        recipe = recipe.setdefault(part, {})
+    recipe[last] = value
 
 
 def _files(folder: Path, seed: int) -> dict[str, str]:
@@ -118,7 +139,7 @@ def _question(row: dict[str, Any]) -> dict[str, Any]:
 
 def finetune(*arguments: str, environment: dict[str, str] | None = None, allowed: tuple[int, ...] = (0,)) -> Any:
     """The real command line in a process of its own. Raises StageError for an exit code that is not `allowed`."""
-    env = {**child.environment(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
+    env = {**child.environment(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FT_DEBUG": "1", **(environment or {})}
     done = subprocess.run(
         child.command("finetune", *arguments), env=env, capture_output=True, text=True, check=False, timeout=600
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from finetune.run import Run, digest, write_json
+from finetune.testing.sabotage.ground import put
 
 Wrapper = Callable[[Any], Any]
 Change = Callable[[Run], None]
@@ -15,19 +17,17 @@ Change = Callable[[Run], None]
 
 @dataclass(kw_only=True)
 class Scene:
-    """`recipe` is the mapping that a run is made from; what is to be patched and changed is collected, and done later."""
+    """`recipe` is the mapping that a run is made from, `folder` a place for files of its own; what is to be patched and
+    changed is collected, and done later."""
 
+    folder: Path = field(default_factory=Path)
     recipe: dict[str, Any] = field(default_factory=dict)
     patches: list[tuple[str, str, Wrapper]] = field(default_factory=list)
     changes: dict[str, list[Change]] = field(default_factory=dict)
 
     def set(self, key: str, value: Any) -> None:
         """Set a key of the recipe: `train.learning_rate`."""
-        *above, last = key.split(".")
-        place = self.recipe
-        for part in above:
-            place = place.setdefault(part, {})
-        place[last] = value
+        put(self.recipe, key, value)
 
     def wrap(self, target: str, wrapper: Wrapper) -> None:
         """Replace `module:attribute` (or `module:Class.attribute`) by `wrapper(original)` once its module is imported, in
