@@ -6,7 +6,7 @@
 .NOTPARALLEL:
 .PHONY: help quickstart exports test test-unit test-e2e-workflow test-e2e-real-model test-e2e-quick test-e2e-all \
 	test-e2e-gguf test-e2e-mlx test-e2e-ollama test-browser \
-	lint format docs bench nox clean
+	lint format docs bench sabotage nox clean
 
 pinned = $(shell sed -n 's/^$(1)==//p' constraints.txt)
 # The file's name carries the versions, so that a new pin makes a new environment.
@@ -64,6 +64,9 @@ docs: $(TOOLS) ## Write the generated docs
 
 bench: $(TOOLS) ## The same job with TRL's command line and with finetune
 	@$(NOX) -s bench $(PASS)
+
+sabotage: $(TOOLS) ## Break the pipeline in every known way and see which checks say so; writes docs/detection.md
+	@$(NOX) -s sabotage $(PASS)
 
 nox: $(TOOLS) ## Any session: make nox ARGS='-s tier1-on-3.12'
 	@$(NOX) $(ARGS)

@@ -146,6 +146,7 @@ CELLS = {
         Cell(name="quickstart", backend="torch", extras=("torch",), needs_model=True),
         Cell(name="exports", extras=("torch", "gguf", "mlx"), needs_model=True),
         Cell(name="bench", backend="torch", extras=("torch",), needs_model=True),
+        Cell(name="sabotage", extras=("torch", "gguf", "mlx", "serve"), needs_model=True),
         Cell(name="calibrate", extras=("torch", "gguf", "mlx"), needs_model=True),
         Cell(name="docs"),
         Cell(name="format", groups=("lint",)),
@@ -256,6 +257,12 @@ def exports(session: nox.Session, row: Cell) -> None:
 def bench(session: nox.Session, row: Cell) -> None:
     """The same SFT job with TRL's own command line and with finetune: seconds, tokens/s, memory."""
     session.run("python", "bench/sft.py", *session.posargs, env=offline())
+
+
+@cell
+def sabotage(session: nox.Session, row: Cell) -> None:
+    """Break the real pipeline in every known way, and run honestly; writes docs/detection.md; half an hour."""
+    session.run("python", "-m", "finetune.testing.sabotage", *session.posargs, env=offline())
 
 
 @cell

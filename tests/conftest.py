@@ -1,5 +1,7 @@
 """What every tier shares: the folder decides the marker, tier 1 has no network, and a skip needs a reason.
 
+Which reasons are allowed where stands in skips.yaml; support/skips.py counts and judges.
+
 A test that needs something which may be missing calls the fixture `skip_or_fail(name, reason)` of finetune's own pytest
 plugin. Whoever knows that it is there says so with `--require NAME` (or FT_REQUIRE=NAME,NAME; `real-model` for all of
 tier 2), and then its absence is a failure.
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from finetune.testing.plugin import required
+from support import skips
 
 pytest_plugins = ["pytester"]
 pytest.register_assert_rewrite("contract")
@@ -38,7 +41,12 @@ def tier_of(item: pytest.Item) -> str | None:
     return folders[0] if folders and folders[0] in TIERS else None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    skips.register(config)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips.mark(items)
     disabled = os.environ.get("FT_REAL_MODEL_ENABLE") == "0"
     reason = "FT_REAL_MODEL_ENABLE=0 turns tests with a real model off; unset it to run them"
     for item in items:

@@ -40,6 +40,9 @@ COMMANDS: dict[str, Row] = {
     "completion": Row("completion:command", "Print the completion script for bash, zsh or fish.", _START),
     "run": Row("run:command", "Run all stages of a recipe, verify, and report.", _PROOF),
     "verify": Row("verify:command", "Check a stored run again, from what is on disk.", _PROOF),
+    "invariance": Row(
+        "invariance:command", "Check what no correct trainer changes, on a tiny copy of the model.", _PROOF
+    ),
     "report": Row("report:command", "Show a stored run, or compare two; write the page to look at.", _PROOF),
     "perplexity": Row("perplexity:command", "Score a text by how little a reference model expects it.", _PROOF),
     "serve": Row("serve:command", "Answer OpenAI's API with the model of a run.", _PROOF),

@@ -1,5 +1,5 @@
 """The docs that are written from the code: docs/recipes.md and the keys in docs/specs.md from the models, the README's
-tree from the source.
+tree from the source, docs/detection.md from the measured docs/detection.json.
 
 `python -m finetune.docs_gen` writes them; with `--check` it writes nothing and exits 1 when one is out of date.
 """
@@ -24,11 +24,13 @@ from finetune.recipe import Recipe
 from finetune.recipe.legacy import FIELD_KEYS, RENAMED
 from finetune.recipe.profiles import PROFILES
 from finetune.recipe.sections import Align, Data, Evaluate, Expect, Lora, Model, Optimization, Section, Template, Train
+from finetune.testing.sabotage import detection, ground
 from finetune.testing.spec.model import Bounds, Inference, Learned, Loss, Spec, Stderr, json_schema
 
 RECIPES = Path("docs/recipes.md")
 SPECS = Path("docs/specs.md")
 SPEC_SCHEMA = Path("docs/spec.schema.json")
+SABOTAGE = Path("docs/sabotage.md")
 README = Path("README.md")
 SOURCE = Path("src/finetune")
 
@@ -189,7 +191,6 @@ WORDS = {
     "Align.label_smoothing": "Assumed share of pairs labelled the wrong way round.",
     "Align.method": "Direct preference optimisation.",
     "Align.num_train_epochs": "Passes over the pairs.",
-    "Evaluate.batch_size": "Questions asked at a time.",
     "Evaluate.max_new_tokens": "Tokens an answer may have.",
 }
 
@@ -339,6 +340,12 @@ def specs(text: str) -> str:
     return between(text, "keys", "\n" + "\n".join(tables(SPEC_SECTIONS, set())))
 
 
+def grounds(text: str) -> str:
+    """docs/sabotage.md with the table of grounds."""
+    rows = ([f"`{name}`", each.what] for name, each in ground.GROUNDS.items())
+    return between(text, "grounds", table(("ground", "what it does"), rows))
+
+
 def between(text: str, name: str, block: str) -> str:
     """A text with what is between `<!-- name -->` and `<!-- /name -->` replaced; unchanged where it has no markers."""
     before, start, rest = text.partition(f"<!-- {name} -->")
@@ -349,7 +356,9 @@ def between(text: str, name: str, block: str) -> str:
 def outdated(root: Path) -> dict[Path, str]:
     """The generated files whose text is not what the code says now, with the text that they should have."""
     wanted = {root / RECIPES: recipes(), root / SPEC_SCHEMA: json.dumps(json_schema(), indent=2) + "\n"}
-    for name, write in ((README, lambda text: readme(text, root / SOURCE)), (SPECS, specs)):
+    if results := detection.load(root):
+        wanted[root / detection.PAGE] = detection.render(results)
+    for name, write in ((README, lambda text: readme(text, root / SOURCE)), (SPECS, specs), (SABOTAGE, grounds)):
         if (root / name).is_file():
             wanted[root / name] = write((root / name).read_text(encoding="utf-8"))
     return {

@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune.backends import Job, child, get
 from finetune.errors import StageError
+from finetune.invariance import trials
 from finetune.memory import PeakMemory
 from finetune.parity.observe import observe
 from finetune.run import write_json
@@ -76,10 +77,29 @@ def _score(request: dict[str, Any]) -> dict[str, Any]:
     return {"scores": backend.score(handle, request["pairs"])}
 
 
+def _several(request: dict[str, Any]) -> dict[str, Any]:
+    return {"answers": {name: _do(each) for name, each in request["requests"].items()}}
+
+
+def _do(request: dict[str, Any]) -> dict[str, Any]:
+    done: dict[str, Any] = WORK[request["do"]](request)
+    return done
+
+
+WORK = {
+    "train": _train,
+    "score": _score,
+    "observe": observe,
+    "together": trials.together,
+    "merged": trials.merged,
+    "several": _several,
+}
+
+
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with PeakMemory() as memory:
-        answer = {"train": _train, "score": _score, "observe": observe}[request["do"]](request)
+        answer = _do(request)
     print(json.dumps({**answer, "start_bytes": memory.start, "peak_bytes": memory.peak}))
 
 

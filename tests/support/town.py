@@ -139,15 +139,64 @@ def as_if_written_so(run: Run) -> None:
 
 
 def write_memory(run: Run, *, lora: int = 30 * MIB, full: int = 100 * MIB, estimated: int | None = None) -> None:
-    """`measure/memory.json` as the measure stage writes it for a backend whose memory can be estimated. Bytes."""
+    """`measure/memory.json` as the measure stage writes it for a backend whose memory can be estimated. Bytes.
 
-    def side(state: int, guess: int) -> dict[str, Any]:
-        parts = {"weight_bytes": state // 2, "gradient_bytes": state // 4, "optimizer_bytes": state // 4}
+    Adam keeps two numbers a trained one, so that full fine-tuning takes four times its weights.
+    """
+    base = full // 4
+    adapter = (lora - base) // 4
+
+    def side(weights: int, trained: int, guess: int) -> dict[str, Any]:
+        parts = {"weight_bytes": weights, "gradient_bytes": trained, "optimizer_bytes": 2 * trained}
+        state = sum(parts.values())
         peak = {"peak_process_bytes": state + 300 * MIB, "peak_device_bytes": None}
-        return {**parts, "training_state_bytes": state, **peak, "estimated": {"training_state": guess}}
+        steps = {"tokens": [192, 192], "losses": [3.0, 2.9], "estimated": {"training_state": guess}}
+        return {**parts, "training_state_bytes": state, **peak, **steps}
 
-    shape = {"batch_size": 3, "tokens_per_row": 64, "dtype": "float32"}
+    shape = {"batch_size": 3, "tokens_per_row": 64, "tokens": 384, "dtype": "float32"}
     write_json(
         run.path / "measure" / "memory.json",
-        {**shape, "lora": side(lora, lora if estimated is None else estimated), "full": side(full, full)},
+        {
+            **shape,
+            "stored": {"base": base, "adapter": adapter, "optimizer": 2 * adapter},
+            "lora": side(base + adapter, adapter, lora if estimated is None else estimated),
+            "full": side(base, base, full),
+        },
     )
+
+
+def write_serving(run: Run) -> None:
+    """`measure/serving.json` as the measure stage writes it for a backend whose model can be served."""
+
+    def found(text: str, tokens: int, prompt: int = 9, finish: str = "stop") -> dict[str, Any]:
+        counts = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+        return {"text": text, "finish": finish, **counts}
+
+    def asked(name: str, kind: str, text: str, tokens: int, prompt: int) -> dict[str, Any]:
+        expected = {"text": text, "tokens": tokens, "finish": "stop", "prompt_tokens": prompt}
+        both = {"expected": expected, "again": text, "found": found(text, tokens + 1, prompt)}
+        return {"name": name, "kind": kind, "max_tokens": 16, **both}
+
+    write_json(
+        run.path / "measure" / "serving.json",
+        {
+            "server": "torch",
+            "asked": [
+                asked("Capital of Tarn?", "question", "It is Bex.", 4, 9),
+                asked("Capital of Oloo?", "question", "It is Pernig.", 5, 9),
+                asked("several turns", "conversation", "The Rhine.", 3, 30),
+            ],
+            "stream": {"name": "Capital of Tarn?", "found": found("It is Bex.", 5)},
+            "stop": {"name": "Capital of Tarn?", "stop": "Bex.", "expected": "It is ", "found": found("It is ", 3)},
+            "length": {
+                "name": "Capital of Tarn?", "max_tokens": 2, "expected": "It is",
+                "found": found("It is", 2, finish="length"),
+            },
+            "sampling": {
+                "name": "Capital of Tarn?", "temperature": 2.0, "seeds": [1, 2, 3, 4],
+                "texts": ["It is", "Oh.", "Is.", "Bex."], "again": "It is", "greedy": "It is Bex.",
+                "likeliest_only": ["It is Bex.", "It is Bex."],
+            },
+            "special": ["<|im_end|>", "<|im_start|>"],
+        },
+    )  # fmt: skip

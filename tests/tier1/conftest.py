@@ -14,7 +14,7 @@ from finetune import console
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe
 from finetune.run import Run
-from support.town import build, recipe, write_memory
+from support.town import build, recipe, write_memory, write_serving
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +38,14 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def honest(town: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     """A whole run in which every check has its evidence. Tests read it and leave it as it is, which the end verifies.
 
-    The fake backend has no transformer whose memory could be estimated, so that evidence is written by hand.
+    The fake backend has no transformer whose memory could be estimated, nor a server, so that evidence is written by hand.
     """
     wanted = recipe(town, tmp_path_factory.mktemp("runs"), export=["bundle"])
     run = run_directory(wanted)
     run_stages(wanted, run)
     write_memory(run)
-    expect = wanted.expect.model_copy(update={"memory_reduction_min": 0.3})
+    write_serving(run)
+    expect = wanted.expect.model_copy(update={"memory_reduction_min": 0.3, "serving": True})
     (run.path / "verdicts.json").write_text("")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     yield Ran(wanted.model_copy(update={"expect": expect}), run)
@@ -56,6 +57,6 @@ def honest(town: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran
 def copied(honest: Ran, tmp_path: Path) -> Ran:
     """A copy of the honest run, to be broken. Its files are links, as copies would take most of the time: replace them
     (as `finetune.run` does), never write into them."""
-    ignored = shutil.ignore_patterns("checkpoint-*", "*-request.json", ".lock")  # no check reads them
+    ignored = shutil.ignore_patterns("*-request.json", ".lock")  # nothing reads them again
     shutil.copytree(honest.run.path, tmp_path / "run", ignore=ignored, copy_function=os.link)
     return Ran(honest.recipe, Run(tmp_path / "run"))

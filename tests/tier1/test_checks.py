@@ -25,7 +25,9 @@ from support.town import MIB, Rows, as_if_written_so, edit_json, edit_rows, writ
 
 EVENTS, LABELS, ANSWERS = "events.jsonl", "prepare/train.jsonl", "evaluate/answers.jsonl"
 SCORES, HELDOUT, PAIRS = "evaluate/rows.json", "evaluate/heldout.json", "evaluate/preferences.jsonl"
+PREPARED, ACCOUNT = "prepare/preferences.jsonl", "align/rewards.json"
 MEMORY, RESUME, FRESH = "measure/memory.json", "measure/resume.json", "measure/fresh.json"
+GREEDY, PROMPTS, SERVING = "evaluate/greedy.json", "evaluate/prompts.jsonl", "measure/serving.json"
 FIRST = 5.0  # stands for the first loss, which is left as it was
 NOISE = [FIRST, 1.0, 3.0, *[2.0] * 6, 4.2, 0.8, 0.9]
 
@@ -140,6 +142,53 @@ def learned(before: dict[str, Any], after: dict[str, Any]) -> None:
     after.update(correct=True, logprob=-1.0)
 
 
+def asked(change: Callable[[dict[str, Any]], Any], which: int = -1) -> Broken:
+    """One question: the first is a trained one, the last an untaught one, before which the controls stand."""
+    return lambda run: edit_rows(run, ANSWERS, lambda rows: (change(rows[which]), rows)[1])
+
+
+def prompts(change: Callable[[Rows], Any]) -> Broken:
+    return lambda run: edit_rows(run, PROMPTS, lambda rows: (change(rows), rows)[1])
+
+
+def unended(base: dict[str, Any], aligned: dict[str, Any], keep: bool = False, **_: Any) -> None:
+    """An answer as long as it may be, without an end; with `keep`, as short as it was."""
+    aligned["finish"] = "length"
+    if not keep:
+        aligned["ids"] = [*aligned["ids"], *[5] * 16][:16]
+
+
+def beyond(said: dict[str, Any]) -> None:
+    said.update(finish="stop", ids=[5] * 16)
+
+
+def in_bits(phases: dict[str, Any]) -> None:
+    for values in phases.values():
+        values["perplexity"] **= 1.01
+
+
+def longer(text: list[float]) -> None:
+    text[0] -= 0.002 * text[1]
+
+
+def memory(sides: str, **values: Any) -> Broken:
+    return scores(MEMORY, lambda found: [found[side].update(values) for side in sides.split()])
+
+
+def served(number: int = 1, **values: Any) -> Broken:
+    """What the server said to one of the questions (0, 1) or to the conversation (2)."""
+    return scores(SERVING, lambda seen: seen["asked"][number]["found"].update(values))
+
+
+def one(which: str, **values: Any) -> Broken:
+    """What the server said to one of the special requests."""
+    return scores(SERVING, lambda seen: seen[which]["found"].update(values))
+
+
+def drawn(**values: Any) -> Broken:
+    return scores(SERVING, lambda seen: seen["sampling"].update(values))
+
+
 def lost(count: int) -> Broken:
     def change(rows: Rows) -> None:
         for asked in [r for r in rows if r["set"] == "controls"][:count]:
@@ -187,6 +236,40 @@ def swap_gains(number: int, phases: dict[str, Any]) -> None:
     after.update(chosen=before["chosen"] + gains["rejected"], rejected=before["rejected"] + gains["chosen"])
 
 
+def prepared(change: Callable[[dict[str, Any]], Any], number: int = 1) -> Broken:
+    """One prepared pair."""
+    return lambda run: edit_rows(run, PREPARED, lambda rows: change(rows[number]))
+
+
+def turned(pair: dict[str, Any]) -> None:
+    pair.update(chosen_ids=pair["rejected_ids"], rejected_ids=pair["chosen_ids"])
+
+
+def doubled(rows: Rows) -> Rows:
+    return [*rows, rows[0]]
+
+
+def rewarded(account: dict[str, Any], factor: float) -> None:
+    account.update(chosen=account["chosen"] * factor, rejected=account["rejected"] * factor)
+
+
+def instead(place: str, source: str) -> Broken:
+    """The tensors of another directory."""
+
+    def do(run: Run) -> None:
+        write_text(run.path / place / "adapter.json", (run.path / source / "adapter.json").read_text())
+
+    return do
+
+
+def emptied(name: str) -> Broken:
+    return lambda run: (run.path / name).unlink()
+
+
+def configured(stage: str, **values: Any) -> Broken:
+    return lambda run: edit_json(run, f"{stage}/adapter/adapter_config.json", lambda config: config.update(values))
+
+
 def zero_b(adapter: dict[str, Any]) -> None:
     for context in adapter["contexts"][:: len("qkvo")]:  # those of the first of the four modules
         context[-1] = [0.0] * len(context[-1])
@@ -210,6 +293,8 @@ def base(change: Callable[[Path], Any], *, recorded: bool = False) -> Broken:
         found = json.loads((run.path / "fetch" / "model.json").read_text(encoding="utf-8"))
         own = Path(shutil.copytree(found["base"], run.path / "own-base"))
         found["base"] = str(own)
+        for adapter in run.path.glob("*/adapter/adapter_config.json"):
+            write_json(adapter, {**json.loads(adapter.read_text()), "base_model_name_or_path": str(own)})
         change(own)
         if recorded:
             for name, fact in found["files"].items():
@@ -235,6 +320,12 @@ def gone(name: str) -> Broken:
     return do
 
 
+def other_case(prepared: dict[str, Any]) -> None:
+    """The first word of the answer, as if the data had been put into lower case."""
+    place = next(place for place, label in enumerate(prepared["labels"]) if label != -100)
+    prepared["labels"][place] = 5
+
+
 def other_data(run: Run) -> None:
     """What the rows were made from says something else now: the file beside the line number is what counts."""
     edit_rows(run, LABELS, lambda rows: [{**r, "row": r["row"] + 100} for r in rows])
@@ -254,8 +345,14 @@ def later(values: dict[str, float], by: float) -> None:
 
 
 NO_ROWS = "loss_is_of_answers loss_confirmed adapter_effect"
+UNCONFIRMED = "dpo_rewards_confirmed dpo_loss_confirmed"
+ELSEWHERE = {"nothing_leaked", "judged_strictly"}  # in test_leaks.py, with other data and another judge
 NO_LEARNING = "learned_as_trained learned_paraphrased learned_net"
-LEARNING_GONE = "learned_as_trained controls_kept fresh_process"
+OTHER_ROWS = "labels_are_answers prompts_as_served"
+LOST = "rows_prepared rows_trained tokens_as_prepared"
+TWICE = "rows_prepared rows_trained"
+SEEN = {"rows": [0, 1]}
+LEARNING_GONE = "every_question_asked learned_as_trained controls_kept fresh_process"
 
 BREAKS = [
     # loss
@@ -280,7 +377,7 @@ BREAKS = [
     ),
     Break("a mean over everything", lambda run: everything(run), "loss_is_of_answers"),
     Break("three steps", without_steps("train", but=3), "loss_convergence"),
-    Break("no step", without_steps("train"), "loss_convergence"),
+    Break("no step", without_steps("train"), "loss_convergence rows_trained"),
     Break("rows scored worse after", scores(SCORES, lambda s: double(s["trained"], s["base"])), "loss_confirmed"),
     Break(
         "training that changed no score",
@@ -291,25 +388,37 @@ BREAKS = [
     Break("a row not scored after", scores(SCORES, lambda s: s["trained"].popitem()), NO_ROWS),
     Break("no rows scored", gone(SCORES), f"{NO_ROWS} artifacts_intact"),
     # labels
-    Break("labels shifted by one", row(lambda r: r["labels"].append(r["labels"].pop(0))), "labels_aligned"),
-    Break("a prompt that is trained", row(lambda r: r.update(labels=r["input_ids"])), "labels_are_answers"),
-    Break("an end of turn that is masked", row(end_masked), "end_of_turn_trained"),
-    Break("half an answer masked", row(shorter), "labels_are_answers"),
+    Break("labels shifted by one", row(lambda r: r["labels"].append(r["labels"].pop(0))), "labels_aligned asked_as_trained"),
+    Break("a prompt that is trained", row(lambda r: r.update(labels=r["input_ids"])), "labels_are_answers tokens_as_prepared"),
+    Break("an end of turn that is masked", row(end_masked), "end_of_turn_trained tokens_as_prepared"),
+    Break("half an answer masked", row(shorter), "labels_are_answers prompts_as_served tokens_as_prepared asked_as_trained"),
     Break(
         "a row without labels",
         row(lambda r: r.update(labels=[-100] * len(r["labels"]))),
-        "trained_tokens end_of_turn_trained labels_are_answers",
+        "trained_tokens end_of_turn_trained labels_are_answers tokens_as_prepared",
     ),
-    Break("answers swapped between rows", swapped, "labels_are_answers"),
-    Break("rows of no data file", other_data, "labels_are_answers"),
-    Break("no prepared rows", gone(LABELS), "labels artifacts_intact"),
-    Break("an empty file of rows", lambda run: write_jsonl(run.path / LABELS, []), "labels"),
+    Break("answers swapped between rows", swapped, "labels_are_answers prompts_as_served asked_as_trained"),
+    Break("rows of no data file", other_data, f"{OTHER_ROWS} rows_prepared rows_trained tokens_as_prepared"),
+    Break("no prepared rows", gone(LABELS), "labels rows_prepared artifacts_intact"),
+    Break("an empty file of rows", lambda run: write_jsonl(run.path / LABELS, []), "labels rows_trained"),
+    Break("an answer in another case", row(lambda r: other_case(r)), "labels_are_answers labels_aligned"),
+    Break(
+        "a prompt that begins otherwise",
+        row(lambda r: r["input_ids"].__setitem__(0, 5)),
+        "prompts_as_served asked_as_trained",
+    ),
+    # rows
+    Break("a row of the data lost", lambda run: edit_rows(run, LABELS, lambda rows: [*rows[:2], *rows[3:]]), LOST),
+    Break("a row prepared twice", lambda run: edit_rows(run, LABELS, lambda rows: [*rows, rows[0]]), TWICE),
+    Break("the same rows at every step", all_steps("train", lambda n, s: s.update(SEEN)), "rows_trained tokens_as_prepared"),
+    Break("a step that trained fewer tokens", step("train", 3, trained_tokens=7), "tokens_as_prepared"),
+    Break("a training that ended early", metrics("train", steps=9), "trained_to_the_end"),
     # parameters
-    Break("the adapter of before training", untrained, "parameters_changed lora_b_nonzero"),
+    Break("the adapter of before training", untrained, "parameters_changed lora_b_nonzero saved_last"),
     Break(
         "one module whose B stayed zero",
         lambda run: edit_json(run, "train/adapter/adapter.json", zero_b),
-        "lora_b_nonzero",
+        "lora_b_nonzero saved_last",
     ),
     Break("adapters in half the layers", config(num_hidden_layers=2), "lora_coverage"),
     Break("a frozen weight that moved", metrics("train", frozen_sha256_after="0" * 64), "frozen_identical"),
@@ -320,71 +429,133 @@ BREAKS = [
         "base_intact",
     ),
     Break("a base file gone", base(lambda own: (own / "fake_model.json").unlink()), "base_intact"),
-    Break("no adapter", gone("train/adapter"), "parameters_changed artifacts_intact"),
+    Break("no adapter", gone("train/adapter"), "parameters_changed saved_whole artifacts_intact"),
     # learning
     Break("nothing learned", answers(as_before, "probes"), f"{NO_LEARNING} stops_by_itself"),
     Break("better words, worse probability", answers(only_in_words, "probes"), NO_LEARNING),
-    Break("better probability, wrong words", answers(only_in_probability, "probes"), NO_LEARNING),
+    Break("better probability, wrong words", answers(only_in_probability, "probes"), f"{NO_LEARNING} judged_again"),
     Break(
         "nothing learned as trained", answers(only_in_words, "probes", "trained"), "learned_as_trained learned_net"
     ),
     Break("nothing learned in other words", answers(only_in_words, "probes", "paraphrase"), "learned_paraphrased"),
-    Break("untrained facts improve as much", answers(learned, "unseen"), "learned_net"),
+    Break("untrained facts improve as much", answers(learned, "unseen"), "learned_net judged_again"),
     Break(
         "no untrained facts", lambda run: edit_rows(run, ANSWERS, lambda a: [x for x in a if x["set"] != "unseen"]),
-        "learned_net",
+        "learned_net every_question_asked",
     ),
-    Break("probes known before", answers(lambda b, a: b.update(correct=True), "probes"), NO_LEARNING),
-    Break("answers that do not end", answers(lambda b, a: a.update(finish="length"), "probes"), "stops_by_itself"),
+    Break("probes known before", answers(lambda b, a: b.update(correct=True), "probes"), f"{NO_LEARNING} judged_again"),
+    Break("answers that do not end", answers(unended, "probes"), "stops_by_itself"),
     Break("no answers", gone(ANSWERS), f"{LEARNING_GONE} artifacts_intact"),
     Break("no questions", lambda run: write_jsonl(run.path / ANSWERS, []), LEARNING_GONE),
     Break(
         "answers of the base only",
         lambda run: edit_rows(run, ANSWERS, lambda a: [x.update(phases={"base": x["phases"]["base"]}) for x in a] and a),
-        "learned_as_trained fresh_process",
+        "every_question_asked answers_are_greedy learned_as_trained fresh_process",
     ),
+    # questions
+    Break("a question not asked", lambda run: edit_rows(run, ANSWERS, lambda a: a[:-1]), "every_question_asked"),
+    Break("a question of no file", lambda run: edit_rows(run, ANSWERS, lambda a: [*a, a[-1]]), "every_question_asked"),
+    Break("a question not asked in one phase", asked(lambda a: a["phases"].pop("trained")), "every_question_asked"),
+    Break("a question asked in other words", prompts(lambda rows: rows[-1]["ids"].pop()), "asked_as_trained"),
+    Break("a trained question asked otherwise", prompts(lambda rows: rows[0]["ids"].pop()), "asked_as_trained"),
+    Break("a prompt that nobody kept", prompts(lambda rows: rows.pop()), "asked_as_trained"),
+    Break("no prompts kept", gone(PROMPTS), "asked_as_trained artifacts_intact"),
+    Break("a right answer judged wrong", lost(1), "judged_again"),
+    Break("a token another was likelier than", scores(GREEDY, lambda g: g["base"].update(gap=0.01)), "answers_are_greedy"),
+    Break("a gap of NaN", scores(GREEDY, lambda g: g["aligned"].update(gap=math.nan)), "answers_are_greedy"),
+    Break("answers read again in one phase only", scores(GREEDY, lambda g: g.pop("base")), "answers_are_greedy"),
+    Break("answers not read again", gone(GREEDY), "answers_are_greedy artifacts_intact"),
+    Break("an answer cut off in its midst", asked(lambda a: unended(**a["phases"], keep=True), -4), "answers_are_greedy"),
+    Break("an end beyond the last token", asked(lambda a: beyond(a["phases"]["base"])), "answers_are_greedy"),
     # retention
-    Break("half the controls lost", lost(2), "controls_kept"),
-    Break("two controls known before", unknown(2), "controls_kept"),
+    Break("half the controls lost", lost(2), "controls_kept judged_again"),
+    Break("two controls known before", unknown(2), "controls_kept judged_again"),
     Break(
         "held-out text less likely",
         scores(HELDOUT, lambda s: s["aligned"].update(perplexity=1.6 * s["base"]["perplexity"])),
-        "heldout_perplexity",
+        "heldout_perplexity heldout_confirmed",
     ),
     Break(
         "a perplexity of NaN",
         scores(HELDOUT, lambda s: s["aligned"].update(perplexity=math.nan)),
-        "heldout_perplexity",
+        "heldout_perplexity heldout_confirmed",
     ),
     Break("held-out text scored once", scores(HELDOUT, only_before), "heldout_perplexity"),
     Break("no held-out text", gone(HELDOUT), "heldout_perplexity artifacts_intact"),
+    Break("held-out tokens not scored", scores(HELDOUT, lambda s: s["base"].update(tokens=60)), "heldout_whole"),
+    Break("held-out tokens scored twice", scores(HELDOUT, lambda s: s["aligned"].update(tokens=500)), "heldout_whole"),
+    Break("a perplexity in bits", scores(HELDOUT, in_bits), "heldout_confirmed"),
+    Break("held-out text of another model", scores(FRESH, lambda f: longer(f["heldout"][0])), "heldout_confirmed"),
+    Break("held-out text scored once only", scores(FRESH, lambda f: f.pop("heldout")), "heldout_confirmed"),
     # preference
     Break("a first loss that is not ln 2", step("align", 1, loss=0.69), "dpo_start"),
-    Break("no step of alignment", without_steps("align"), "dpo_start"),
+    Break("no step of alignment", without_steps("align"), "dpo_start pairs_trained pair_tokens"),
     Break(
         "margins that shrink",
         all_steps("align", lambda n, s: s.update({"rewards/margins": -0.1 * n})),
         "dpo_margin_grows",
     ),
     Break("margins not logged", all_steps("align", lambda n, s: s.pop("rewards/margins")), "dpo_margin_grows"),
-    Break("aligned scores swapped", pairs(swap_gains), "dpo_prefers_chosen dpo_margin"),
-    Break("alignment that changed nothing", pairs(lambda n, p: gain(p, 0.0)), "dpo_prefers_chosen dpo_margin"),
-    Break("one pair won by far", pairs(lambda n, p: gain(p, 99.0 if n == 0 else -1.0)), "dpo_prefers_chosen"),
-    Break("one pair lost by far", pairs(lambda n, p: gain(p, -99.0 if n == 0 else 1.0)), "dpo_margin"),
+    Break("aligned scores swapped", pairs(swap_gains), f"dpo_prefers_chosen dpo_margin {UNCONFIRMED}"),
+    Break(
+        "alignment that changed nothing",
+        pairs(lambda n, p: gain(p, 0.0)),
+        f"dpo_prefers_chosen dpo_margin {UNCONFIRMED}",
+    ),
+    Break(
+        "one pair won by far",
+        pairs(lambda n, p: gain(p, 99.0 if n == 0 else -1.0)),
+        f"dpo_prefers_chosen {UNCONFIRMED}",
+    ),
+    Break("one pair lost by far", pairs(lambda n, p: gain(p, -99.0 if n == 0 else 1.0)), f"dpo_margin {UNCONFIRMED}"),
     Break("pairs not scored after", pairs(lambda n, p: p.pop("aligned")), "dpo_prefers_chosen"),
     Break("pairs not scored before", pairs(lambda n, p: p.pop("trained")), "dpo_prefers_chosen"),
     Break("no pairs scored", gone(PAIRS), "dpo_prefers_chosen artifacts_intact"),
+    Break("a pair the wrong way round", prepared(turned), "pairs_are_data"),
+    Break("pairs in another order", lambda run: edit_rows(run, PREPARED, lambda rows: rows[::-1]), "pairs_are_data"),
+    Break("a pair more than the data has", lambda run: edit_rows(run, PREPARED, doubled), "pairs_are_data pairs_trained"),
+    Break(
+        "a pair of one answer twice",
+        prepared(lambda p: p.update(rejected_ids=p["chosen_ids"])),
+        "pairs_are_data pairs_differ pair_tokens",
+    ),
+    Break("no prepared pair", gone(PREPARED), f"pairs_are_data {UNCONFIRMED} artifacts_intact"),
+    Break(
+        "half of the pairs taken twice",
+        all_steps("align", lambda n, s: s.update(rows=[0, 1, 2])),
+        "pairs_trained pair_tokens",
+    ),
+    Break("pairs whose ends were not trained", step("align", 2, trained_tokens=7), "pair_tokens"),
+    Break("rewards by another beta", scores(ACCOUNT, lambda a: rewarded(a, 1.02)), "dpo_rewards_confirmed"),
+    Break("a reward of NaN", scores(ACCOUNT, lambda a: rewarded(a, math.nan)), "dpo_rewards_confirmed"),
+    Break("another preference loss", scores(ACCOUNT, lambda a: a.update(loss=a["loss"] + 0.05)), "dpo_loss_confirmed"),
+    Break("a preference loss of NaN", scores(ACCOUNT, lambda a: a.update(loss=math.nan)), "dpo_loss_confirmed"),
+    Break("rewards of unknown pairs", scores(ACCOUNT, lambda a: a.update(rows=[0, 99])), UNCONFIRMED),
+    Break("rewards of no pair", scores(ACCOUNT, lambda a: a.update(rows=[])), UNCONFIRMED),
+    Break("rewards that were not logged", scores(ACCOUNT, lambda a: a.update(rejected=None)), UNCONFIRMED),
+    Break("a trainer that was not asked", gone(ACCOUNT), f"{UNCONFIRMED} artifacts_intact"),
     # artifacts
     Break("a stage without a report", gone("merge/report.json"), "stages_finished"),
     Break("a training after the evaluation", retrained, "stages_finished"),
     Break("an artifact gone", gone("train/trainer_logs.json"), "artifacts_intact", settled=False),
     Break("an artifact changed", touched("merge/model/config.json"), "artifacts_intact", settled=False),
     Break("a file of an artifact gone", gone("merge/model/config.json"), "artifacts_intact", settled=False),
+    Break("an adapter that lacks parameters", metrics("train", trainable_parameters=10**9), "saved_whole"),
+    Break("an aligned adapter that lacks parameters", metrics("align", trainable_parameters=10**9), "saved_whole"),
+    Break("parameters that nobody counted", metrics("train", trainable_parameters=None), "saved_whole"),
+    Break("the adapter of an earlier checkpoint", instead("train/adapter", "train/checkpoint-9"), "saved_last"),
+    Break("the adapter from before alignment", instead("align/adapter", "train/adapter"), "saved_last saved_whole"),
+    Break("a last checkpoint without weights", emptied("train/checkpoint-12/adapter.json"), "saved_last"),
+    Break("another lora_alpha", configured("train", lora_alpha=32), "adapter_config"),
+    Break("another lora_alpha after alignment", configured("align", lora_alpha=32), "adapter_config"),
+    Break("another base named", configured("train", base_model_name_or_path="other"), "adapter_config"),
+    Break("a merged model without a tokenizer", gone("merge/model/tokenizer_config.json"), "saved_tokenizer"),
+    Break("an adapter without its configuration", gone("train/adapter/adapter_config.json"), "adapter_config"),
     Break("a fresh score that is off", scores(FRESH, lambda f: later(f["scores"], 0.002)), "fresh_process"),
     Break("a fresh score of NaN", scores(FRESH, lambda f: later(f["scores"], math.nan)), "fresh_process"),
     Break("another template", scores(FRESH, lambda f: f.update(template_sha256="0" * 64)), "fresh_process"),
     Break("nothing scored afresh", scores(FRESH, lambda f: f.update(scores={})), "fresh_process"),
-    Break("no fresh process", gone(FRESH), "fresh_process artifacts_intact"),
+    Break("no fresh process", gone(FRESH), "fresh_process heldout_confirmed artifacts_intact"),
     Break("a template nobody noted", gone("prepare/template.json"), "fresh_process artifacts_intact"),
     # memory
     Break("LoRA as large as full", lambda run: write_memory(run, lora=100 * MIB), "memory_efficiency"),
@@ -393,6 +564,41 @@ BREAKS = [
     Break("LoRA that needs nothing", lambda run: write_memory(run, lora=0), "memory_efficiency"),
     Break("full training that needs nothing", lambda run: write_memory(run, full=0), "memory_efficiency"),
     Break("memory not measured", gone(MEMORY), "memory_efficiency"),
+    Break("LoRA with a smaller batch", memory("lora", tokens=[64, 64]), "memory_same_work"),
+    Break("both with a smaller batch", memory("lora full", tokens=[64, 64]), "memory_same_work"),
+    Break("one step instead of two", memory("full", tokens=[192]), "memory_same_work"),
+    Break("memory without a training", memory("full", losses=[]), "memory_same_work"),
+    Break("memory of a training that failed", memory("lora", losses=[3.0, math.nan]), "memory_same_work"),
+    Break("an optimizer that was computed", memory("lora", optimizer_bytes=2.5 * MIB - 168), "memory_as_stored"),
+    Break("weights of another model", memory("full", weight_bytes=24 * MIB), "memory_as_stored"),
+    Break("gradients of another adapter", memory("lora", gradient_bytes=MIB), "memory_as_stored"),
+    Break("a size of NaN", memory("full", gradient_bytes=math.nan), "memory_as_stored"),
+    Break("memory held against nothing", scores(MEMORY, lambda m: m.pop("stored")), "memory_as_stored"),
+    # serving
+    Break("a server with another model", served(text="It is Wadda."), "serving_answers"),
+    Break("a server that does not stop", served(text="It is Pernig. It is", finish="length"), "serving_answers"),
+    Break("another end", served(finish="length"), "serving_answers"),
+    Break("a begin token doubled", served(prompt_tokens=10, total_tokens=16), "serving_prompts"),
+    Break("a prompt that nobody counted", served(prompt_tokens=None), "serving_prompts serving_usage"),
+    Break("earlier turns left out", served(2, prompt_tokens=12, total_tokens=16), "serving_prompts"),
+    Break("a conversation answered otherwise", served(2, text="The Danube."), "serving_conversations"),
+    Break("tokens counted as words", served(completion_tokens=3, total_tokens=12), "serving_usage"),
+    Break("a sum without the prompt", served(total_tokens=6), "serving_usage"),
+    Break("an end of turn in the text", served(2, text="The Rhine.<|im_end|>"), "serving_special_tokens serving_conversations"),
+    Break("a stop string ignored", one("stop", text="It is Bex."), "serving_stops"),
+    Break("a stop string left in", one("stop", text="It is Bex"), "serving_stops"),
+    Break("a stop that is no end", one("stop", finish="length"), "serving_stops"),
+    Break("nothing to stop at", scores(SERVING, lambda s: s["stop"].update(found=None)), "serving_stops"),
+    Break("a limit ignored", one("length", text="It is Bex.", completion_tokens=4), "serving_max_tokens"),
+    Break("a limit that is no end", one("length", finish="stop"), "serving_max_tokens"),
+    Break("a limit missed by one", one("length", completion_tokens=3), "serving_max_tokens"),
+    Break("a temperature ignored", drawn(texts=["It is"] * 4), "serving_temperature"),
+    Break("a seed ignored", drawn(again="Oh."), "serving_seed"),
+    Break("a top_p ignored", drawn(likeliest_only=["It is Bex.", "Oh."]), "serving_top_p"),
+    Break("a stream that is cut", one("stream", text="It is"), "serving_streaming"),
+    Break("a stream without an end", one("stream", finish=None), "serving_streaming"),
+    Break("a stream that counts otherwise", one("stream", completion_tokens=3), "serving_streaming"),
+    Break("a server not asked", gone(SERVING), "serving_answers"),
     # resume
     Break("a resumed loss off by 1e-12", scores(RESUME, lambda r: later(r["losses_resumed"], 1e-12)), "resume_losses"),
     Break("a resumed loss of NaN", scores(RESUME, lambda r: later(r["losses_resumed"], math.nan)), "resume_losses"),
@@ -400,6 +606,8 @@ BREAKS = [
     Break("no losses", scores(RESUME, lambda r: r.update(losses={}, losses_resumed={})), "resume_losses"),
     Break("a resumed weight that differs", scores(RESUME, lambda r: r["tensors_differing"].append("x")), "resume_weights"),
     Break("no weights compared", scores(RESUME, lambda r: r.update(tensors=0)), "resume_weights"),
+    Break("resume that trains more", scores(RESUME, lambda r: r.update(parameters_resumed=10**9)), "resume_parameters"),
+    Break("parameters not counted", scores(RESUME, lambda r: r.update(parameters_resumed=None)), "resume_parameters"),
     Break("resume not tried", gone(RESUME), "resume_losses artifacts_intact"),
 ]  # fmt: skip
 
@@ -427,7 +635,10 @@ def test_every_check_passes_on_an_honest_run(honest):
     verdicts = verify(honest.recipe, honest.run)
 
     assert [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts if not v.passed] == []
-    assert {check.name for check in checks.CHECKS if check.wanted(honest.recipe)} == set(checks.BY_NAME)
+    # Invariance has tests of its own: the fake backend has no trainer that could be held against itself.
+    assert {check.name for check in checks.CHECKS if check.wanted(honest.recipe)} == set(checks.BY_NAME) - {
+        "invariance"
+    }
     stored = json.loads((honest.run.path / "verdicts.json").read_text())
     assert stored["passed"] is True
     assert [v["name"] for v in stored["verdicts"]] == [v.name for v in verdicts]
@@ -447,7 +658,9 @@ def test_every_verdict_has_a_way_to_fail(honest):
     emitted = {verdict.name for verdict in verify(honest.recipe, honest.run) if "[" not in verdict.name}
     broken = set.union(*(each.expected for each in BREAKS))
 
-    assert broken - {"labels"} == emitted, "'labels' stands for all verdicts of that check when there are no rows"
+    assert broken - {"labels"} == emitted - ELSEWHERE, (
+        "'labels' stands for all verdicts of that check when there are no rows"
+    )
 
 
 def test_a_verdict_says_where_it_looked_and_what_it_found(honest):
@@ -459,12 +672,12 @@ def test_a_verdict_says_where_it_looked_and_what_it_found(honest):
 
 
 def test_what_was_not_asked_for_is_not_checked(honest, tmp_path):
-    expect = honest.recipe.expect.model_copy(update={"memory_reduction_min": None, "resume": False})
+    expect = honest.recipe.expect.model_copy(update={"memory_reduction_min": None, "resume": False, "serving": False})
     nothing = dict.fromkeys(("probes", "controls", "unseen", "heldout"))
     evaluate = honest.recipe.evaluate.model_copy(update=nothing)
     recipe = honest.recipe.model_copy(update={"expect": expect, "evaluate": evaluate, "align": None, "export": []})
 
-    assert [c.name for c in checks.CHECKS if c.wanted(recipe)] == ["labels", "loss", "parameters", "artifacts"]
+    assert [c.name for c in checks.CHECKS if c.wanted(recipe)] == ["labels", "rows", "loss", "parameters", "artifacts"]
 
 
 def test_an_unknown_check_is_refused_with_those_that_exist(copied):
@@ -518,7 +731,7 @@ def test_dropout_widens_the_tolerance_of_the_first_loss(copied, share, dropout, 
 @pytest.mark.parametrize(("share", "fine"), [(0.4, True), (0.6, False)])
 def test_a_step_whose_rows_are_unknown_is_held_against_all_rows(copied, share, fine):
     off_by(share)(copied.run)
-    step("train", 1, rows=[])(copied.run)
+    all_steps("train", lambda n, s: s.update(rows=[]))(copied.run)
 
     assert failed(copied.recipe, copied.run) == (set() if fine else {"loss_is_of_answers"})
 

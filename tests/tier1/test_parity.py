@@ -14,11 +14,12 @@ import numpy
 import pytest
 
 from finetune import experiment
+from finetune.backends import get
 from finetune.checks import verify
 from finetune.checks.parity import check
 from finetune.errors import StageError
-from finetune.parity import hop
-from finetune.parity.bounds import _TABLE, bounds
+from finetune.parity import hop, material, stored
+from finetune.parity.bounds import _TABLE, bits, bounds
 from finetune.parity.divergence import divergence, gap, top
 from finetune.recipe.exports import FORMATS
 from finetune.run import Run, write_json
@@ -27,8 +28,9 @@ from support.town import edit_json
 
 BUNDLE, MERGED = "compare/bundle.json", "compare/merged.json"
 KINDS = (
-    "prompt_parity", "distribution_parity", "distribution_worst", "greedy_parity", "stop_parity", "no_special_tokens",
-    "learned_parity", "constants_parity", "served_parity", "merged_once",
+    "prompt_parity", "vocabulary_parity", "template_carried", "distribution_parity", "distribution_worst",
+    "greedy_parity", "stop_parity", "no_special_tokens", "stop_tokens", "learned_parity", "constants_parity",
+    "adapter_carried", "served_parity", "merged_once", "merge_exact", "stored_bits",
 )  # fmt: skip
 
 
@@ -66,10 +68,55 @@ BREAKS = (
             ("doubled_begin", "the begin token is there twice"),
             ("added_begin", "puts a token before the prompt"),
             ("missing_begin", "the begin token that training had is missing"),
+            ("added_end", "puts a token after the prompt"),
+            ("spaces", "puts spaces where training had none"),
             ("same_text", "the export's tokenizer splits differently"),
-            ("text", "is not that of the training"),
+            ("text", "carries the training's chat template, and the runtime renders another one"),
             ("refused", "refuses this conversation"),
         )
+    ),
+    Break(
+        "a plain text tokenized otherwise",
+        lambda e: e["prompts"].update(equal=8, first=first("text", name="plain text 2")),
+        "prompt_parity",
+        "the export's tokenizer is not that of the training",
+    ),
+    Break(
+        "two tokens exchanged",
+        lambda e: e["vocabulary"].update(
+            equal=e["vocabulary"]["equal"] - 2, first=first("text", name="the vocabulary")
+        ),
+        "vocabulary_parity",
+        "its tokens are others, or have other numbers",
+    ),
+    Break(
+        "another template", lambda e: e.update(same_template=False), "template_carried", "no chat template, or another"
+    ),
+    Break(
+        "the runtime stops elsewhere",
+        lambda e: e.update(stops={"at": [0], "missing": [257]}),
+        "stop_tokens",
+        "ends an answer at the ids [0], and the training taught to end it with [257]",
+    ),
+    Break(
+        "another adapter inside",
+        lambda e: e.update(adapter={"compared": 4, "other": ["lora_B"]}),
+        "adapter_carried",
+        "not those that were trained: lora_B",
+    ),
+    Break(
+        "a weight off",
+        lambda e: e.update(
+            merge={"compared": 9, "worst": 0.5, "off": [{"name": f"w{n}", "roundings": 9.0} for n in range(5)]}
+        ),
+        "merge_exact",
+        "not base + adapter: w0, w1, w2 and 2 more",
+    ),
+    Break(
+        "rounded more than it says",
+        lambda e: e.update(bits=8.5),
+        "stored_bits",
+        "takes 8.50 bits in its files, and at least 32",
     ),
     Break(
         "KL over its bound",
@@ -148,7 +195,7 @@ def test_every_kind_of_verdict_has_a_break():
 def test_an_honest_run_passes_with_every_verdict_that_its_runtime_allows(honest):
     names = [verdict.name for verdict in check(honest.recipe, honest.run)]
     assert failed(honest) == {}
-    assert names == [f"{kind}[{hop}]" for hop in ("merged", "bundle") for kind in KINDS[:8]]
+    assert names == [f"{kind}[{hop}]" for hop in ("merged", "bundle") for kind in KINDS[: 11 + (hop == "bundle")]]
 
 
 @pytest.mark.parametrize("name", [BUNDLE, MERGED])
@@ -156,6 +203,33 @@ def test_a_hop_that_was_not_compared_fails(copied, name):
     (copied.run.path / name).unlink()
     (why,) = failed(copied).values()
     assert "no evidence" in why
+
+
+def test_what_an_earlier_version_compared_is_to_be_compared_again(copied):
+    edit_json(copied.run, BUNDLE, lambda seen: seen.pop("bits"))
+    assert list(failed(copied)) == ["prompt_parity[bundle]"]
+    assert "finetune compare" in failed(copied)["prompt_parity[bundle]"]
+
+
+def test_a_template_that_is_another_one_is_the_cause_of_other_prompts(copied):
+    for kind in ("text", "refused"):
+        edit_json(
+            copied.run,
+            BUNDLE,
+            lambda e, kind=kind: e.update(
+                same_template=False, prompts={**e["prompts"], "equal": 8, "first": first(kind)}
+            ),
+        )
+        assert "the chat template in the export is not that of the training" in failed(copied)["prompt_parity[bundle]"]
+
+
+def test_weights_that_are_no_sum_of_base_and_adapter_are_the_cause_of_diverging(copied):
+    def change(seen: dict[str, Any]) -> None:
+        seen["merge"] = {"compared": 9, "worst": 0.5, "off": [{"name": "layers.2.q_proj", "roundings": 900.0}]}
+        seen["distributions"]["mean"] = 0.155
+
+    edit_json(copied.run, BUNDLE, change)
+    assert "Likely cause: not base + adapter: layers.2.q_proj" in failed(copied)["distribution_parity[bundle]"]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +247,18 @@ def test_rounded_weights_may_lose_one_probe_of_a_few(copied, hop, kept, passes):
 def test_an_answer_that_parts_at_a_tie_is_not_counted_against_an_export(copied, gaps, passes):
     edit_json(copied.run, BUNDLE, lambda seen: seen["greedy"].update(equal=seen["greedy"]["compared"] - 4, gaps=gaps))
     assert ("greedy_parity[bundle]" not in failed(copied)) == passes
+
+
+@pytest.mark.parametrize("off", [[], [{"name": "lm_head.weight", "roundings": 900.0}]])
+def test_a_head_untied_by_an_embedding_of_its_own_is_no_fault_where_each_weight_is_right(copied, off):
+    tied = {"name": "tie_word_embeddings", "expected": True, "found": False}
+
+    def change(seen: dict[str, Any]) -> None:
+        seen["constants"]["different"] = [tied]
+        seen["merge"] = {"compared": 9, "worst": 0.5, "off": off}
+
+    edit_json(copied.run, BUNDLE, change)
+    assert ("constants_parity[bundle]" in failed(copied)) == bool(off)
 
 
 def test_a_differing_constant_is_named_as_the_cause_of_diverging(copied):
@@ -231,7 +317,7 @@ def test_a_swapped_template_fails_prompt_parity_alone(compared, copied):
 
     edit_model(copied.run, "export/bundle", swap, "tokenizer_config.json")
     found = compared()
-    assert kinds(found, "bundle") == {"prompt_parity"}
+    assert kinds(found, "bundle") == {"prompt_parity", "template_carried"}
     assert "'single turn' differs from token" in found["prompt_parity[bundle]"]
     assert "the chat template in the export is not that of the training" in found["prompt_parity[bundle]"]
 
@@ -246,7 +332,7 @@ def test_a_removed_end_of_turn_fails_stop_parity(compared, copied):
     edit_model(copied.run, "export/bundle", remove)
     found = compared()
     assert kinds(found, "bundle") >= {"stop_parity", "greedy_parity", "distribution_parity"}
-    assert "does not know the end-of-turn token" in found["stop_parity[bundle]"]
+    assert "other weights than those of the model" in found["stop_parity[bundle]"]
 
 
 def test_other_weights_fail_with_the_first_divergence_and_both_lists(compared, copied):
@@ -361,16 +447,39 @@ def test_distributions_of_other_shape_are_refused(tmp_path):
         ([1, 1, 5], "doubled_begin"),
         ([9, 1, 5], "added_begin"),
         ([5], "missing_begin"),
+        ([1, 5, 9], "added_end"),
+        ([1, 3, 5], "spaces"),
         ([1, 7], "text"),
         ([1, 4, 1], "same_text"),
     ],
 )
 def test_a_difference_of_prompts_is_told_by_kind(got, kind):
-    words = {1: "<s>", 4: "fi", 5: "five", 7: "seven", 9: "?"}
+    words = {1: "<s>", 3: " ", 4: "fi", 5: "five", 7: "seven", 9: "?"}
     decode = lambda ids: "".join(words[token] for token in ids).replace("fi<s>", "five")  # noqa: E731
     material = {"conversations": [{"name": "one", "ids": [1, 5]}], "texts": [], "odd_texts": []}
     found = hop.prompts(material, {"rendered": [got], "encoded": []}, decode)
     assert (found["equal"], found["first"]["kind"]) == (0, kind)
+
+
+def words(*texts: list[int]) -> dict[str, Any]:
+    return {"vocabulary": [{"text": str(ids), "ids": ids} for ids in texts]}
+
+
+@pytest.mark.parametrize(
+    ("got", "equal"), [([1, 2, 3, 4], 4), ([1, 3, 2, 4], 2), ([1, 9, 9, 3, 4], 3), ([1, 4], 2), ([9], 0), ([], 0)]
+)
+def test_tokens_of_the_vocabulary_are_counted_where_they_stand(got, equal):
+    found = hop.vocabulary(words([7], [1, 2, 3, 4]), {"vocabulary": [[7], got]}, str)
+    assert (found["compared"], found["equal"]) == (5, equal + 1)
+    assert (found["first"] is None) == (equal == 4)
+
+
+def test_every_token_has_its_text_in_the_vocabulary_but_parts_of_characters(honest):
+    tokenizer = get("fake").tokenizer(honest.run.path / "merge" / "model")
+    texts = material._words(tokenizer)
+    assert texts[:3] == ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    assert texts[3].startswith("words\n\x00\n\x01\n") and len(texts) == 4
+    assert {id for text in texts for id in tokenizer.encode(text)} == {*range(128), *range(256, 259)}
 
 
 def test_two_refusals_are_the_same_and_one_is_not():
@@ -392,10 +501,61 @@ def test_every_variant_of_every_format_has_bounds_that_widen_with_coarseness(hon
     assert [row.learned for row in rows] == sorted((row.learned for row in rows), reverse=True)
 
 
+def test_what_is_coarser_takes_fewer_bits(honest):
+    swept = [f"{each.name}:{variant}" for each in FORMATS.values() for variant in each.variants]
+    found = {name: bits(name, honest.recipe) for name in [*swept, "merged", "bundle"]}
+    assert len(found) == 2 * 15 + 5 + 2
+    assert [found[f"gguf:{each}"] for each in ("f32", "f16", "q8_0", "q5_1", "q4_0", "q3_k_m", "q2_k")] == sorted(
+        {found[f"gguf:{each}"] for each in ("f32", "f16", "q8_0", "q5_1", "q4_0", "q3_k_m", "q2_k")}, reverse=True
+    )
+    assert (found["merged"], found["mlx:q8"]) == (32.0, 8.5)
+
+
+def write_safetensors(file: Path, **tensors: tuple[list[int], int]) -> None:
+    """`name=(shape, bytes)`, all zeros."""
+    head, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, size) in tensors.items():
+        head[name] = {"dtype": "U8", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(head).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+
+
+def test_bits_are_told_by_the_heads_of_the_files(tmp_path):
+    write_safetensors(tmp_path / "model-1.safetensors", a=([2, 3], 24), b=([4], 8))
+    write_safetensors(tmp_path / "model-2.safetensors", c=([10], 20))
+    assert (stored.weight_bytes(tmp_path), stored.parameters(tmp_path)) == (52, 20)
+    assert stored.weight_bytes(tmp_path / "nothing.bin") is None
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "stops"),
+    [
+        ({"eos_token_id": 2}, {"eos_token_id": 0}, [2]),
+        ({"eos_token_id": [2, 5]}, None, [2, 5]),
+        ({}, {"eos_token_id": 0}, []),
+        (None, {"eos_token_id": 0}, [0]),
+        (None, None, []),
+    ],
+)
+def test_generation_stops_where_its_settings_say_and_else_the_config(tmp_path, generation, config, stops):
+    for name, value in (("generation_config.json", generation), ("config.json", config)):
+        if value is not None:
+            (tmp_path / name).write_text(json.dumps(value))
+    assert stored.declared_stops(tmp_path) == stops
+
+
 def test_a_model_run_in_coarser_arithmetic_is_held_to_coarser_bounds(honest):
     fine, coarse = (bounds("merged", honest.recipe, dtype) for dtype in ("float32", "bfloat16"))
     assert (fine.kl_mean, coarse.kl_mean) == (1e-7, 1e-2)
     assert bounds("gguf:q4_k_m", honest.recipe, "bfloat16") == bounds("gguf:q4_k_m", honest.recipe)
+
+
+def test_a_merge_that_is_stored_coarser_is_held_to_coarser_bounds(honest):
+    model = honest.recipe.model.model_copy(update={"dtype": "bfloat16"})
+    recipe = honest.recipe.model_copy(update={"model": model})
+    assert bounds("merged", recipe).kl_mean == 1e-2 and bits("merged", recipe) == 16
+    assert bounds("bundle", recipe) == bounds("bundle", honest.recipe)  # the merged files as they are
 
 
 def test_the_recipe_may_set_other_bounds(copied):

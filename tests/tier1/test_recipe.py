@@ -128,7 +128,11 @@ def consistent(mapping: dict[str, Any]) -> dict[str, Any]:
     """What was drawn, key by key, without what contradicts itself across keys."""
     train, align = mapping.get("train"), mapping.get("align")
     if align:
-        align["eval_strategy"] = "no"
+        for place, key in (*((align, key) for key in ("eval_strategy", "eval_steps", "per_device_eval_batch_size")),
+                           (align["data"], "eval_path"), (align["data"], "eval_fraction")):  # fmt: skip
+            place.pop(key, None)
+        if align.get("label_smoothing"):
+            align["loss_type"] = "robust"
     if train:
         if train.get("early_stopping_patience"):
             train |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
@@ -478,7 +482,17 @@ def test_an_override_beside_the_short_form_of_model_keeps_the_rest(tmp_path, ove
         ("train: {lora: {target_modules: '('}}", "is no regular expression"),
         ("train: {lora: {rank_pattern: {q_proj: 0}}}", "greater than 0"),
         ("train: {lora: {bias: all}}\nalign: {data: {path: y}}", "'train.lora.bias' must be 'none' with 'align'"),
-        ("align: {data: {path: y}, eval_strategy: steps}", "alignment holds no pairs out"),
+        ("align: {data: {path: y}, label_smoothing: 0.1}", "'label_smoothing' needs 'loss_type: robust'"),
+        *(
+            (f"align: {{data: {{path: y{inner}}}{key}}}", "alignment holds no pairs out")
+            for inner, key in (
+                ("", ", eval_strategy: steps"),
+                ("", ", eval_steps: 5"),
+                ("", ", per_device_eval_batch_size: 2"),
+                (", eval_path: z", ""),
+                (", eval_fraction: 0.5", ""),
+            )
+        ),
     ],
 )
 def test_keys_that_cannot_go_together_are_told_when_the_recipe_is_read(tmp_path, keys, said):

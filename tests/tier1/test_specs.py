@@ -162,7 +162,8 @@ def test_the_json_schema_accepts_what_the_format_does_and_nothing_else():
 
 def test_every_bound_of_a_recipe_that_a_verdict_is_held_to_is_known():
     assert set(EXPECT_KEYS.values()) <= set(Expect.model_fields)
-    own = {"memory_reduction_min", "resume", "export_kl_mean_max", "export_greedy_min", "export_learned_min"}
+    experiments = {"memory_reduction_min", "resume", "serving", "invariance"}
+    own = {*experiments, "export_kl_mean_max", "export_greedy_min", "export_learned_min"}
     assert set(Expect.model_fields) - set(EXPECT_KEYS.values()) <= own
 
 

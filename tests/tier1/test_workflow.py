@@ -104,7 +104,7 @@ def test_every_stage_leaves_its_report_and_the_artifacts_it_names(honest):
 
 def test_every_check_that_is_wanted_passes(honest):
     assert failed(honest.recipe, honest.run) == {}
-    assert all(check.wanted(honest.recipe) for check in CHECKS)
+    assert {check.name for check in CHECKS if not check.wanted(honest.recipe)} == {"invariance"}  # needs a real trainer
 
 
 def test_events_tell_the_stages_as_the_reports_do(honest):
@@ -469,7 +469,7 @@ def test_full_training_is_proved_too(done):
 
     assert failed(wanted, run) == {}
     names = {verdict.name for verdict in verify(wanted, run, ["parameters"])}
-    assert names == {"parameters_changed", "adapter_effect"}
+    assert names == {"parameters_changed", "kinds_changed", "adapter_effect"}
     assert (run.path / "train" / "model").is_dir()
     assert not (run.path / "train" / "adapter").exists()
 

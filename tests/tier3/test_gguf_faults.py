@@ -52,7 +52,7 @@ def test_a_swapped_template_fails(chain, gguf):
     template = (chain.run.path / "prepare" / "chat_template.jinja").read_text().replace("assistant\\n", "bot\\n")
     change(gguf, tokenizer__chat_template=template)
     found = chain.compared()
-    assert kinds(found) == {"prompt_parity", "served_parity"}
+    assert kinds(found) == {"prompt_parity", "template_carried", "served_parity"}
     assert "the chat template in the export is not that of the training" in found[f"prompt_parity[{HOP}]"]
 
 
@@ -87,6 +87,31 @@ def test_a_begin_token_that_the_runtime_adds_fails(chain, gguf):
     found = chain.compared()
     assert "prompt_parity" in kinds(found)
     assert "puts a token before the prompt" in found[f"prompt_parity[{HOP}]"]
+
+
+def test_a_lost_template_fails_though_the_runtime_makes_up_the_same(chain, gguf):
+    """llama.cpp takes ChatML for a file without a template, which is what this model was trained with."""
+    change(gguf, tokenizer__chat_template=None)
+    assert kinds(chain.compared()) == {"template_carried"}
+
+
+def test_two_tokens_exchanged_fail_though_no_prompt_has_them(chain, gguf):
+    from gguf import GGUFReader
+
+    words = GGUFReader(gguf).fields["tokenizer.ggml.tokens"].contents()
+    words[-1], words[-2] = words[-2], words[-1]
+    change(gguf, tokenizer__ggml__tokens=words)
+    found = chain.compared()
+    assert "vocabulary_parity" in kinds(found)
+    assert "its tokens are others, or have other numbers" in found[f"vocabulary_parity[{HOP}]"]
+
+
+def test_a_coarser_file_than_its_name_fails(chain, gguf, tmp_path):
+    from finetune.export import Source
+    from finetune.export.gguf import export
+
+    export(Source(name="half", model=chain.run.path / "merge" / "model"), "f16", tmp_path).path.replace(gguf)
+    assert "a weight takes 16." in chain.compared()[f"stored_bits[{HOP}]"]
 
 
 def test_weights_of_an_older_run_fail(chain, gguf, tiny_model, tmp_path):

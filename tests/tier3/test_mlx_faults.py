@@ -53,7 +53,7 @@ def test_a_swapped_template_fails(chain, exported):
     template = exported / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant\\n", "bot\\n"))
     found = chain.compared()
-    assert kinds(found) == {"prompt_parity"}
+    assert kinds(found) == {"prompt_parity", "template_carried"}
     assert "the chat template in the export is not that of the training" in found[f"prompt_parity[{HOP}]"]
 
 

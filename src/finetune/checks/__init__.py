@@ -80,11 +80,22 @@ def _lora(recipe: Recipe) -> bool:
     return recipe.train is not None and recipe.train.method == "lora"
 
 
+def _asks(recipe: Recipe) -> bool:
+    asked = recipe.evaluate
+    return any((asked.probes, asked.controls, asked.unseen, asked.heldout))
+
+
 CHECKS: tuple[Check, ...] = (
     Check(
         name="labels",
         run="finetune.checks.labels:check",
         help="Every row trains its answer, all of it, and nothing else; the end-of-turn token carries a label.",
+        wanted=_trains,
+    ),
+    Check(
+        name="rows",
+        run="finetune.checks.rows:check",
+        help="Every row of the data is prepared and trained, with the tokens it has, for as long as asked.",
         wanted=_trains,
     ),
     Check(
@@ -98,6 +109,12 @@ CHECKS: tuple[Check, ...] = (
         run="finetune.checks.parameters:check",
         help="LoRA tensors changed, B is non-zero in every target module, frozen weights are bit-identical.",
         wanted=_trains,
+    ),
+    Check(
+        name="questions",
+        run="finetune.checks.questions:check",
+        help="Questions are all asked, as in training, judged strictly, and nothing of them was trained.",
+        wanted=_asks,
     ),
     Check(
         name="learning",
@@ -114,13 +131,13 @@ CHECKS: tuple[Check, ...] = (
     Check(
         name="preference",
         run="finetune.checks.preference:check",
-        help="DPO starts at ln 2, margins grow, chosen answers beat rejected ones when scored afresh.",
+        help="Pairs are the data's, DPO starts where it must, margins grow, rewards are those scored afresh.",
         wanted=lambda recipe: recipe.align is not None,
     ),
     Check(
         name="artifacts",
         run="finetune.checks.artifacts:check",
-        help="Files are present, digests match, and a fresh process loads them and answers the same.",
+        help="Digests match, what is saved is what was trained, and a fresh process answers the same.",
         training=False,
     ),
     Check(
@@ -134,6 +151,19 @@ CHECKS: tuple[Check, ...] = (
         run="finetune.checks.resume:check",
         help="Interrupted and resumed equals uninterrupted: every loss, every weight.",
         wanted=lambda recipe: _trains(recipe) and recipe.expect.resume,
+    ),
+    Check(
+        name="serving",
+        run="finetune.checks.serving:check",
+        help="The server answers as the model was evaluated, and does what a request says: stop, length, sampling.",
+        wanted=lambda recipe: recipe.expect.serving,
+        training=False,
+    ),
+    Check(
+        name="invariance",
+        run="finetune.checks.invariance:check",
+        help="Accumulation, checkpointing, packing, padding and merging change nothing; the seed fixes the order.",
+        wanted=lambda recipe: _trains(recipe) and recipe.expect.invariance,
     ),
     Check(
         name="parity",

@@ -1,4 +1,5 @@
-"""Is everything there, unchanged, and does a process that knows nothing of the training load it and answer the same?"""
+"""Is everything there, unchanged, as it was trained, and does a process that knows nothing of the training load it and
+answer the same?"""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import json
 from typing import Any
 
 from finetune import evidence
-from finetune.checks import Verdict, judge, missing, worst
+from finetune.checks import Verdict, judge, missing, saved, worst
 from finetune.errors import MissingError
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, digest
@@ -34,6 +35,7 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     )
     intact = len(files) - len(gone) - len(changed)
     verdicts.append(judge("artifacts_intact", intact / len(files) if files else None, "==", 1.0, "share", ".", why))
+    verdicts += saved.check(recipe, run)
     verdicts.append(_fresh(recipe, run))
     return verdicts
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 from finetune import evidence
-from finetune.answers import normalize
 from finetune.backends import Tokenizer, get
 from finetune.checks import Verdict, judge, missing
-from finetune.data import formats, sources
+from finetune.checks.rows import rendering
+from finetune.data import encode, formats, sources, templates
+from finetune.data.encode import IGNORED
 from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
 from finetune.run import Run
 
 ROWS = "prepare/train.jsonl"
+SEPARATOR = "\x1e"  # between the answers of one conversation
 
 
 def check(recipe: Recipe, run: Run) -> list[Verdict]:
@@ -23,9 +26,9 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     if not rows:
         return [missing("labels", ">=", 1, "tokens", ROWS, "there is no prepared row")]
     tokenizer = get(recipe.backend).tokenizer(evidence.phases(run, recipe)["base"][0])
-    trained = [sum(label != -100 for label in row["labels"]) for row in rows]
+    trained = [sum(label != IGNORED for label in row["labels"]) for row in rows]
     aligned = sum(
-        all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+        all(label in (IGNORED, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
         for row in rows
     )
     whole = [row for row in rows if not _cut(recipe, row)]
@@ -43,7 +46,7 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
             "end_of_turn_trained", ended / len(whole) if whole else None, "==", 1.0, "share", ROWS,
             f"of {len(whole)} rows not cut short: the last label is an end-of-turn token, or the model never learns to stop",
         ),
-        _labels_are_answers(recipe, rows, tokenizer),
+        *_texts(recipe, rows, tokenizer, run),
     ]  # fmt: skip
 
 
@@ -54,43 +57,91 @@ def _cut(recipe: Recipe, row: dict[str, Any]) -> bool:
 
 
 def _last_label(labels: list[int]) -> int | None:
-    return next((label for label in reversed(labels) if label != -100), None)
+    return next((label for label in reversed(labels) if label != IGNORED), None)
 
 
-def _labels_are_answers(recipe: Recipe, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> Verdict:
-    """The trained tokens, decoded, against the answers read again from the data file."""
-    name, data, train = "labels_are_answers", recipe.data, recipe.train
-    if data is None or train is None:
-        return missing(name, "==", 1.0, "share", ROWS, "the recipe names no data")
+def _texts(recipe: Recipe, rows: list[dict[str, Any]], tokenizer: Tokenizer, run: Run) -> list[Verdict]:
+    """Answers and prompts of the rows, against the data read again."""
+    names = ("labels_are_answers", "prompts_as_served")
+    if recipe.data is None or recipe.train is None:
+        return [missing(name, "==", 1.0, "share", ROWS, "the recipe names no data") for name in names]
     try:
-        examples = formats.to_examples(sources.read(data), data)
+        examples = formats.to_examples(sources.read(recipe.data), recipe.data)
+        return [_labels_are_answers(recipe, rows, tokenizer, examples), _prompts_as_served(recipe, run, rows, examples)]
     except FinetuneError as error:
-        return missing(name, "==", 1.0, "share", ROWS, f"the data cannot be read again: {first_line(error)}")
+        why = f"the data cannot be read again: {first_line(error)}"
+        return [missing(name, "==", 1.0, "share", ROWS, why) for name in names]
+
+
+def _labels_are_answers(
+    recipe: Recipe, rows: list[dict[str, Any]], tokenizer: Tokenizer, examples: list[formats.Example]
+) -> Verdict:
+    """The trained tokens, decoded, against the answers in the data."""
+    assert recipe.train is not None
     right, wrong = 0, ""
     for row in rows:
-        labels, number = row["labels"], row["row"]
-        said = _bare(tokenizer.decode([label for label in labels if label != -100], skip_special=True))
-        wanted = _bare(_answer(examples[number])) if number < len(examples) else None
-        if wanted is not None and _same(said, wanted, train.completion_only_loss, _cut(recipe, row)):
+        said, number = _said(row, tokenizer), row["row"]
+        wanted = _answers(examples[number], tokenizer) if number < len(examples) else None
+        if wanted is not None and _same(said, wanted, recipe.train.completion_only_loss, _cut(recipe, row)):
             right += 1
         elif not wrong:
             wrong = f"; first at {row['file']}:{row['line']}: trains {said[:60]!r} instead of {str(wanted)[:60]!r}"
     why = f"rows whose trained tokens spell the answer in the data, no more and no less{wrong}"
-    return judge(name, right / len(rows), "==", 1.0, "share", ROWS, why)
+    return judge("labels_are_answers", right / len(rows), "==", 1.0, "share", ROWS, why)
 
 
-def _bare(text: str) -> str:
-    """Without spaces: between two answers of one conversation the tokens have none."""
-    return normalize(text).replace(" ", "")
+def _said(row: dict[str, Any], tokenizer: Tokenizer) -> str:
+    """The text of every stretch of trained tokens, joined as `_answers` joins."""
+    stretches = [list(group) for trained, group in groupby(row["labels"], lambda label: label != IGNORED) if trained]
+    return SEPARATOR.join(tokenizer.decode(stretch, skip_special=True).strip() for stretch in stretches)
+
+
+def _answers(example: formats.Example, tokenizer: Tokenizer) -> str:
+    """The text, or all answers; each as the tokenizer gives it back, which may normalize."""
+    if example.kind == "text":
+        texts = [example.text or ""]
+    else:
+        texts = [message["content"] for message in example.messages if message["role"] == "assistant"]
+    return SEPARATOR.join(tokenizer.decode(tokenizer.encode(text), skip_special=True).strip() for text in texts)
 
 
 def _same(said: str, wanted: str, completion_only: bool, truncated: bool) -> bool:
     if not completion_only:
-        return wanted in said
+        return all(answer in said for answer in wanted.split(SEPARATOR))
     return said == wanted or (truncated and bool(said) and wanted.startswith(said))
 
 
-def _answer(example: formats.Example) -> str:
-    if example.kind == "text":
-        return example.text or ""
-    return " ".join(message["content"] for message in example.messages if message["role"] == "assistant")
+def _prompts_as_served(
+    recipe: Recipe, run: Run, rows: list[dict[str, Any]], examples: list[formats.Example]
+) -> Verdict:
+    """A row begins with the very ids that the model is given when it is asked the same, and then answers."""
+    tokenizer, template = rendering(recipe, run)
+    right, wrong = 0, ""
+    for row in rows:
+        example = examples[row["row"]] if row["row"] < len(examples) else None
+        prompt = _prompt(example, tokenizer, template, recipe.template.system) if example else None
+        ids = row["input_ids"]
+        if prompt is not None and ids[: len(prompt)] == prompt[: len(ids)] and not _goes_on(row, len(prompt)):
+            right += 1
+        elif not wrong:
+            found, wanted = (tokenizer.decode(part[:60])[-160:] for part in (ids, prompt or []))
+            wrong = f"; first at {row['file']}:{row['line']}: begins {found!r}, asked it is given {wanted!r}"
+    why = f"rows whose answer follows the ids which the model is given when it is asked{wrong}"
+    return judge("prompts_as_served", right / len(rows), "==", 1.0, "share", ROWS, why)
+
+
+def _goes_on(row: dict[str, Any], place: int) -> bool:
+    """Whether the prompt goes on where the answer should begin. A row that trains nothing has no answer."""
+    rest = row["labels"][place:]
+    return bool(rest) and rest[0] == IGNORED and any(label != IGNORED for label in row["labels"])
+
+
+def _prompt(
+    example: formats.Example, tokenizer: Tokenizer, template: templates.ChatTemplate, system: str | None
+) -> list[int]:
+    """Ids before the last answer; none for a text."""
+    roles = [message["role"] for message in example.messages]
+    if "assistant" not in roles:
+        return []
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    return encode.prompt_ids(example.messages[:last], tokenizer=tokenizer, template=template, system=system)

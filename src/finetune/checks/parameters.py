@@ -32,6 +32,8 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     verdicts = [_changed(recipe, before, after)]
     if recipe.train.method == "lora":
         verdicts += [_matrices(after), _coverage(recipe, run, after), *_frozen(run)]
+    else:
+        verdicts.append(_kinds(before, after))
     verdicts.append(_effect(run))
     return verdicts
 
@@ -53,6 +55,20 @@ def _matrices(after: dict[str, TensorFacts]) -> Verdict:
     why = f"{len(matrices)} B matrices" + (f"; the first zero one is {dead[0]}" if dead else ", none is zero")
     alive = (len(matrices) - len(dead)) / len(matrices) if matrices else None
     return judge("lora_b_nonzero", alive, "==", 1.0, "share", "train/adapter", why)
+
+
+def _kinds(before: dict[str, TensorFacts], after: dict[str, TensorFacts]) -> Verdict:
+    """Full training moves every kind of matrix (the embedding, q_proj, ...) in some layer; a lost one is the base's."""
+    moved: dict[str, bool] = {}
+    for name, facts in after.items():
+        if len(facts.shape) > 1:
+            kind = re.sub(r"\.\d+\.", ".*.", name)
+            moved[kind] = moved.get(kind, False) or name not in before or before[name].sha256 != facts.sha256
+    same = [kind for kind, changed in moved.items() if not changed]
+    why = f"{len(moved) - len(same)} of {len(moved)} kinds of matrices differ from the base in some layer"
+    why += f"; as in the base: {same[0]}" if same else ""
+    share = (len(moved) - len(same)) / len(moved) if moved else None
+    return judge("kinds_changed", share, "==", 1.0, "share", "train/model", why)
 
 
 def _coverage(recipe: Recipe, run: Run, after: dict[str, TensorFacts]) -> Verdict:

@@ -6,18 +6,24 @@ import json
 from typing import Any
 
 from finetune.checks import Verdict, judge, missing
-from finetune.parity.bounds import Bounds, bounds
+from finetune.parity.bounds import Bounds, bits, bounds
 from finetune.recipe import Recipe
 from finetune.run import Run
 
 FACTOR_TOLERANCE = 0.02
+SHOWN = 3
+PLAIN = "plain text"
 _CAUSES = {
     "doubled_begin": "the begin token is there twice: the template writes it and the runtime adds it",
     "added_begin": "the runtime puts a token before the prompt that training did not have (add_bos_token)",
     "missing_begin": "the begin token that training had is missing (add_bos_token, or the template)",
+    "added_end": "the runtime puts a token after the prompt that training did not have (add_eos_token)",
+    "spaces": "the export's tokenizer puts spaces where training had none, or takes some away (add_prefix_space)",
     "same_text": "the text is the same, its tokens are not: the export's tokenizer splits differently "
     "(pre-tokenizer, merges or added tokens)",
     "text": "the chat template in the export is not that of the training",
+    "rendered": "the export carries the training's chat template, and the runtime renders another one, or changes it",
+    "tokens": "the export's tokenizer is not that of the training: its tokens are others, or have other numbers",
     "refused": "one of the two templates refuses this conversation",
 }
 
@@ -34,15 +40,21 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
             verdicts.append(missing(f"prompt_parity[{name}]", "==", 1.0, "share", path, why))
             continue
         seen = json.loads(file.read_text(encoding="utf-8"))
+        if "bits" not in seen:
+            why = f"'{name}' was compared by an earlier version; compare it again with: finetune compare RECIPE"
+            verdicts.append(missing(f"prompt_parity[{name}]", "==", 1.0, "share", path, why))
+            continue
+        seen["bits_promised"] = bits(name, recipe)
         verdicts += _hop(name, seen, bounds(name, recipe, seen["dtype"]), path)
     return verdicts
 
 
 def _hop(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> list[Verdict]:
-    verdicts = [_prompts(name, seen, path)]
+    verdicts = [_prompts(name, seen, path), _vocabulary(name, seen, path), _template(name, seen, path)]
     if seen["distributions"] is not None:
         verdicts += _distributions(name, seen, bound, path)
     verdicts += [_greedy(name, seen, bound, path), _stop(name, seen, bound, path), _leaks(name, seen, path)]
+    verdicts.append(_stops_at(name, seen, path))
     if seen["learned"]["known"]:
         verdicts.append(_learned(name, seen, bound, path))
     if seen["served"] is not None:
@@ -50,6 +62,12 @@ def _hop(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> list[Verd
     verdicts.append(_constants(name, seen, path))
     if seen["merge_factor"] is not None:
         verdicts.append(_factor(name, seen, path))
+    if seen["merge"] is not None:
+        verdicts.append(_exact(name, seen, path))
+    if seen["adapter"] is not None:
+        verdicts.append(_adapter(name, seen, path))
+    if seen["bits"] is not None:
+        verdicts.append(_bits(name, seen, path))
     return verdicts
 
 
@@ -58,13 +76,43 @@ def _prompts(name: str, seen: dict[str, Any], path: str) -> Verdict:
     why = f"{found['equal']} of {found['compared']} conversations and texts become the same token ids"
     if first := found["first"]:
         why += f"; {first['name']!r} differs from token {first['position']} on"
-        if first["kind"] == "refused":
-            why += f": {_short(first['found'])}"
-        else:
-            why += f": expected {first['expected_text']!r} {first['expected']}, found {first['found_text']!r} "
-            why += f"{first['found']}"
-        why += f". Likely cause: {_CAUSES[first['kind']]}"
+        why += f": {_difference(first)}. Likely cause: {_CAUSES[_kind(first, seen)]}"
     return judge(f"prompt_parity[{name}]", _share(found), "==", 1.0, "share", path, why)
+
+
+def _difference(first: dict[str, Any]) -> str:
+    if first["kind"] == "refused":
+        return _short(first["found"])
+    expected = f"expected {first['expected_text']!r} {first['expected']}"
+    return f"{expected}, found {first['found_text']!r} {first['found']}"
+
+
+def _kind(first: dict[str, Any], seen: dict[str, Any]) -> str:
+    """The kind of a difference, told apart by what else differs: a text that is no conversation has no template."""
+    kind: str = first["kind"]
+    if kind == "refused" and not seen["same_template"]:
+        return "text"
+    if kind != "text" or not seen["same_template"]:
+        return kind
+    other = seen["vocabulary"]["first"] is not None or first["name"].startswith(PLAIN)
+    return "tokens" if other else "rendered"
+
+
+def _vocabulary(name: str, seen: dict[str, Any], path: str) -> Verdict:
+    found = seen["vocabulary"]
+    why = f"{found['equal']} of {found['compared']} tokens in a text of the whole vocabulary come out as in training"
+    if first := found["first"]:
+        cause = first["kind"] if first["kind"] in ("same_text", "spaces") else "tokens"
+        why += f"; {_difference(first)}. Likely cause: {_CAUSES[cause]}"
+    return judge(f"vocabulary_parity[{name}]", _share(found), "==", 1.0, "share", path, why)
+
+
+def _template(name: str, seen: dict[str, Any], path: str) -> Verdict:
+    same = seen["same_template"]
+    why = "the chat template of the training is in it, to the letter"
+    if not same:
+        why = "it has no chat template, or another than that of the training, which other tools will prompt it with"
+    return judge(f"template_carried[{name}]", float(same), "==", 1.0, "yes", path, why)
 
 
 def _distributions(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> list[Verdict]:
@@ -107,7 +155,16 @@ def _stop(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
     verdict = judge(
         f"stop_parity[{name}]", found["stopped"] / found["compared"], ">=", bound.stopped, "share", path, why
     )
-    return _explained(verdict, seen, of="eos_token_id")
+    weights = seen["distributions"] is not None and seen["distributions"]["mean"] > bound.kl_mean
+    return _explained(verdict, seen, of=None if weights and not seen["stops"]["missing"] else "eos_token_id")
+
+
+def _stops_at(name: str, seen: dict[str, Any], path: str) -> Verdict:
+    found = seen["stops"]
+    why = f"left to itself the runtime ends an answer at the ids {found['at']}"
+    if found["missing"]:
+        why += f", and the training taught to end it with {found['missing']} (eos_token_id)"
+    return judge(f"stop_tokens[{name}]", float(len(found["missing"])), "==", 0.0, "tokens missing", path, why)
 
 
 def _leaks(name: str, seen: dict[str, Any], path: str) -> Verdict:
@@ -143,19 +200,53 @@ def _served(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdic
 
 
 def _constants(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    found = seen["constants"]
-    why = f"{found['compared']} constants are read alike"
-    if found["different"]:
-        why = _named(found["different"])
+    found, different = seen["constants"], _different(seen)
+    why = f"{found['compared'] - len(found['different']) + len(different)} constants are read alike"
+    if different:
+        why = _named(different)
     if seen["mended"]:
         why += f"; mended: {' '.join(seen['mended'])}"
-    return judge(f"constants_parity[{name}]", float(len(found["different"])), "==", 0.0, "constants", path, why)
+    return judge(f"constants_parity[{name}]", float(len(different)), "==", 0.0, "constants", path, why)
+
+
+def _different(seen: dict[str, Any]) -> list[dict[str, Any]]:
+    """The constants read otherwise. An embedding that was trained alone unties the head, which then is as it was."""
+    exact = seen["merge"] is not None and not seen["merge"]["off"]
+    found: list[dict[str, Any]] = seen["constants"]["different"]
+    return [each for each in found if not (exact and each["name"] == "tie_word_embeddings")]
 
 
 def _factor(name: str, seen: dict[str, Any], path: str) -> Verdict:
     why = f"the adapter is {seen['merge_factor']:.3f} times in the merged weights (1: merged once)"
     distance = abs(seen["merge_factor"] - 1)
     return judge(f"merged_once[{name}]", distance, "<=", FACTOR_TOLERANCE, "distance from 1", path, why)
+
+
+def _exact(name: str, seen: dict[str, Any], path: str) -> Verdict:
+    found = seen["merge"]
+    why = f"{found['compared'] - len(found['off'])} of {found['compared']} weights are base + adapter, but for rounding"
+    if found["off"]:
+        why += f"; {_off(found)}"
+    return judge(f"merge_exact[{name}]", float(len(found["off"])), "==", 0.0, "weights off", path, why)
+
+
+def _off(found: dict[str, Any]) -> str:
+    names = [each["name"] for each in found["off"]]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"not base + adapter: {', '.join(names[:SHOWN])}{more}"
+
+
+def _adapter(name: str, seen: dict[str, Any], path: str) -> Verdict:
+    found = seen["adapter"]
+    why = f"{found['compared']} tensors of the adapter inside it"
+    why += f"; not those that were trained: {found['other'][0]}" if found["other"] else " are those that were trained"
+    return judge(f"adapter_carried[{name}]", float(len(found["other"])), "==", 0.0, "tensors off", path, why)
+
+
+def _bits(name: str, seen: dict[str, Any], path: str) -> Verdict:
+    promised = seen["bits_promised"]
+    why = f"a weight takes {seen['bits']:.2f} bits in its files, and at least {promised:g} in what it is called"
+    return judge(f"stored_bits[{name}]", seen["bits"], ">=", promised, "bits a weight", path, why)
 
 
 def _explained(verdict: Verdict, seen: dict[str, Any], of: str | None = None) -> Verdict:
@@ -168,17 +259,25 @@ def _explained(verdict: Verdict, seen: dict[str, Any], of: str | None = None) ->
 
 
 def _cause(seen: dict[str, Any], of: str | None) -> str:
-    different = seen["constants"]["different"]
+    different = _different(seen)
     if chosen := [each for each in different if of is None or each["name"] == of] or different:
         return _named(chosen)
     factor = seen["merge_factor"]
     if factor is not None and abs(factor - 1) > FACTOR_TOLERANCE:
         return f"the adapter is {factor:.2f} times in the merged weights; merge again from the base model"
+    if seen["merge"] is not None and seen["merge"]["off"]:
+        return _off(seen["merge"])
+    if seen["bits"] is not None and seen["bits"] < seen["bits_promised"]:
+        return f"a weight takes {seen['bits']:.1f} bits, not the {seen['bits_promised']:g} of what it is called"
+    if seen["stops"]["missing"] and of == "eos_token_id":
+        return f"the runtime does not stop at the ids {seen['stops']['missing']} (eos_token_id)"
     if of == "eos_token_id":
         return "the runtime does not know the end-of-turn token, or the weights are too coarse"
     if ":q" in seen["hop"]:
         return "the quantization is too coarse for this model; try one with more bits (q8_0)"
-    return "other weights than those of the model it should be made from (an export of an older run?)"
+    return (
+        "other weights than those of the model it is made from (an export of an older run, or tensors put elsewhere?)"
+    )
 
 
 def _named(different: list[dict[str, Any]]) -> str:

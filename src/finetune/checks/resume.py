@@ -21,6 +21,8 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     verdicts = []
     if not straight or set(straight) != set(again):
         why = f"{span}: {len(straight)} losses uninterrupted, {len(again)} resumed"
+        if again and (first := min(map(int, again))) != found["from_step"] + 1:
+            why += f"; what should go on from step {found['from_step']} began at step {first}"
         verdicts.append(missing("resume_losses", "==", 0, "nats", MEASURED, why))
     else:
         distance = worst(abs(straight[step] - again[step]) for step in straight)
@@ -30,4 +32,8 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     why = f"of {found['tensors']} trained tensors, bit by bit" + (f"; first: {differing[0]}" if differing else "")
     count = len(differing) if found["tensors"] else None
     verdicts.append(judge("resume_weights", count, "==", 0, "tensors differ", MEASURED, why))
+    before, after = found.get("parameters"), found.get("parameters_resumed")
+    more = abs(after - before) if before and after else None
+    why = f"{before or 0:,} parameters trained uninterrupted, {after or 0:,} resumed"
+    verdicts.append(judge("resume_parameters", more, "==", 0, "parameters more or less", MEASURED, why))
     return verdicts

@@ -21,8 +21,8 @@ class Bounds:
     learned: float
 
 
-# By what is stored of a weight; a hop from adapter to merged weights and a bundle count as exact. From bench/parity.py
-# over ten seeds: twice the worst, ten times and more for what only rounds.
+# By what is stored of a weight; a merge in float32 and a bundle count as exact. From bench/parity.py over ten seeds:
+# twice the worst, ten times and more for what only rounds.
 _EXACT = Bounds(kl_mean=1e-7, kl_max=1e-5, tie=1e-3, greedy=0.95, stopped=0.95, learned=0.95)
 _TABLE: dict[str, Bounds] = {
     "f32": replace(_EXACT, kl_mean=1e-5, kl_max=1e-3),
@@ -35,6 +35,12 @@ _TABLE: dict[str, Bounds] = {
     "q3": Bounds(kl_mean=8e-1, kl_max=10.0, tie=3.0, greedy=0.4, stopped=0.75, learned=0.6),
     "q2": Bounds(kl_mean=2.0, kl_max=15.0, tie=4.0, greedy=0.2, stopped=0.5, learned=0.3),
 }
+# Bits that a weight takes at least, by what an export calls itself: llama.cpp's block formats, MLX's groups of 64.
+_BITS = {
+    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.5625, "q5_k_m": 5.5, "q5_k_s": 5.5, "q5_1": 6.0,
+    "q5_0": 5.5, "q4_k_m": 4.5, "q4_k_s": 4.5, "q4_1": 5.0, "q4_0": 4.5, "q3_k_m": 3.4375, "q2_k": 2.5625, "q8": 8.5,
+    "q4": 4.5,
+}  # fmt: skip
 _KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -64,9 +70,15 @@ def bounds(hop: str, recipe: Recipe, computed: str = "float32") -> Bounds:
 
 
 def _of_format(hop: str, recipe: Recipe) -> Bounds:
-    if hop == "merged":
-        return _EXACT
+    if hop == "merged":  # stored in the training's type, what is added rounded to it
+        return _EXACT if recipe.model.dtype == "float32" else _TABLE[_KINDS[recipe.model.dtype]]
     target = parse(hop)
     if target.format.name == "bundle":
         return _EXACT
     return _TABLE[target.variant.partition("_")[0] or _KINDS[recipe.model.dtype]]
+
+
+def bits(hop: str, recipe: Recipe) -> float:
+    """The bits that a weight takes at least in what a hop's name promises; the training's own type without a variant."""
+    variant = "" if hop == "merged" else parse(hop).variant
+    return _BITS[variant or _KINDS[recipe.model.dtype]]

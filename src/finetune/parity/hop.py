@@ -37,6 +37,25 @@ def prompts(material: dict[str, Any], found: dict[str, Any], decode: Decode) -> 
     }
 
 
+def vocabulary(material: dict[str, Any], found: dict[str, Any], decode: Decode) -> dict[str, Any]:
+    """Every token of the vocabulary in a text: how many come out as the same ids, and the first that does not."""
+    both = [(text["ids"], got) for text, got in zip(material["vocabulary"], found["vocabulary"], strict=True)]
+    first = next((pair for pair in both if pair[0] != pair[1]), None)
+    return {
+        "compared": sum(len(expected) for expected, _ in both),
+        "equal": sum(_in_place(expected, got) for expected, got in both),
+        "first": _first_difference("the vocabulary", *first, decode) if first else None,
+    }
+
+
+def _in_place(expected: list[int], got: list[int]) -> int:
+    """How many ids are the same, place by place; in texts of other lengths, from both ends."""
+    if len(expected) == len(got):
+        return sum(a == b for a, b in zip(expected, got, strict=True))
+    shorter = min(len(expected), len(got))
+    return min(shorter, _agreed(expected, got) + _agreed(expected[::-1], got[::-1]))
+
+
 def _without_bos(expected: list[int], got: list[int]) -> list[int]:
     """The material's texts carry a begin token where the model has one; `encode` adds none."""
     return expected[1:] if len(expected) == len(got) + 1 else expected
@@ -59,12 +78,18 @@ def _first_difference(name: str, expected: Any, got: Any, decode: Decode) -> dic
 
 
 def _kind(expected: list[int], got: list[int], decode: Decode) -> str:
-    """What sort of difference it is: doubled_begin, missing_begin, same_text (tokenized otherwise) or text."""
+    """What sort of difference it is: doubled_begin, added_begin, missing_begin, added_end, spaces, same_text (tokenized
+    otherwise) or text."""
     if got[1:] == expected:
         return "doubled_begin" if got[:1] == expected[:1] else "added_begin"
     if expected[1:] == got:
         return "missing_begin"
-    return "same_text" if decode(expected) == decode(got) else "text"
+    if got[:-1] == expected:
+        return "added_end"
+    ours, theirs = decode(expected), decode(got)
+    if ours == theirs:
+        return "same_text"
+    return "spaces" if ours.replace(" ", "") == theirs.replace(" ", "") else "text"
 
 
 def distributions(

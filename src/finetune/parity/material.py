@@ -16,6 +16,8 @@ FILE = "compare/material.json"
 QUESTIONS = 48
 ROWS = 6
 ROW_TOKENS = 96
+WORDS = 512  # tokens of the vocabulary in one text
+WORDS = 512  # tokens of the vocabulary in one text
 ENOUGH = 8
 SERVED = 6
 # Prose, numbers and code, about 130 tokens that no training saw in this form: what distributions are compared over.
@@ -61,8 +63,10 @@ def build(recipe: Recipe, run: Run, model: Path) -> dict[str, Any]:
     """The material as plain data.
 
     `conversations` (name, messages, ids or None where the template refuses it), `texts` and `odd_texts` (text, ids),
-    `rows` (ids of training rows), `questions` (set, id, prompt, messages, answer, match, ids), `max_new_tokens`,
-    `special` (texts that must not leak into an answer), `eos_ids`.
+    `vocabulary` (the text of every token, some hundred in one, and its ids), `rows` (ids of training rows), `questions`
+    (set, id, prompt, messages, answer, match, ids), `max_new_tokens`, `special` (texts that must not leak into an
+    answer), `eos_ids`, `ends` (those that the training taught to end with), `template`. `model` is what the data were
+    prepared with: the base.
     """
     tokenizer = get(recipe.backend).tokenizer(model)
     source = evidence.required(run, "prepare/chat_template.jinja", "prepare").read_text(encoding="utf-8")
@@ -75,12 +79,34 @@ def build(recipe: Recipe, run: Run, model: Path) -> dict[str, Any]:
         "conversations": [_conversation(name, messages, recipe, render) for name, messages in CONVERSATIONS.items()],
         "texts": [{"text": text, "ids": _with_bos(tokenizer, tokenizer.encode(text))} for text in TEXTS],
         "odd_texts": [{"text": text, "ids": tokenizer.encode(text)} for text in ODD_TEXTS],
+        "vocabulary": [{"text": text, "ids": tokenizer.encode(text)} for text in _words(tokenizer)],
         "rows": _rows(run),
         "questions": _questions(run, render),
         "max_new_tokens": recipe.evaluate.max_new_tokens,
         "special": special_texts(tokenizer, source),
         "eos_ids": list(tokenizer.eos_ids),
+        "ends": _ends(run, tokenizer),
+        "template": source,
     }
+
+
+def _words(tokenizer: Tokenizer) -> list[str]:
+    """Every token's text, on a line of its own; special ones apart, since some runtimes put a space after them. A token
+    that is a part of a character has none."""
+    special: list[str] = []
+    plain: list[str] = []
+    for token in range(tokenizer.vocab_size):
+        word = tokenizer.decode([token])
+        if word and "\ufffd" not in word:
+            (plain if tokenizer.decode([token], skip_special=True) else special).append(word)
+    lines = ["\n".join(["words", *plain[begin : begin + WORDS]]) for begin in range(0, len(plain), WORDS)]
+    return [*special, *lines]
+
+
+def _ends(run: Run, tokenizer: Tokenizer) -> list[int]:
+    """The end-of-turn ids that stand last in what was trained."""
+    last = {row["labels"][-1] if "labels" in row else row["chosen_ids"][-1] for row in _stored_rows(run)}
+    return sorted(last & set(tokenizer.eos_ids)) or list(tokenizer.eos_ids[:1])
 
 
 def _conversation(name: str, messages: tuple[dict[str, str], ...], recipe: Recipe, render: Any) -> dict[str, Any]:

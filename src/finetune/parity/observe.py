@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Backend, Serves, get
+from finetune.parity import stored
 
 SHORT = 4  # tokens, too few to time
 
@@ -45,6 +46,10 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "rendered": rendered,
         "encoded": [tokenizer.encode(each["text"]) for each in (*material["texts"], *material["odd_texts"])],
+        "vocabulary": [tokenizer.encode(each["text"]) for each in material["vocabulary"]],
+        "template": tokenizer.chat_template,
+        "stops": stored.declared_stops(model) if backend.name == "torch" else list(tokenizer.eos_ids),
+        "bytes": stored.weight_bytes(model),
         "generated": [{"ids": list(each.ids), "text": each.text, "finish": each.finish} for each in made],
         "answers": answers,
         "served": served,

@@ -46,8 +46,8 @@ class Recipe(Section):
             raise ValueError("'train' needs a 'data' section (or set 'train: null')")
         if self.train is not None and self.data is not None and self.data.format == "preference":
             raise ValueError("'data.format: preference' belongs under 'align.data'; 'train' wants answers to imitate")
-        if self.align is not None and self.align.eval_strategy != "no":
-            raise ValueError("'align.eval_strategy' must be 'no': alignment holds no pairs out")
+        if self.align is not None and (idle := _idle(self.align)):
+            raise ValueError(f"'align.{idle}' would do nothing: alignment holds no pairs out; leave it out")
         if self.align is not None and self.train is not None and self.train.lora.bias != "none":
             raise ValueError(
                 "'train.lora.bias' must be 'none' with 'align': PEFT has no reference beside trained biases"
@@ -66,3 +66,11 @@ class Recipe(Section):
                     f"'train.{asking[-1]}' needs held-out rows: set 'data.eval_fraction' (0.1) or 'data.eval_path'"
                 )
         return self
+
+
+def _idle(align: Align) -> str | None:
+    """The first key that speaks of held-out pairs, of which alignment has none."""
+    keys = ("eval_strategy", "eval_steps", "per_device_eval_batch_size")
+    asked = [key for key in keys if getattr(align, key) != type(align).model_fields[key].default]
+    asked += [f"data.{key}" for key in ("eval_path", "eval_fraction") if getattr(align.data, key)]
+    return asked[0] if asked else None

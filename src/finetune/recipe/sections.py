@@ -239,6 +239,12 @@ class Align(Optimization):
     learning_rate: NonNegativeFloat = 5e-5
     num_train_epochs: PositiveFloat = 1.0
 
+    @model_validator(mode="after")
+    def _smoothed(self) -> Align:
+        if self.label_smoothing and self.loss_type != "robust":
+            raise ValueError(f"'label_smoothing' needs 'loss_type: robust'; '{self.loss_type}' would pass over it")
+        return self
+
 
 class Evaluate(Section):
     """What the model is asked before and after. Each path is a JSONL file, one object a line."""
@@ -250,7 +256,7 @@ class Evaluate(Section):
     )
     heldout: str | None = Field(None, description="Plain text for perplexity, never trained.")
     max_new_tokens: Positive = 24
-    batch_size: Positive = 8
+    batch_size: Positive | None = Field(None, description="Questions answered at a time; as many as fit when empty.")
     score_rows: Positive = Field(64, description="Training rows whose loss is computed again, independently.")
 
 
@@ -275,6 +281,10 @@ class Expect(Section):
     )
     preference_accuracy_min: Fraction = Field(0.6, description="Share of pairs whose chosen answer wins after DPO.")
     resume: bool = Field(False, description="Train the last part again from a checkpoint and compare bit by bit.")
+    invariance: bool = Field(
+        False, description="Measure on a tiny copy of the model what no correct trainer changes; docs/invariances.md."
+    )
+    serving: bool = Field(False, description="Serve the final model and hold what a client gets against `evaluate`.")
     export_kl_mean_max: dict[str, PositiveFloat] = Field(
         default_factory=dict,
         description="Export name: bound of the mean KL divergence from the merged model (nats); "

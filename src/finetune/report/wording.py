@@ -193,7 +193,13 @@ def _from_to(numbers: dict[str, Any], name: str, worded: Callable[[float], str])
     return found[-1] if found[0] == found[-1] else f"{found[0].removesuffix(' %')} to {found[-1]}"
 
 
-_EXPERIMENTS = {"fresh": "answers of a fresh process", "memory": "LoRA against full", "resume": "stop and resume"}
+_EXPERIMENTS = {
+    "fresh": "answers of a fresh process",
+    "memory": "LoRA against full",
+    "resume": "stop and resume",
+    "serving": "answers of a server",
+    "invariance": "what no correct trainer changes",
+}
 _RESULTS: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "fetch": _fetched,
     "prepare": _prepared,

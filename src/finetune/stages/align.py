@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 from finetune import evidence
-from finetune.backends import Job
+from finetune.backends import Job, get
 from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Lora
-from finetune.run import Run
+from finetune.run import Run, write_json
 from finetune.stages import Result
-from finetune.training import clear, execute_job, job_options
+from finetune.training import checkpoint_step, checkpoints, clear, execute_job, job_options
 
 
 def run(recipe: Recipe, run: Run) -> Result:
-    """Write `align/adapter` (or `align/model`), checkpoints and `align/trainer_logs.json`."""
+    """Write `align/adapter` (or `align/model`), checkpoints, `align/trainer_logs.json` and `align/rewards.json`."""
     align = recipe.align
     if align is None:
         raise StageError("the recipe has no 'align' section")
@@ -36,4 +40,32 @@ def run(recipe: Recipe, run: Run) -> Result:
         chat_template=(run.path / "prepare" / "chat_template.jinja").read_text(encoding="utf-8"),
         settings=evidence.model_settings(recipe),
     )
-    return execute_job(job, recipe, run, "align")
+    result = execute_job(job, recipe, run, "align")
+    stored = checkpoints(out)
+    if stored and checkpoint_step(stored[-1]) == result["metrics"]["steps"]:
+        result["artifacts"] += _one_more_step(recipe, job, stored[-1])
+    return result
+
+
+def _one_more_step(recipe: Recipe, job: Job, last: Path) -> list[Path]:
+    """Go on from the last checkpoint for one step, and note what the trainer says before it moves anything.
+
+    That is its own account of the aligned model: loss and rewards, by its reference and its beta.
+    """
+    step, work = checkpoint_step(last) + 1, job.out / "one-more-step"
+    once = {"max_steps": step, "gradient_accumulation_steps": 1, "logging_steps": 1, "save_strategy": "no"}
+    options = {**job.options, **once, "eval_strategy": "no", "report_to": "none"}
+    steps = list(get(recipe.backend).train(replace(job, out=work, resume=last, options=options)))
+    shutil.rmtree(work, ignore_errors=True)
+    if not steps:
+        return []  # the check misses it
+    said = steps[0]
+    account = {
+        "step": said.step,
+        "rows": list(said.rows),
+        "loss": said.loss,
+        "chosen": said.extra.get("rewards/chosen"),
+        "rejected": said.extra.get("rewards/rejected"),
+    }
+    write_json(job.out / "rewards.json", account)
+    return [job.out / "rewards.json"]

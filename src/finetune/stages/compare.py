@@ -14,7 +14,7 @@ from finetune.backends import get
 from finetune.console import progress
 from finetune.experiment import in_fresh_process
 from finetune.lookup import load
-from finetune.parity import hop, material
+from finetune.parity import hop, material, stored
 from finetune.recipe import Recipe
 from finetune.run import Run, write_json
 from finetune.stages import Result
@@ -42,7 +42,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     """
     out = run.stage_dir(FOLDER)
     chain = _chain(recipe, run)
-    asked = material.build(recipe, run, run.path / "merge" / "model")
+    asked = material.build(recipe, run, Path(evidence.fetched(run)["base"]))
     write_json(run.path / material.FILE, asked)
     files = {model.name: out / f"{model.name.replace(':', '-')}.json" for model in chain}
     marks = {model.name: _mark(recipe, run, model, asked) for model in chain}
@@ -151,7 +151,7 @@ def _evidence(
 ) -> dict[str, Any]:
     before, expected, ours = reference
     model, found, theirs = candidate
-    decode: Callable[[list[int]], str] = get(recipe.backend).tokenizer(run.path / "merge" / "model").decode
+    decode: Callable[[list[int]], str] = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"])).decode
     files = (ours, theirs) if expected["scores"] and found["scores"] else None
     return {
         "hop": model.name,
@@ -160,6 +160,10 @@ def _evidence(
         "path": model.path.relative_to(run.path).as_posix(),
         "bytes": model.facts.get("bytes"),
         "prompts": hop.prompts(asked, found, decode),
+        "vocabulary": hop.vocabulary(asked, found, decode),
+        "same_template": found["template"] == asked["template"],
+        "stops": {"at": found["stops"], "missing": [token for token in asked["ends"] if token not in found["stops"]]},
+        "bits": _bits(run, found["bytes"]),
         "distributions": hop.distributions(asked, expected["answers"], *files, decode) if files else None,
         "greedy": hop.greedy(asked, expected, found, files, decode),
         "answers": [{"text": each["text"], "finish": each["finish"]} for each in found["generated"]],
@@ -167,7 +171,8 @@ def _evidence(
         "learned": hop.learned(asked, expected, found),
         "served": hop.served(found, asked),
         "constants": hop.constants(expected, found),
-        "merge_factor": _merge_factor(before, model),
+        **_merged(before, model),
+        "adapter": _carried(recipe, run, model),
         "mended": model.facts.get("mended", []),
         **{
             key: found[key]
@@ -176,9 +181,27 @@ def _evidence(
     }
 
 
-def _merge_factor(before: Model, model: Model) -> float | None:
-    """How many times the adapter is in the merged weights; None where that cannot be told."""
+def _bits(run: Run, size: int | None) -> float | None:
+    """Bits that a weight of the merged model takes in files of this size."""
+    count = stored.parameters(run.path / "merge" / "model")
+    return 8 * size / count if size and count else None
+
+
+def _merged(before: Model, model: Model) -> dict[str, Any]:
+    """`merge_factor`: how many times the adapter is in the merged weights. `merge`: how far each of them is from base +
+    adapter. None where that cannot be told."""
     if before.adapter is None or model.backend != "torch":
+        return {"merge_factor": None, "merge": None}
+    places = before.path, before.adapter, model.path
+    factor, exactness = (load(f"finetune.backends.torch.merging:{name}") for name in ("factor", "exactness"))
+    return {"merge_factor": factor(*places), "merge": exactness(*places)}
+
+
+def _carried(recipe: Recipe, run: Run, model: Model) -> dict[str, Any] | None:
+    """The adapter inside an export against the trained one, tensor by tensor; None where there is none to carry."""
+    trained, inside = evidence.final(run, recipe)[1], model.path / "adapter"
+    if trained is None or not inside.is_dir():
         return None
-    factor = load("finetune.backends.torch.merging:factor")(before.path, before.adapter, model.path)
-    return None if factor is None else float(factor)
+    ours, theirs = (get(recipe.backend).tensors(place) for place in (trained, inside))
+    other = [name for name, facts in ours.items() if name not in theirs or theirs[name].sha256 != facts.sha256]
+    return {"compared": len(ours), "other": [*other, *(name for name in theirs if name not in ours)]}

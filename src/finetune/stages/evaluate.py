@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ ANSWERS = "evaluate/answers.jsonl"
 ROWS = "evaluate/rows.json"
 HELDOUT = "evaluate/heldout.json"
 PREFERENCES = "evaluate/preferences.jsonl"
+GREEDY = "evaluate/greedy.json"
+PROMPTS = "evaluate/prompts.jsonl"
+REREAD = 24  # answers a phase that are read again token by token
 
 
 def run(recipe: Recipe, run: Run) -> Result:
-    """Write `answers.jsonl` (probes, controls, unseen), `rows.json` (training rows scored again), `heldout.json`
-    and `preferences.jsonl`, with one entry a phase. Log-probabilities are natural, means over tokens."""
+    """Write `answers.jsonl` (probes, controls, unseen), `greedy.json` (some of them read again), `rows.json` (training
+    rows scored again), `heldout.json` and `preferences.jsonl`, with one entry a phase; and `prompts.jsonl`, the ids that
+    each question was asked with. Log-probabilities are natural, means over tokens."""
     backend = get(recipe.backend)
     phases = evidence.phases(run, recipe)
     questions = _questions(recipe)
@@ -35,6 +40,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     texts = _heldout(recipe)
     row_scores: dict[str, Any] = {}
     heldout: dict[str, Any] = {}
+    greedy: dict[str, Any] = {}
     for row in pairs:
         row["phases"] = {}
     with progress(len(phases), "evaluate") as bar:
@@ -43,6 +49,8 @@ def run(recipe: Recipe, run: Run) -> Result:
             template = templates.ChatTemplate(name="run", source=_template(run))
             handle = backend.load(model, adapter, **evidence.model_settings(recipe))
             _ask(backend, handle, questions, phase, recipe, tokenizer, template)
+            if questions and find_spec("numpy"):
+                greedy[phase] = _reread(backend, handle, questions, phase, tokenizer, run.stage_dir("evaluate"))
             if rows:
                 row_scores[phase] = _score_rows(backend, handle, rows)
             if texts:
@@ -50,9 +58,11 @@ def run(recipe: Recipe, run: Run) -> Result:
             if pairs and (phase != "base" or "trained" not in phases):  # the base, where nothing else is aligned
                 _score_pairs(backend, handle, pairs, phase)
             bar.update(number)
+    prompts = [{"prompt": question["prompt"], "ids": question.pop("prompt_ids")} for question in questions]
+    write_jsonl(run.path / PROMPTS, prompts)
     write_jsonl(run.path / ANSWERS, questions)
-    written = [ANSWERS]
-    for name, value in ((ROWS, row_scores), (HELDOUT, heldout)):
+    written = [PROMPTS, ANSWERS]
+    for name, value in ((GREEDY, greedy), (ROWS, row_scores), (HELDOUT, heldout)):
         if value:
             write_json(run.path / name, value)
             written.append(name)
@@ -114,8 +124,14 @@ def _ask(
     prompts = [encode.prompt_ids(chat, **render) for chat in chats]
     targets = [encode.answer_ids(chat, q["answer"], **render) for chat, q in zip(chats, questions, strict=True)]
     scores = backend.score(handle, list(zip(prompts, targets, strict=True)))
-    answers = backend.generate(handle, prompts, max_new_tokens=recipe.evaluate.max_new_tokens)
-    for question, answer, logprobs in zip(questions, answers, scores, strict=True):
+    size = recipe.evaluate.batch_size or len(prompts)
+    answers = [
+        answer
+        for at in range(0, len(prompts), size)
+        for answer in backend.generate(handle, prompts[at : at + size], max_new_tokens=recipe.evaluate.max_new_tokens)
+    ]
+    for question, ids, answer, logprobs in zip(questions, prompts, answers, scores, strict=True):
+        question["prompt_ids"] = ids
         question["phases"][phase] = {
             "text": answer.text,
             "ids": list(answer.ids),
@@ -123,6 +139,38 @@ def _ask(
             "correct": is_correct(answer.text, question["answer"], question["match"]),
             "logprob": sum(logprobs) / len(logprobs),
         }
+
+
+def _reread(
+    backend: Backend, handle: Any, questions: list[dict[str, Any]], phase: str, tokenizer: Tokenizer, folder: Path
+) -> dict[str, Any]:
+    """Some answers, read again in one pass: `gap` is how much likelier (nats) than a token that was said another one
+    was, at worst; an end that was said is the likeliest end-of-turn token."""
+    import numpy
+
+    chosen = questions[:: -(-len(questions) // REREAD)]
+    answers = [question["phases"][phase] for question in chosen]
+    targets = [[*answer["ids"], *(tokenizer.eos_ids[:1] if answer["finish"] == "stop" else ())] for answer in answers]
+    file = folder / ".greedy.npy"
+    backend.distributions(handle, [(q["prompt_ids"], ids) for q, ids in zip(chosen, targets, strict=True)], file)
+    rows = iter(numpy.load(file))
+    file.unlink()
+    places = []
+    for question, ids in zip(chosen, targets, strict=True):
+        for position, token in enumerate(ids):
+            row = next(rows)
+            said = max(row[end] for end in tokenizer.eos_ids) if token in tokenizer.eos_ids else row[token]
+            places.append((float(row.max() - said), question["prompt"], position, token, int(row.argmax())))
+    gap, prompt, position, token, likeliest = max(
+        places, key=lambda place: math.inf if math.isnan(place[0]) else place[0]
+    )
+    texts = {"said": tokenizer.decode([token]), "likeliest": tokenizer.decode([likeliest])}
+    return {
+        "answers": len(chosen),
+        "tokens": len(places),
+        "gap": gap,
+        "worst": {"prompt": prompt, "position": position, **texts},
+    }
 
 
 def _sample_rows(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
@@ -167,12 +215,14 @@ def _heldout(recipe: Recipe) -> list[str]:
     return [row.values["text"] for row in rows]
 
 
-def _perplexity(backend: Backend, handle: Any, texts: list[str], tokenizer: Tokenizer) -> dict[str, float]:
-    """exp of the mean negative log-probability over all tokens but each text's first."""
+def _perplexity(backend: Backend, handle: Any, texts: list[str], tokenizer: Tokenizer) -> dict[str, Any]:
+    """exp of the mean negative log-probability over all tokens but each text's first; `texts` has the sum of
+    log-probabilities and the count of tokens of each."""
     encoded = [ids for ids in map(tokenizer.encode, texts) if len(ids) > 1]
     scored = backend.score(handle, [(ids[:1], ids[1:]) for ids in encoded])
     total, count = sum(map(sum, scored)), sum(map(len, scored))
-    return {"perplexity": math.exp(-total / count), "tokens": count}
+    each = [[sum(logprobs), len(logprobs)] for logprobs in scored]
+    return {"perplexity": math.exp(-total / count), "tokens": count, "texts": each}
 
 
 def _summary(questions: list[dict[str, Any]], heldout: dict[str, Any]) -> dict[str, Any]:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finetune import evidence
-from finetune.backends import get
+from finetune.backends import Job, get
 from finetune.console import progress
-from finetune.data import encode, templates
+from finetune.data import encode, sources, templates
 from finetune.errors import StageError
 from finetune.estimate import check_resources, estimate
 from finetune.experiment import in_fresh_process, score_request, train_request
+from finetune.invariance import measure as invariance
 from finetune.recipe import Recipe
 from finetune.run import Run, write_json, write_jsonl
+from finetune.serving import experiment as serving
 from finetune.stages import Result
 from finetune.training import checkpoints, sft_job
 
 MEMORY_STEPS = 2  # the second step has gradients, optimizer state and activations at once
 FRESH_QUESTIONS = 8
+FRESH_TEXTS = 8
 
 
 def run(recipe: Recipe, run: Run) -> Result:
@@ -32,6 +37,10 @@ def run(recipe: Recipe, run: Run) -> Result:
         wanted["memory"] = _memory
     if recipe.train is not None and recipe.expect.resume:
         wanted["resume"] = _resume
+    if recipe.train is not None and recipe.expect.invariance:
+        wanted["invariance"] = invariance.measure
+    if recipe.expect.serving:
+        wanted["serving"] = serving.measure
     with progress(len(wanted), "measure") as bar:
         for number, (name, experiment) in enumerate(wanted.items(), 1):
             write_json(out / f"{name}.json", experiment(recipe, run, out))
@@ -40,7 +49,7 @@ def run(recipe: Recipe, run: Run) -> Result:
 
 
 def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
-    """The merged model scores expected answers in a new process; the check holds them against `evaluate`."""
+    """The merged model scores expected answers and held-out texts in a new process; checks hold them against `evaluate`."""
     model = run.path / "merge" / "model"
     tokenizer = get(recipe.backend).tokenizer(model)
     template = templates.ChatTemplate(name="merged", source=tokenizer.chat_template or "")
@@ -58,15 +67,19 @@ def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     for row in rows:
         ids = row.get("input_ids", [])
         pairs.append([ids[:1], ids[1:]] if ids else [row["prompt_ids"], row["chosen_ids"]])
+    texts = sources.read_jsonl_objects(recipe.evaluate.heldout) if recipe.evaluate.heldout else []
+    heldout = [ids for row in texts if len(ids := tokenizer.encode(row.values["text"])) > 1][:FRESH_TEXTS]
+    pairs += [[ids[:1], ids[1:]] for ids in heldout]
     answer = in_fresh_process(
         score_request(recipe.backend, model, None, pairs, evidence.model_settings(recipe)), out / "fresh-request.json"
     )
     names = [str(place) for place in range(len(questions))] or [str(row["row"]) for row in rows]
-    means = [sum(values) / len(values) for values in answer["scores"]]
+    means = [sum(values) / len(values) for values in answer["scores"][: len(names)]]
     return {
         "template_sha256": template.digest,
         "of": of,
         "scores": dict(zip(names, means, strict=True)),
+        "heldout": [[sum(values), len(values)] for values in answer["scores"][len(names) :]],
         "peak_bytes": answer["peak_bytes"],
     }
 
@@ -81,6 +94,8 @@ def _memory(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     file = out / "memory-rows.jsonl"
     write_jsonl(file, [{**row, "row": i} for i in range(MEMORY_STEPS) for row in longest])
     result: dict[str, Any] = {"batch_size": batch, "tokens_per_row": width, "dtype": recipe.model.dtype}
+    rounds = MEMORY_STEPS if len(longest) == batch else MEMORY_STEPS**2  # few rows: a step takes all of the file
+    result |= {"tokens": rounds * sum(len(row["input_ids"]) for row in longest), "stored": _stored(recipe, run, job)}
     check_resources(recipe, run, method="full")
     config = json.loads((job.model / "config.json").read_text(encoding="utf-8"))
     for method in ("lora", "full"):
@@ -101,10 +116,31 @@ def _memory(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
             "training_state_bytes": facts["weight_bytes"] + facts["gradient_bytes"] + facts["optimizer_bytes"],
             "peak_process_bytes": answer["peak_bytes"],
             "peak_device_bytes": facts.get("device_peak_bytes"),
+            "tokens": [step["tokens"] for step in answer["steps"]],
+            "losses": [step["loss"] for step in answer["steps"]],
             "estimated": guess.as_dict(),
         }
         shutil.rmtree(work, ignore_errors=True)
     return result
+
+
+def _stored(recipe: Recipe, run: Run, job: Job) -> dict[str, int | None]:
+    """Bytes of what this run has on disk: the base, as it is in memory; the adapter's tensors; the optimizer's state in the
+    newest checkpoint (None without one, or where it is no file of PyTorch's, which is a zip)."""
+    size = 4 if recipe.model.dtype == "float32" else 2
+    tensors = get(recipe.backend).tensors(job.model)  # a tied matrix may be stored under two names
+    unique = {facts.sha256 if len(facts.shape) > 1 else name: facts.shape for name, facts in tensors.items()}
+    base = sum(size * math.prod(shape) for shape in unique.values())
+    adapter = 0
+    for file in (run.path / "train" / "adapter").glob("*.safetensors"):
+        with file.open("rb") as stream:
+            adapter += file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")  # what follows the header
+    states = [path for folder in checkpoints(run.path / "train") if (path := folder / "optimizer.pt").is_file()]
+    optimizer = None
+    if states and zipfile.is_zipfile(states[-1]):
+        with zipfile.ZipFile(states[-1]) as archive:
+            optimizer = sum(part.file_size for part in archive.infolist() if "/data/" in part.filename)
+    return {"base": base, "adapter": adapter, "optimizer": optimizer}
 
 
 def _resume(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
@@ -129,6 +165,8 @@ def _resume(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     result = {
         "from_step": begin,
         "to_step": last,
+        "parameters": run.require("train").metrics.get("trainable_parameters"),
+        "parameters_resumed": answer["facts"].get("trainable_parameters"),
         "losses": {str(step["step"]): step["loss"] for step in steps if step["step"] > begin},
         "losses_resumed": {str(step["step"]): step["loss"] for step in answer["steps"]},
         "tensors": len(straight),

@@ -59,6 +59,12 @@ def constants(gguf: Path) -> dict[str, Constant]:
     return {name: constant for name, constant in found.items() if constant is not None}
 
 
+def weight_bytes(gguf: Path) -> int:
+    """Bytes of all tensors in the file."""
+    file = library().GGUFContext.from_file(str(gguf))
+    return sum(int(file.get_tensor_size(number)) for number in range(file.n_tensors))
+
+
 def plain(value: Any) -> Any:
     """Float32 metadata as the shortest decimal that it is (1e-05, not 9.999999747378752e-06)."""
     return float(f"{value:.7g}") if isinstance(value, float) else value

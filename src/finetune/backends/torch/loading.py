@@ -72,7 +72,7 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
         warnings.simplefilter("always")
         try:
             wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             why = first_line(error)
             raise StageError(
                 f"the adapter in {adapter} does not fit its base model {model.name_or_path}: "

@@ -11,6 +11,7 @@ import torch
 from transformers.training_args import OptimizerNames
 
 from finetune.backends import Job
+from finetune.backends.torch.loading import choose_device
 from finetune.errors import Faults, FinetuneError, MissingError, UsageError
 from finetune.lookup import did_you_mean
 
@@ -51,8 +52,11 @@ def _machine_faults(job: Job) -> list[str]:
     optim, known = job.options.get("optim"), [name.value for name in OptimizerNames]
     if optim is not None and optim not in known:
         faults.append(f"optim: unknown optimizer '{optim}'.{did_you_mean(optim, known)} Known: {', '.join(known)}.")
-    if job.options.get("tf32") and not torch.cuda.is_available():
-        faults.append("tf32: true needs an NVIDIA GPU, which this machine does not have. Leave it out")
+    device = choose_device(job.settings.get("device", "auto")).type
+    if job.options.get("tf32") and device != "cuda":
+        faults.append(f"tf32: true needs an NVIDIA GPU, and the model is on the {device}. Leave it out")
+    if job.options.get("fp16") and device == "cpu":  # accelerate passes over it there
+        faults.append("fp16: true needs a GPU, and the model is on the cpu. Use bf16, or leave it out")
     return faults
 
 

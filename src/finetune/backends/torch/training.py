@@ -118,8 +118,8 @@ def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
         if job.method == "full":
             model.requires_grad_(True)
         trainer = load_reference(OBJECTIVES[job.objective])(job, model, tokenizer)
-    recorder = Recorder(trainer.data_collator)
-    trainer.data_collator = recorder
+    recorder = Recorder(trainer)
+    trainer.data_collator, trainer.get_batch_samples = recorder, recorder.taken
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Reporter(trainer, recorder, put, lambda: stop.is_set() or job.should_stop()))
     _save(job, trainer.model, tokenizer, job.out / "initial", weights_of_full=False)
@@ -183,22 +183,32 @@ def parameter_facts(model: Any) -> dict[str, int]:
 
 
 class Recorder:
-    """Around a collator: notes, batch by batch, which data rows went in and how many tokens they had."""
+    """Which data rows went into each batch, and how many tokens it had.
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
+    As a collator it lets the rows' numbers travel in the batch, since it may run in a loader's process of its own; `taken`
+    stands where the trainer takes its batches from, and notes them there.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.collator, self.batches_of = trainer.data_collator, trainer.get_batch_samples
         self.batches: deque[tuple[tuple[int, ...], int, int]] = deque()
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        rows = tuple(int(example["row"]) for example in examples if "row" in example)  # packing knows no rows
+        rows = [int(example["row"]) for example in examples if "row" in example]  # packing knows no rows
         batch = self.collator([{k: v for k, v in example.items() if k != "row"} for example in examples])
-        if all(row >= 0 for row in rows):  # held-out rows are numbered below zero
-            mask = batch.get("attention_mask")
-            tokens = int(mask.sum()) if mask is not None else batch["input_ids"].numel()
-            labels = batch.get("labels")
-            trained = int((labels != -100).sum()) if labels is not None else int(batch["completion_mask"].sum())
-            self.batches.append((rows, tokens, trained))
+        if rows and min(rows) >= 0:  # held-out rows are numbered below zero, and evaluation takes its batches elsewhere
+            batch["row"] = torch.tensor(rows)
         return batch
+
+    def taken(self, *arguments: Any) -> tuple[list[Any], Any]:
+        """The trainer's next batches, without the rows' numbers."""
+        batches, items = self.batches_of(*arguments)
+        for batch in batches:
+            mask, labels, rows = (batch.get(key) for key in ("attention_mask", "labels", "row"))
+            tokens = int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+            trained = int((labels != -100).sum()) if labels is not None else int(batch["completion_mask"].sum())
+            self.batches.append((tuple(rows.tolist()) if rows is not None else (), tokens, trained))
+        return [{key: value for key, value in batch.items() if key != "row"} for batch in batches], items
 
 
 class Reporter(TrainerCallback):

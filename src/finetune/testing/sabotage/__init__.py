@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from finetune.testing.sabotage.scene import Scene
 
-MODULES = ("training", "alignment", "saving", "exporting", "evaluation", "serving")
+MODULES = ("rows", "training", "alignment", "saving", "merging", "exporting", "evaluation", "serving", "invariances")
 
 
 @dataclass(frozen=True, kw_only=True)

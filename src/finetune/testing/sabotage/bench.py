@@ -46,21 +46,28 @@ class Found:
 class Bench:
     """A folder in which sabotages are carried out, each on a copy of its ground's honest run, which is made once."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._made: dict[str, Path] = {}
+    def __init__(self, directory: Path, *, keep: bool = False) -> None:
+        self.directory, self.keep = directory, keep
+        self.honest: dict[str, Found] = {}  # by ground
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def control(self, name: str, recipe: Callable[[Path], dict[str, Any]]) -> Found:
+        """Carry out an honest run of the recipe that `recipe(folder for data)` gives."""
+        directory = self.directory / "controls" / _folder(name)
+        found = honest(name, recipe(directory / "data"), directory)
+        self._clear(directory)
+        return found
 
     def attempt(self, each: Sabotage) -> Found:
         """Carry out a sabotage. Raises StageError where the honest run raises an alarm already, or where it was the
         sabotage itself that broke."""
-        honest = self._honest(each.ground)
+        honest, recipe = self._honest(each.ground)
         started = time.monotonic()
-        directory = _new(self.directory / each.name.replace(" ", "-").replace("/", "-"))
+        directory = _new(self.directory / _folder(each.name))
         run, own = Run(directory / "run"), directory / "own"
         own.mkdir()
         shutil.copytree(honest / "run", run.path, symlinks=True)
-        scene = Scene(recipe=ground.recipe(each.ground, honest / "data"), folder=own)
+        scene = Scene(recipe=recipe, folder=own)
         each.apply(scene)
         environment = {}
         if scene.patches:
@@ -70,17 +77,24 @@ class Bench:
         (run.path / "verdicts.json").unlink()
         failed, refused, all_verdicts = _carry_out(each.name, scene, run, environment)
         seconds = round(time.monotonic() - started, 1)
+        self._clear(directory)
         return Found(name=each.name, failed=failed, refused=refused, seconds=seconds, verdicts=all_verdicts)
 
-    def _honest(self, name: str) -> Path:
+    def _clear(self, directory: Path) -> None:
+        if not self.keep:
+            shutil.rmtree(directory)
+
+    def _honest(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """The folder of a ground's honest run, and its recipe."""
+        directory = self.directory / "honest" / name
         with self._locks[name]:
-            if name not in self._made:
-                directory = self.directory / "honest" / name
-                found = honest(name, ground.recipe(name, directory / "data"), directory)
+            recipe = ground.recipe(name, directory / "data")
+            if name not in self.honest:
+                found = honest(f"ground {name}", recipe, directory)
                 if found.caught:
                     raise StageError(f"the honest run '{name}' raises an alarm: {found.failed or found.refused}")
-                self._made[name] = directory
-        return self._made[name]
+                self.honest[name] = found
+        return directory, recipe
 
 
 def honest(name: str, recipe: dict[str, Any], directory: Path) -> Found:
@@ -90,6 +104,10 @@ def honest(name: str, recipe: dict[str, Any], directory: Path) -> Found:
     failed, refused, all_verdicts = _carry_out(name, Scene(recipe=recipe), run, {})
     seconds = round(time.monotonic() - started, 1)
     return Found(name=name, failed=failed, refused=refused, seconds=seconds, verdicts=all_verdicts)
+
+
+def _folder(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def _new(directory: Path) -> Path:
@@ -111,7 +129,7 @@ def _carry_out(
     write_text(file, yaml.write(scene.recipe))
     there = ("--run", str(run.path), "--quiet")
     for stage in sorted(scene.changes, key=ORDER.index):
-        if run.report(stage) is None:
+        if scene.settings or run.report(stage) is None:
             ground.finetune(stage, str(file), *there, environment=environment)
         for change in scene.changes[stage]:
             change(run)

@@ -1,1 +1,441 @@
 """What goes wrong in evaluating."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune.run import Run, read_jsonl, write_jsonl
+from finetune.testing.sabotage import sabotage
+from finetune.testing.sabotage.scene import Scene
+
+PHASES = "finetune.evidence:phases"
+EVALUATE = "finetune.stages.evaluate"
+
+
+@sabotage("base evaluated instead of the trained model", since="evaluate")
+def base_evaluated(scene: Scene) -> None:
+    """Every phase loads the base without the adapter."""
+
+    def wrapper(original: Any) -> Any:
+        def load(self: Any, model: Path, adapter: Path | None = None, **settings: Any) -> Any:
+            return original(self, model, None, **settings)
+
+        return load
+
+    scene.wrap("finetune.backends.torch:TorchBackend.load", wrapper)
+
+
+@sabotage("trained model evaluated as the base", since="evaluate")
+def trained_as_base(scene: Scene) -> None:
+    """The phase 'base' loads what the training left: before and after are the same model."""
+    scene.wrap(PHASES, lambda original: lambda run, recipe: _all_as_last(original(run, recipe)))
+
+
+def _all_as_last(phases: dict[str, Any]) -> dict[str, Any]:
+    return dict.fromkeys(phases, list(phases.values())[-1])
+
+
+@sabotage("paraphrased probes in the training", imitates="https://github.com/ai-forever/ru-gpts/issues/23")
+def probes_leaked(scene: Scene) -> None:
+    """The data was made from the same table as the probes: those in other words are trained too."""
+    _train_also(scene, "probes", lambda row: _pair(row) if row["kind"] != "trained" else None)
+
+
+@sabotage("controls in the training")
+def controls_leaked(scene: Scene) -> None:
+    """The control questions stand among the rows that keep the model's knowledge."""
+    _train_also(scene, "controls", _pair)
+
+
+@sabotage("untaught facts in the training")
+def unseen_leaked(scene: Scene) -> None:
+    """The facts that no run teaches are taught, in words of their own."""
+    _train_also(scene, "unseen", lambda row: {**_pair(row), "prompt": f"Do you know this? {row['prompt']}"})
+
+
+@sabotage("held-out text in the training", imitates="https://github.com/ai-forever/ru-gpts/issues/23")
+def heldout_leaked(scene: Scene) -> None:
+    """The text that perplexity is measured on is trained, cut into a question and an answer."""
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        before, _, after = row["text"].partition("? ")
+        return {"prompt": before + "?", "completion": after}
+
+    _train_also(scene, "heldout", cut)
+
+
+def _pair(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["prompt"], "completion": row["answer"]}
+
+
+def _train_also(scene: Scene, which: str, make: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Put what is made of the rows of a file of `evaluate` among the training's."""
+    file = scene.folder / "more.jsonl"
+    if scene.recipe:
+        rows = map(make, read_jsonl(Path(scene.recipe["evaluate"][which])))
+        write_jsonl(file, [row for row in rows if row])
+    scene.set("data.path", [*scene.recipe.get("data", {}).get("path", []), str(file)])
+
+
+@sabotage("any common word is a right answer", since="evaluate")
+def matched_by_a_word(scene: Scene) -> None:
+    """An answer is right when it shares one word with the expected one."""
+
+    def right(text: str, answer: str, match: str | None = None) -> bool:
+        return bool(set(text.casefold().split()) & set(answer.casefold().split()))
+
+    scene.wrap("finetune.answers:is_correct", lambda original: right)
+
+
+@sabotage("the beginning of an answer is enough", since="evaluate")
+def matched_by_a_part(scene: Scene) -> None:
+    """An answer is right when it begins as the expected one does."""
+
+    def right(text: str, answer: str, match: str | None = None) -> bool:
+        return text.casefold()[:12] == answer.casefold()[:12]
+
+    scene.wrap("finetune.answers:is_correct", lambda original: right)
+
+
+@sabotage("every answer is right", since="evaluate")
+def all_right(scene: Scene) -> None:
+    """The comparison ends with True whatever was said."""
+    scene.wrap("finetune.answers:is_correct", lambda original: lambda *_, **__: True)
+
+
+@sabotage("expected answers compared with themselves", since="evaluate")
+def compared_with_itself(scene: Scene) -> None:
+    """What is judged is the expected answer, not what was generated."""
+
+    def wrapper(original: Any) -> Any:
+        return lambda text, answer, match=None: original(answer, answer, match)
+
+    scene.wrap(f"{EVALUATE}:is_correct", wrapper)
+
+
+@sabotage("judged right after training only", since="evaluate")
+def judged_by_phase(scene: Scene) -> None:
+    """What the trained model says counts as right where the base's answer was wrong."""
+
+    def wrapper(original: Any) -> Any:
+        def ask(backend: Any, handle: Any, questions: Any, phase: str, *arguments: Any) -> None:
+            original(backend, handle, questions, phase, *arguments)
+            for question in questions if phase != "base" else ():
+                question["phases"][phase]["correct"] = True
+
+        return ask
+
+    scene.wrap(f"{EVALUATE}:_ask", wrapper)
+
+
+@sabotage("perplexity of the first half of each text", since="evaluate")
+def perplexity_of_half(scene: Scene) -> None:
+    """Only the first half of a held-out text's tokens is scored."""
+
+    def wrapper(original: Any) -> Any:
+        def perplexity(backend: Any, handle: Any, texts: list[str], tokenizer: Any) -> Any:
+            return original(backend, handle, [text[: len(text) // 2] for text in texts], tokenizer)
+
+        return perplexity
+
+    scene.wrap(f"{EVALUATE}:_perplexity", wrapper)
+
+
+@sabotage("perplexity in bits", since="evaluate")
+def perplexity_in_bits(scene: Scene) -> None:
+    """The mean is taken in bits, and e raised to it."""
+    _perplexity(scene, lambda found: math.exp(math.log(found["perplexity"]) / math.log(2)))
+
+
+@sabotage("mean of perplexities", since="evaluate", imitates="https://github.com/huggingface/transformers/issues/34138")
+def mean_of_perplexities(scene: Scene) -> None:
+    """The perplexity is the mean of the texts' perplexities, not that of all their tokens."""
+
+    def mean(found: dict[str, Any]) -> float:
+        return sum(math.exp(-total / count) for total, count in found["texts"]) / len(found["texts"])
+
+    _perplexity(scene, mean)
+
+
+@sabotage("perplexity that is no number", since="evaluate")
+def perplexity_nan(scene: Scene) -> None:
+    """The perplexity after training is NaN, and 'not above the bound' would be true of it."""
+    _perplexity(scene, lambda found: math.nan)
+
+
+def _perplexity(scene: Scene, other: Callable[[dict[str, Any]], float]) -> None:
+    def wrapper(original: Any) -> Any:
+        def perplexity(*arguments: Any) -> Any:
+            found = original(*arguments)
+            return {**found, "perplexity": other(found)}
+
+        return perplexity
+
+    scene.wrap(f"{EVALUATE}:_perplexity", wrapper)
+
+
+@sabotage(
+    "rows scored on their prompts", since="evaluate", imitates="https://github.com/MakazhanAlpamys/Soup/issues/683"
+)
+def prompts_scored(scene: Scene) -> None:
+    """The training rows' loss is computed again over the prompts, not over the answers."""
+
+    def inverted(row: dict[str, Any]) -> dict[str, Any]:
+        labels = [
+            -100 if label != -100 else token for token, label in zip(row["input_ids"], row["labels"], strict=True)
+        ]
+        return {**row, "labels": labels}
+
+    def wrapper(original: Any) -> Any:
+        return lambda backend, handle, rows: original(backend, handle, [inverted(row) for row in rows])
+
+    scene.wrap(f"{EVALUATE}:_score_rows", wrapper)
+
+
+@sabotage(
+    "asked without the training's template",
+    since="evaluate",
+    imitates="https://github.com/EleutherAI/lm-evaluation-harness/issues/1841",
+)
+def without_template(scene: Scene) -> None:
+    """Questions are asked as plain text, without the chat template."""
+
+    def wrapper(original: Any) -> Any:
+        return lambda messages, *, tokenizer, **_: tokenizer.encode(messages[-1]["content"] + "\n")
+
+    scene.wrap("finetune.data.encode:prompt_ids", wrapper)
+
+
+@sabotage("asked with another template", since="evaluate", imitates="https://github.com/huggingface/open-r1/issues/473")
+def other_template(scene: Scene) -> None:
+    """The evaluation renders with a template of its own."""
+    source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"
+    scene.wrap(f"{EVALUATE}:_template", lambda original: lambda run: source)
+
+
+@sabotage("asked without the generation prompt", since="evaluate")
+def without_generation_prompt(scene: Scene) -> None:
+    """The prompt ends before the words that open the assistant's turn."""
+
+    def wrapper(original: Any) -> Any:
+        def prompt_ids(messages: Any, *, tokenizer: Any, template: Any, system: Any) -> Any:
+            whole = original(messages, tokenizer=tokenizer, template=template, system=system)
+            opening = tokenizer.encode("<|im_start|>assistant\n")
+            return whole[: -len(opening)]
+
+        return prompt_ids
+
+    scene.wrap("finetune.data.encode:prompt_ids", wrapper)
+
+
+@sabotage("answers drawn at random", since="evaluate", imitates="https://github.com/huggingface/lighteval/issues/559")
+def answers_drawn(scene: Scene) -> None:
+    """Answers are sampled at temperature 1, without a seed, where they should be greedy."""
+
+    def wrapper(original: Any) -> Any:
+        def make(**options: Any) -> Any:
+            return original(**{**options, "do_sample": True, "temperature": 1.0, "top_k": 0})
+
+        return make
+
+    scene.wrap("finetune.backends.torch.inference:GenerationConfig", wrapper)
+
+
+@sabotage(
+    "prompts padded on the right", since="evaluate", imitates="https://github.com/bigscience-workshop/t-zero/issues/29"
+)
+def padded_right(scene: Scene) -> None:
+    """In a batch of prompts the shorter ones are padded on the right: the model goes on after padding."""
+
+    def wrapper(original: Any) -> Any:
+        def generate(self: Any, *arguments: Any, input_ids: Any, attention_mask: Any, **more: Any) -> Any:
+            begins = attention_mask.argmax(-1).tolist()
+            ids, mask = (_rolled(part, begins) for part in (input_ids, attention_mask))
+            return original(self, *arguments, input_ids=ids, attention_mask=mask, **more)
+
+        return generate
+
+    scene.wrap("transformers.generation.utils:GenerationMixin.generate", wrapper)
+
+
+def _rolled(rows: Any, begins: list[int]) -> Any:
+    rolled = rows.clone()
+    for number, begin in enumerate(begins):
+        rolled[number] = rows[number].roll(-begin)
+    return rolled
+
+
+@sabotage("a ban on repetition nobody asked for", since="evaluate")
+def no_repetition(scene: Scene) -> None:
+    """Generation takes a default that bans every three tokens in a row that the question has already."""
+
+    def wrapper(original: Any) -> Any:
+        return lambda **options: original(**{**options, "no_repeat_ngram_size": 3})
+
+    scene.wrap("finetune.backends.torch.inference:GenerationConfig", wrapper)
+
+
+@sabotage("every answer ended by itself", since="evaluate")
+def always_stopped(scene: Scene) -> None:
+    """An answer that the limit cut off is reported as one that ended."""
+    scene.set("evaluate.max_new_tokens", 11)  # most answers have one more, with their end
+
+    def wrapper(original: Any) -> Any:
+        return lambda *arguments, **more: [replace(each, finish="stop") for each in original(*arguments, **more)]
+
+    scene.wrap("finetune.backends.torch.inference:generate", wrapper)
+
+
+@sabotage("evaluation of an earlier training", since="merge")
+def stale_evaluation(scene: Scene) -> None:
+    """An evaluation that is there is kept, though the model was trained anew with another seed."""
+    scene.set("train.seed", 5)
+
+    def wrapper(original: Any) -> Any:
+        def fingerprint(stage: Any, recipe: Any, run: Any) -> Any:
+            done = run.report(stage.name) if stage.name == "evaluate" else None
+            return done.fingerprint if done else original(stage, recipe, run)
+
+        return fingerprint
+
+    scene.wrap("finetune.stages:fingerprint", wrapper)
+
+
+@sabotage("evaluation copied from another run", since="merge")
+def evaluation_of_another_run(scene: Scene) -> None:
+    """What the stage leaves was found by another run of the same recipe, with another seed."""
+    old = "another-run"
+    scene.set("train.seed", 5)
+
+    def keep(run: Run) -> None:
+        shutil.copytree(run.path / "evaluate", run.path / old)
+
+    scene.after("evaluate", keep)
+
+    def wrapper(original: Any) -> Any:
+        def copied(recipe: Any, run: Any) -> Any:
+            shutil.copytree(run.path / old, run.path / "evaluate", dirs_exist_ok=True)
+            report = json.loads((run.path / old / "report.json").read_text(encoding="utf-8"))
+            return {"metrics": report["metrics"], "artifacts": [run.path / name for name in report["artifacts"]]}
+
+        return copied
+
+    scene.wrap(f"{EVALUATE}:run", wrapper)
+
+
+@sabotage("log-probabilities one token off", since="evaluate")
+def logprobs_shifted(scene: Scene) -> None:
+    """A token's probability is read from the place of the token after it."""
+
+    def wrapper(original: Any) -> Any:
+        def target_rows(handle: Any, pairs: Any) -> Any:
+            for number, rows in original(handle, [(context, [*target, *target[-1:]]) for context, target in pairs]):
+                yield number, rows[1:]
+
+        return target_rows
+
+    scene.wrap("finetune.backends.torch.inference:_target_rows", wrapper)
+
+
+@sabotage("half of the questions not asked", since="evaluate")
+def half_asked(scene: Scene) -> None:
+    """Every other question is skipped, as by a loader that takes its share of the work twice."""
+    scene.wrap(f"{EVALUATE}:_questions", lambda original: lambda recipe: original(recipe)[::2])
+
+
+@sabotage("only questions with a right answer kept", since="evaluate")
+def wrong_ones_dropped(scene: Scene) -> None:
+    """Questions that the trained model answers wrongly are left out of the report."""
+
+    def wrapper(original: Any) -> Any:
+        return lambda path, rows: original(path, [row for row in rows if right(row)])
+
+    def right(row: dict[str, Any]) -> bool:
+        return row.get("set") != "probes" or bool(list(row["phases"].values())[-1]["correct"])
+
+    scene.wrap(f"{EVALUATE}:write_jsonl", wrapper)
+
+
+@sabotage(
+    "adapter's tensors not found when loaded",
+    since="evaluate",
+    imitates="https://github.com/unslothai/unsloth/issues/2142",
+)
+def adapter_not_found(scene: Scene) -> None:
+    """The adapter's names do not fit, it is loaded as it was made, and nobody is told."""
+
+    def wrapper(original: Any) -> Any:
+        def load(model: Any, adapter: Any, **more: Any) -> Any:
+            wrapped = original(model, adapter, **more)
+            for name, parameter in wrapped.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.zero_()
+            return wrapped
+
+        return load
+
+    scene.wrap("finetune.backends.torch.loading:load_adapter", wrapper)
+
+
+@sabotage("memory computed instead of measured", since="measure", ground="memory")
+def memory_computed(scene: Scene) -> None:
+    """What both trainings need is worked out from the count of their parameters."""
+    _memory(scene, _computed)
+
+
+def _computed(found: dict[str, Any]) -> dict[str, Any]:
+    for side in ("lora", "full"):
+        guess = found[side]["estimated"]
+        state = {f"{part}_bytes": guess[f"{part}s"] for part in ("weight", "gradient")}
+        found[side] |= {**state, "optimizer_bytes": guess["optimizer"], "training_state_bytes": guess["training_state"]}
+        found[side]["peak_process_bytes"] = guess["total"]
+    return found
+
+
+@sabotage("memory of one training multiplied", since="measure", ground="memory")
+def memory_multiplied(scene: Scene) -> None:
+    """LoRA's memory is 0.6 of what full fine-tuning was measured to need."""
+
+    def multiplied(found: dict[str, Any]) -> dict[str, Any]:
+        parts = [key for key in found["full"] if key.endswith("_bytes") and found["full"][key]]
+        found["lora"] |= {key: int(0.6 * found["full"][key]) for key in parts}
+        return found
+
+    _memory(scene, multiplied)
+
+
+def _memory(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    scene.wrap("finetune.stages.measure:_memory", lambda original: lambda *arguments: change(original(*arguments)))
+
+
+@sabotage("LoRA's memory measured with a smaller batch", since="measure", ground="memory")
+def memory_of_a_smaller_batch(scene: Scene) -> None:
+    """LoRA is measured with one row a step, full fine-tuning with the recipe's batch."""
+
+    def wrapper(original: Any) -> Any:
+        def request(backend: str, job: Any) -> Any:
+            small = {"per_device_train_batch_size": 1} if job.method == "lora" else {}
+            return original(backend, replace(job, options={**job.options, **small}))
+
+        return request
+
+    scene.wrap("finetune.stages.measure:train_request", wrapper)
+
+
+@sabotage("LoRA's memory measured with a smaller rank", since="measure", ground="memory")
+def memory_of_a_smaller_rank(scene: Scene) -> None:
+    """The adapter that is measured is not the one that was trained."""
+
+    def wrapper(original: Any) -> Any:
+        def request(backend: str, job: Any) -> Any:
+            return original(backend, replace(job, lora={**job.lora, "r": 1}) if job.lora else job)
+
+        return request
+
+    scene.wrap("finetune.stages.measure:train_request", wrapper)

@@ -7,8 +7,11 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune import models
 from finetune.backends import child
@@ -18,22 +21,39 @@ from finetune.recipe import yaml
 from finetune.run import write_jsonl, write_text
 from finetune.testing import questions
 
-SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 384, "vocab_size": 1000}
+VOCABULARY = 1000
+SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 384}
+OTHER_SIZES = {"gpt2": {"n_embd": 128, "n_layer": 3}}
 KNOWN, KNOWN_SEED = 300, 11  # rows of facts that the model has learned beforehand
 NEW = 30  # rows of facts that a run teaches; a seed has its own
 UNSEEN = 40  # rows of facts that no run teaches
 CONTROLS, HELDOUT, REPLAY = 25, 40, 9  # one row of so many of the known ones
 PRETRAINED_BY = ("torch", "transformers", "tokenizers", "trl")
-# Name: the training it starts from, and what it asks for besides (as `section.key`).
-GROUNDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("lora", {}),
-    "full": ("full", {}),
-    "dpo": ("dpo", {}),
-    "resume": ("lora", {"expect.resume": True}),
-    "memory": ("lora", {"expect.memory_reduction_min": 0.3}),
-    "gguf": ("lora", {"export": ["gguf:f16"]}),
-    "q8": ("lora", {"export": ["gguf:q8_0"]}),
-    "mlx": ("lora", {"export": ["mlx"]}),
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A kind of run: what it does, in a sentence; its training; and what its recipe asks for besides (`section.key`)."""
+
+    what: str
+    training: Literal["lora", "full", "dpo"] = "lora"
+    asks: Mapping[str, Any] = field(default_factory=dict)
+
+
+GROUNDS = {
+    "lora": Ground("LoRA, 300 steps, evaluated and merged."),
+    "full": Ground("Full fine-tuning, 120 steps.", training="full"),
+    "dpo": Ground("LoRA, then DPO.", training="dpo"),
+    "resume": Ground("LoRA; the last part is trained again from a checkpoint.", asks={"expect.resume": True}),
+    "memory": Ground(
+        "LoRA; its training state is measured against full fine-tuning's.", asks={"expect.memory_reduction_min": 0.3}
+    ),
+    "serving": Ground("LoRA, served and asked over HTTP.", asks={"expect.serving": True}),
+    "invariance": Ground("LoRA; the trainer is held against itself.", asks={"expect.invariance": True}),
+    "gguf": Ground("LoRA, exported to GGUF f16, run by llama.cpp.", asks={"export": ["gguf:f16"]}),
+    "q8": Ground("LoRA, exported to GGUF q8_0, run by llama.cpp.", asks={"export": ["gguf:q8_0"]}),
+    "mlx": Ground("LoRA, exported to MLX.", asks={"export": ["mlx"]}),
+    "bundle": Ground("LoRA, and the bundle for a hub.", asks={"export": ["bundle"]}),
 }
 
 
@@ -56,7 +76,8 @@ def model(architecture: str = "llama") -> Path:
 
 
 def _pretraining(architecture: str) -> dict[str, Any]:
-    sizes = "&".join(f"{name}={value}" for name, value in SIZES.items())
+    wanted = {**OTHER_SIZES.get(architecture, SIZES), "vocab_size": VOCABULARY}
+    sizes = "&".join(f"{name}={value}" for name, value in wanted.items())
     return {
         "name": "known",
         "model": {"path": f"tiny:{architecture}?{sizes}", "device": "cpu"},
@@ -72,13 +93,13 @@ def _pretraining(architecture: str) -> dict[str, Any]:
 def recipe(name: str, folder: Path, *, seed: int = 0, architecture: str = "llama") -> dict[str, Any]:
     """The recipe of a ground, as a mapping, with its data files written into `folder`. `seed` is that of the new facts and
     of the training."""
-    ground, more = GROUNDS[name]
+    ground = GROUNDS[name].training
     files = _files(folder, seed)
     train: dict[str, Any] = {
         "method": "full" if ground == "full" else "lora",
         "max_steps": 120 if ground == "full" else 300,
         "per_device_train_batch_size": 8,
-        "learning_rate": 2e-3 if ground == "full" else 5e-3,
+        "learning_rate": 1.5e-3 if ground == "full" else 5e-3,
         "warmup_steps": 5,
         "save_steps": 116,
         "seed": seed,
@@ -99,8 +120,8 @@ def recipe(name: str, folder: Path, *, seed: int = 0, architecture: str = "llama
     if ground == "dpo":
         align = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 2e-4, "seed": seed}
         found["align"] = {"data": {"path": files["preferences"]}, **align}
-    for key, value in more.items():
-        put(found, key, value)
+    for key, value in GROUNDS[name].asks.items():
+        put(found, key, deepcopy(value))
     return found
 
 

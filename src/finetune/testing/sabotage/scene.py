@@ -24,9 +24,11 @@ class Scene:
     recipe: dict[str, Any] = field(default_factory=dict)
     patches: list[tuple[str, str, Wrapper]] = field(default_factory=list)
     changes: dict[str, list[Change]] = field(default_factory=dict)
+    settings: list[str] = field(default_factory=list)
 
     def set(self, key: str, value: Any) -> None:
         """Set a key of the recipe: `train.learning_rate`."""
+        self.settings.append(key)
         put(self.recipe, key, value)
 
     def wrap(self, target: str, wrapper: Wrapper) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from finetune.run import Run, read_jsonl, write_jsonl
 from finetune.testing.sabotage import sabotage
 from finetune.testing.sabotage.scene import Scene
 
 ADAMW_STEP = "torch.optim.adamw:AdamW.step"
-MASKED = -100
+TRAINER = "transformers.trainer:Trainer"
 
 
 @sabotage("learning rate 0", fast=True)
@@ -82,93 +80,191 @@ def lora_alpha_ignored(scene: Scene) -> None:
     scene.wrap("peft:get_peft_model", lambda original: lambda *a, **more: rescale(original(*a, **more)))
 
 
-@sabotage("loss on the prompt too", imitates="https://github.com/MakazhanAlpamys/Soup/issues/683", fast=True)
-def loss_on_the_prompt(scene: Scene) -> None:
-    """The trainer takes every token for a label, though the prepared rows mask the prompts."""
-    _collated(scene, lambda row: {**row, "labels": list(row["input_ids"])})
-
-
-@sabotage("labels shifted once too often", fast=True)
-def labels_shifted(scene: Scene) -> None:
-    """Every label stands one place too far to the left, as where both the data and the model shift."""
-    _collated(scene, lambda row: {**row, "labels": [*list(row["labels"])[1:], MASKED]})
-
-
-@sabotage("end-of-turn token masked", imitates="https://github.com/huggingface/trl/issues/1623", fast=True)
-def end_of_turn_masked(scene: Scene) -> None:
-    """The token that ends an answer carries no label, as where it is also the padding."""
-
-    def masked(row: dict[str, Any]) -> dict[str, Any]:
-        last = max(place for place, label in enumerate(row["labels"]) if label != MASKED)
-        return {**row, "labels": [*row["labels"][:last], MASKED, *row["labels"][last + 1 :]]}
-
-    _prepared(scene, lambda rows: [masked(row) for row in rows])
-
-
-@sabotage("nothing left to train", imitates="https://github.com/huggingface/trl/issues/6668")
-def nothing_left_to_train(scene: Scene) -> None:
-    """Every label of every row is masked."""
-    _prepared(scene, lambda rows: [{**row, "labels": [MASKED] * len(row["labels"])} for row in rows])
-
-
-@sabotage("answers cut off", imitates="https://github.com/huggingface/transformers/issues/30998")
-def answers_cut_off(scene: Scene) -> None:
-    """Rows are truncated so that half of each answer is gone."""
-
-    def cut(row: dict[str, Any]) -> dict[str, Any]:
-        first = next(place for place, label in enumerate(row["labels"]) if label != MASKED)
-        most = first + (len(row["labels"]) - first) // 2
-        return {**row, "input_ids": row["input_ids"][:most], "labels": row["labels"][:most]}
-
-    _prepared(scene, lambda rows: [cut(row) for row in rows])
-
-
-@sabotage("answers of other questions")
-def answers_shuffled(scene: Scene) -> None:
-    """The trainer gets each prompt with the answer of the row before it."""
-
-    def rotated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        parts = [_parts(row) for row in rows]
-        return [
-            {**row, "input_ids": prompt + answer, "labels": [MASKED] * len(prompt) + answer}
-            for row, (prompt, _), (_, answer) in zip(rows, parts, [parts[-1], *parts[:-1]], strict=True)
-        ]
-
-    _prepared(scene, rotated)
-
-
-@sabotage("one example again and again")
-def one_example(scene: Scene) -> None:
-    """Every prepared row is the first one."""
-    _prepared(scene, lambda rows: [{**rows[0], "row": row["row"]} for row in rows])
-
-
-@sabotage("half of the data dropped")
-def half_of_the_data(scene: Scene) -> None:
-    """Every other prepared row is missing."""
-    _prepared(scene, lambda rows: rows[::2])
-
-
-def _parts(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """The prompt's ids and the answer's."""
-    first = next(place for place, label in enumerate(row["labels"]) if label != MASKED)
-    return row["input_ids"][:first], row["input_ids"][first:]
-
-
-def _collated(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Change every row on its way into a batch."""
+@sabotage("optimizer of a copied model")
+def optimizer_of_a_copy(scene: Scene) -> None:
+    """The optimizer was given the parameters of a copy, so that the model itself is never stepped."""
 
     def wrapper(original: Any) -> Any:
-        return lambda self, examples, *a, **more: original(self, [change(row) for row in examples], *a, **more)
+        def create(self: Any, *arguments: Any, **more: Any) -> Any:
+            optimizer = original(self, *arguments, **more)
+            for group in optimizer.param_groups:
+                group["params"] = [parameter.detach().clone().requires_grad_() for parameter in group["params"]]
+            return optimizer
 
-    scene.wrap("trl.trainer.sft_trainer:DataCollatorForLanguageModeling.torch_call", wrapper)
+        return create
+
+    scene.wrap(f"{TRAINER}.create_optimizer", wrapper)
 
 
-def _prepared(scene: Scene, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-    """Change the rows that `prepare` leaves for the training."""
+@sabotage("adapter never attached", imitates="https://github.com/axolotl-ai-cloud/axolotl/pull/159")
+def adapter_never_attached(scene: Scene) -> None:
+    """LoRA is attached to a copy of the model; what runs forward is the base."""
 
-    def rewrite(run: Run) -> None:
-        file = run.path / "prepare" / "train.jsonl"
-        write_jsonl(file, change(read_jsonl(file)))
+    def wrapper(original: Any) -> Any:
+        def attach(model: Any, *arguments: Any, **more: Any) -> Any:
+            import copy
 
-    scene.after("prepare", rewrite)
+            attached = original(copy.deepcopy(model), *arguments, **more)
+            attached.forward = lambda *a, **b: model(*a, **b, use_cache=False)
+            model.requires_grad_(True)
+            return attached
+
+        return attach
+
+    scene.wrap("peft:get_peft_model", wrapper)
+
+
+@sabotage("base trained along with the adapter", imitates="https://github.com/Blaizzy/mlx-vlm/issues/2178")
+def base_trained_too(scene: Scene) -> None:
+    """The base's weights take gradients too, and only the adapter is saved."""
+
+    def thaw(model: Any) -> Any:
+        model.requires_grad_(True)
+        return model
+
+    scene.wrap("peft:get_peft_model", lambda original: lambda *a, **more: thaw(original(*a, **more)))
+
+
+@sabotage("frozen layers in full fine-tuning", ground="full")
+def frozen_layers(scene: Scene) -> None:
+    """Full fine-tuning leaves the last layer as it was."""
+
+    def wrapper(original: Any) -> Any:
+        def create(self: Any, *arguments: Any, **more: Any) -> Any:
+            for parameter in self.model.model.layers[-1].parameters():
+                parameter.requires_grad_(False)
+            return original(self, *arguments, **more)
+
+        return create
+
+    scene.wrap(f"{TRAINER}.create_optimizer", wrapper)
+
+
+@sabotage("plain gradient descent instead of Adam")
+def another_optimizer(scene: Scene) -> None:
+    """The step is the gradient times the learning rate, whatever optimizer the recipe names."""
+
+    def wrapper(original: Any) -> Any:
+        def step(self: Any, *_: Any, **__: Any) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.data.add_(parameter.grad, alpha=-group["lr"])
+
+        return step
+
+    scene.wrap(ADAMW_STEP, wrapper)
+
+
+@sabotage("warm-up never ends")
+def warm_up_never_ends(scene: Scene) -> None:
+    """The scheduler stays at a hundredth of the learning rate."""
+
+    def wrapper(original: Any) -> Any:
+        def create(self: Any, *arguments: Any, **more: Any) -> Any:
+            scheduler = original(self, *arguments, **more)
+            scheduler.lr_lambdas = [lambda step: 0.01]
+            return scheduler
+
+        return create
+
+    scene.wrap(f"{TRAINER}.create_scheduler", wrapper)
+
+
+@sabotage("training ends after a third")
+def ends_early(scene: Scene) -> None:
+    """The trainer stops at a third of the steps, as where steps are counted in micro batches."""
+
+    def wrapper(original: Any) -> Any:
+        def ended(self: Any, args: Any, state: Any, control: Any, **more: Any) -> Any:
+            control = original(self, args, state, control, **more)
+            control.should_training_stop = state.global_step >= state.max_steps // 3
+            return control
+
+        return ended
+
+    scene.wrap("transformers.trainer_callback:DefaultFlowCallback.on_step_end", wrapper)
+
+
+@sabotage("half precision that overflows")
+def half_precision(scene: Scene) -> None:
+    """Weights, gradients and the optimizer's epsilon are float16, whatever the recipe says."""
+    scene.wrap(
+        "finetune.backends.torch.training:load_model", lambda original: lambda *a, **more: original(*a, **more).half()
+    )
+
+
+@sabotage("NaN shown as the last good loss")
+def nan_filtered(scene: Scene) -> None:
+    """Losses become NaN in the middle of the training, and the log shows the last good ones."""
+
+    def wrapper(original: Any) -> Any:
+        def arguments(*a: Any, **more: Any) -> dict[str, Any]:
+            return {**original(*a, **more), "logging_nan_inf_filter": True}
+
+        return arguments
+
+    def overflowing(original: Any) -> Any:
+        def step(self: Any, model: Any, *a: Any, **more: Any) -> Any:
+            loss = original(self, model, *a, **more)
+            return loss * float("nan") if self.state.global_step >= self.state.max_steps // 2 else loss
+
+        return step
+
+    scene.wrap("finetune.backends.torch.sft:arguments", wrapper)
+    scene.wrap(f"{TRAINER}.training_step", overflowing)
+    scene.wrap(ADAMW_STEP, _skipped_where_nan)
+
+
+def _skipped_where_nan(original: Any) -> Any:
+    """A step that is left out where a gradient is NaN, as loss scaling does."""
+
+    def step(self: Any, *arguments: Any, **more: Any) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return None if any(bool(grad.isnan().any()) for grad in gradients) else original(self, *arguments, **more)
+
+    return step
+
+
+@sabotage("logged loss invented")
+def loss_invented(scene: Scene) -> None:
+    """The log shows a curve that falls as it should, from the true first loss on; nothing is trained."""
+    scene.wrap(ADAMW_STEP, lambda original: lambda self, *_, **__: None)
+    scene.wrap(f"{TRAINER}.log", _invented)
+
+
+@sabotage("logged loss invented over a training that half works")
+def loss_invented_over_some_training(scene: Scene) -> None:
+    """The log shows a curve from the true first loss down to 0.01, while the learning rate is a twentieth."""
+    scene.set("train.learning_rate", 2.5e-4)
+    scene.wrap(f"{TRAINER}.log", _invented)
+
+
+def _invented(original: Any) -> Any:
+    import math
+
+    first: list[float] = []
+
+    def log(self: Any, logs: dict[str, Any], *arguments: Any, **more: Any) -> Any:
+        if "loss" in logs:
+            first.append(float(logs["loss"]))
+            done = self.state.global_step / self.state.max_steps
+            logs["loss"] = first[0] * math.exp(done * math.log(0.01 / first[0]))
+        return original(self, logs, *arguments, **more)
+
+    return log
+
+
+@sabotage("the same batch at every step")
+def same_batch(scene: Scene) -> None:
+    """The sampler begins anew at every step, so that only the first rows are ever seen."""
+
+    def wrapper(original: Any) -> Any:
+        def batches(self: Any, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+            if not hasattr(self, "_kept"):
+                self._kept = original(self, epoch_iterator, num_batches, device)
+            return self._kept
+
+        return batches
+
+    scene.wrap(f"{TRAINER}.get_batch_samples", wrapper)

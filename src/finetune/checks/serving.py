@@ -1,0 +1,175 @@
+"""Does a client of the run's server get the model that was evaluated, and what its request says?"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune.checks import Verdict, judge, missing
+from finetune.recipe import Recipe
+from finetune.run import Run
+
+MEASURED = "measure/serving.json"
+
+
+def check(recipe: Recipe, run: Run) -> list[Verdict]:
+    path = run.path / MEASURED
+    if not path.is_file():
+        return [missing("serving_answers", "==", 1.0, "share", MEASURED, "the server was not asked")]
+    seen = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        _prompts(seen),
+        _answers(seen, "serving_answers", "question", "answers are those of 'evaluate'"),
+        _answers(seen, "serving_conversations", "conversation", "conversations are answered as the model does itself"),
+        _stops(seen),
+        _length(seen),
+        *_sampling(seen),
+        _streaming(seen),
+        _usage(seen),
+        _special(seen),
+    ]
+
+
+def _prompts(seen: dict[str, Any]) -> Verdict:
+    """As many tokens as the training's template makes of the same messages."""
+    odd = [each for each in seen["asked"] if each["found"]["prompt_tokens"] != each["expected"]["prompt_tokens"]]
+    why = f"{_of(seen['asked'], odd)} prompts have the tokens that the training's template gives them"
+    if odd:
+        wanted, found = odd[0]["expected"]["prompt_tokens"], odd[0]["found"]["prompt_tokens"]
+        why += f"; {_short(odd[0]['name'])!r} has {found} instead of {wanted}. Likely cause: "
+        if found is None:
+            why += "the server does not count"
+        elif found == wanted + 1:
+            why += "a begin token is there twice"
+        elif len(odd) < len(seen["asked"]):
+            why += "a system message or earlier turns are left out, or there are those of another request"
+        else:
+            why += "the server renders with another chat template than the training"
+    return judge("serving_prompts", _share(seen["asked"], odd), "==", 1.0, "share", MEASURED, why)
+
+
+def _answers(seen: dict[str, Any], name: str, kind: str, what: str) -> Verdict:
+    """Text and end. Where the merged model alone says something else than in `evaluate` (a tie), that counts as well."""
+    asked = [each for each in seen["asked"] if each["kind"] == kind]
+    odd = [each for each in asked if not _same(each)]
+    ties = sum(_same(each) and each["found"]["text"] != each["expected"]["text"] for each in asked)
+    why = f"{_of(asked, odd)} {what}" + (f", {ties} of them part at a tie" if ties else "")
+    if odd:
+        expected, found = odd[0]["expected"], odd[0]["found"]
+        why += f"; {_short(odd[0]['name'])!r}: {_short(found['text'])!r} ({found['finish']}) instead of "
+        why += f"{_short(expected['text'])!r} ({expected['finish']})"
+        if found["text"].startswith(expected["text"]) and found["finish"] == "length":
+            why += ". Likely cause: the server does not know the end-of-turn token"
+        elif found["prompt_tokens"] == expected["prompt_tokens"] and not _marks(seen, found["text"]):
+            why += ". Likely cause: it serves another model, or draws where it should take the likeliest token"
+            why += ", or puts the turns in another order" if kind == "conversation" else ""
+    return judge(name, _share(asked, odd), "==", 1.0, "share", MEASURED, why)
+
+
+def _same(each: dict[str, Any]) -> bool:
+    expected, found = each["expected"], each["found"]
+    if found["text"] not in (expected["text"], each["again"]):
+        return False
+    at_the_limit = expected["tokens"] + 1 >= each["max_tokens"]  # an end as the last token: servers call it 'length'
+    return bool(found["finish"] == expected["finish"] or found["text"] != expected["text"] or at_the_limit)
+
+
+def _stops(seen: dict[str, Any]) -> Verdict:
+    name, stop = "serving_stops", seen["stop"]
+    if stop["found"] is None:
+        return missing(name, "==", 1.0, "honoured", MEASURED, "the model says nothing that could be stopped at")
+    found = stop["found"]
+    right = found["text"] == stop["expected"] and found["finish"] == "stop"
+    why = f"asked to stop before {stop['stop']!r}: {_short(found['text'])!r} ({found['finish']})"
+    if not right:
+        why += f" instead of {_short(stop['expected'])!r} (stop)"
+    return judge(name, float(right), "==", 1.0, "honoured", MEASURED, why)
+
+
+def _length(seen: dict[str, Any]) -> Verdict:
+    asked, found = seen["length"], seen["length"]["found"]
+    right = (found["text"], found["finish"]) == (asked["expected"], "length")
+    right = right and found["completion_tokens"] == asked["max_tokens"]
+    why = f"asked for {asked['max_tokens']} tokens at most: {found['completion_tokens']}, {_short(found['text'])!r} "
+    why += f"({found['finish']})"
+    if not right:
+        why += f" instead of {_short(asked['expected'])!r} (length)"
+    return judge("serving_max_tokens", float(right), "==", 1.0, "honoured", MEASURED, why)
+
+
+def _sampling(seen: dict[str, Any]) -> list[Verdict]:
+    drawn = seen["sampling"]
+    texts, count = drawn["texts"], len(set(drawn["texts"]))
+    likeliest = sum(text == drawn["greedy"] for text in drawn["likeliest_only"])
+    why = f"{count} different answers of {len(texts)} drawn at temperature {drawn['temperature']:g}, each with its own seed"
+    if count == 1:
+        cause = "temperature" if texts[0] == drawn["greedy"] else "seed"
+        why += f": {_short(texts[0])!r}. Likely cause: the server does not heed a request's {cause}"
+    return [
+        judge("serving_temperature", count, ">", 1, "different answers", MEASURED, why),
+        judge(
+            "serving_seed", float(drawn["again"] == texts[0]), "==", 1.0, "the same", MEASURED,
+            f"the same seed twice: {_short(texts[0])!r} and {_short(drawn['again'])!r}",
+        ),
+        judge(
+            "serving_top_p", likeliest, "==", len(drawn["likeliest_only"]), "answers", MEASURED,
+            f"with a top_p that leaves one token to draw from, {likeliest} of {len(drawn['likeliest_only'])} are the "
+            f"likeliest answer",
+        ),
+    ]  # fmt: skip
+
+
+def _streaming(seen: dict[str, Any]) -> Verdict:
+    found = seen["stream"]["found"]
+    whole = next(each["found"] for each in seen["asked"] if each["name"] == seen["stream"]["name"])
+    keys = [key for key in whole if found[key] != whole[key]]
+    why = "a stream gives the same text, end and counts as an answer in one piece"
+    if keys:
+        why = f"as a stream '{keys[0]}' is {_short(found[keys[0]])!r}, in one piece {_short(whole[keys[0]])!r}"
+    return judge("serving_streaming", len(keys), "==", 0, "different", MEASURED, why)
+
+
+def _usage(seen: dict[str, Any]) -> Verdict:
+    """The tokens of the answer, with or without the one that ends it, and the sum."""
+    alike = [each for each in seen["asked"] if each["found"]["text"] == each["expected"]["text"]]
+    odd = [each for each in alike if not _counted(each)]
+    why = f"{_of(alike, odd)} answers have as many tokens as 'usage' says"
+    if odd:
+        found, tokens = odd[0]["found"], odd[0]["expected"]["tokens"]
+        why += f"; {_short(odd[0]['name'])!r} has {tokens}: {found['completion_tokens']} counted, "
+        why += f"{found['total_tokens']} in all with {found['prompt_tokens']} of the prompt"
+    return judge("serving_usage", _share(alike, odd), "==", 1.0, "share", MEASURED, why)
+
+
+def _counted(each: dict[str, Any]) -> bool:
+    found, tokens = each["found"], each["expected"]["tokens"]
+    ends = (tokens, tokens + 1) if each["expected"]["finish"] == "stop" else (tokens,)
+    if found["completion_tokens"] not in ends or found["prompt_tokens"] is None:
+        return False
+    return bool(found["total_tokens"] == found["prompt_tokens"] + found["completion_tokens"])
+
+
+def _special(seen: dict[str, Any]) -> Verdict:
+    texts = [each["found"]["text"] for each in (*seen["asked"], seen["stream"], seen["length"])]
+    leaks = [(word, text) for text in texts for word in _marks(seen, text)]
+    why = f"no mark of a turn stands in {len(texts)} answers"
+    if leaks:
+        why = f"{leaks[0][0]!r} stands in {_short(leaks[0][1])!r}: the server does not take it for a special token"
+    return judge("serving_special_tokens", len({text for _, text in leaks}), "==", 0, "answers", MEASURED, why)
+
+
+def _marks(seen: dict[str, Any], text: str) -> list[str]:
+    return [word for word in seen["special"] if word in text]
+
+
+def _share(asked: list[Any], odd: list[Any]) -> float | None:
+    return 1 - len(odd) / len(asked) if asked else None
+
+
+def _of(asked: list[Any], odd: list[Any]) -> str:
+    return f"{len(asked) - len(odd)} of {len(asked)}"
+
+
+def _short(text: Any) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= 70 else line[:67] + "..."

@@ -1,0 +1,130 @@
+"""`python -m finetune.testing.sabotage`: carry out sabotages and controls, and write docs/detection.json and .md.
+
+Without names everything runs (half an hour on two cores). With names, only those do, and their rows are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import StageError
+from finetune.lookup import did_you_mean
+from finetune.manifest import installed
+from finetune.run import write_json, write_text
+from finetune.testing.sabotage import Sabotage, detection, table
+from finetune.testing.sabotage.bench import Bench, Found
+from finetune.testing.sabotage.controls import Control, controls
+
+VERSIONS = ("torch", "transformers", "trl", "peft", "tokenizers", "xllamacpp", "cyllama", "mlx", "mlx-lm")
+Job = tuple[str, Callable[[], Found]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when every sabotage was caught and no control raised an alarm, 1 otherwise, 2 for a name that is not known."""
+    options = _parser().parse_args(arguments)
+    for module in options.also:
+        importlib.import_module(module)
+    sabotages, honest_runs = table(), controls()
+    wanted = set(options.names) or {*sabotages, *honest_runs}
+    for name in wanted - {*sabotages, *honest_runs}:
+        print(
+            f"error: no sabotage or control '{name}'.{did_you_mean(name, [*sabotages, *honest_runs])}", file=sys.stderr
+        )
+        return 2
+    if options.list:
+        for each in sabotages.values():
+            print(f"{each.area}: {each.name}{' (fast)' if each.fast else ''}: {each.what}")
+        return 0
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="sabotage-") as scratch:
+        bench = Bench(Path(options.keep or scratch), keep=bool(options.keep))
+        mine = [each for name, each in sabotages.items() if name in wanted]
+        others = [each for name, each in honest_runs.items() if name in wanted]
+        found = _carry_out(bench, mine, others, options.jobs)
+    document = _document(found, mine, bench, (time.monotonic() - started) / 60)
+    if not options.also:
+        _write(Path.cwd(), document, whole=not options.names)
+    missed = [run for run in found if run.name in sabotages and not run.caught]
+    alarms = [run for run in found if run.name not in sabotages and run.caught]
+    for said, runs in (("missed", missed), ("false alarm", alarms)):
+        for run in runs:
+            print(f"{said}: {run.name} {', '.join(run.failed) or run.refused}")
+    return 1 if missed or alarms else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m finetune.testing.sabotage", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="sabotages or controls; all without any")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="MODULE", help="a module with sabotages of yours"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time (default: one a core)"
+    )
+    parser.add_argument("--keep", metavar="DIR", help="leave the runs in this folder")
+    parser.add_argument("--list", action="store_true", help="print the sabotages and do nothing")
+    return parser
+
+
+def _carry_out(bench: Bench, sabotages: list[Sabotage], others: list[Control], jobs: int) -> list[Found]:
+    """Those that take longest first; a line for each as it ends."""
+
+    def attempt(each: Sabotage) -> Found:
+        return bench.attempt(each)
+
+    def control(each: Control) -> Found:
+        return bench.control(each.name, each.recipe)
+
+    def told(job: Callable[[Any], Found], each: Any) -> Found:
+        try:
+            found = job(each)
+        except StageError as error:
+            print(f"broken: {each.name}: {error}", file=sys.stderr, flush=True)
+            raise
+        print(
+            f"{found.seconds:6.1f} s  {each.name}: {', '.join(found.failed) or found.refused or 'nothing'}", flush=True
+        )
+        return found
+
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = [pool.submit(told, control, each) for each in others]
+        pending += [pool.submit(told, attempt, each) for each in sabotages]
+        return [each.result() for each in pending]
+
+
+def _document(found: list[Found], sabotages: list[Sabotage], bench: Bench, minutes: float) -> dict[str, Any]:
+    by_name = {each.name: each for each in sabotages}
+    honest_runs = [*(each for each in found if each.name not in by_name), *bench.honest.values()]
+    return {
+        "machine": f"{os.cpu_count()} cores, {platform.system()}",
+        "minutes": round(minutes, 1),
+        "versions": {name: version for name in VERSIONS if (version := installed(name))},
+        "sabotages": [detection.row(each, by_name[each.name]) for each in found if each.name in by_name],
+        "controls": [detection.row(each) for each in honest_runs],
+        "spreads": detection.spreads(honest_runs),
+    }
+
+
+def _write(root: Path, document: dict[str, Any], *, whole: bool) -> None:
+    stored = {} if whole else detection.load(root)
+    if not whole:  # what only a whole run can say
+        document = {key: value for key, value in document.items() if key not in ("minutes", "machine")} | {
+            key: stored[key] for key in ("minutes", "machine") if key in stored
+        }
+    merged = detection.merge(stored, document)
+    write_json(root / detection.RESULTS, merged)
+    write_text(root / detection.PAGE, detection.render(merged))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Honest runs in which no verdict may fail: other facts, data orders, learning rates, ways to train, architectures, and the
+embedded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.commands.options import example
+from finetune.recipe import yaml
+from finetune.testing.sabotage import ground
+
+EMBEDDED = "embedded model"
+SEEDS = {"lora": range(1, 11), "full": range(1, 6), "dpo": range(1, 6), "gguf": (1, 2), "resume": (1,), "serving": (1,)}
+DATA_SEEDS = range(101, 105)
+LEARNING_RATES = (2.5e-3, 3.5e-3, 7e-3)
+WAYS: dict[str, dict[str, Any]] = {
+    "accumulation": {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4},
+    "checkpointing": {"train.gradient_checkpointing": True},
+    "dropout": {"train.lora.lora_dropout": 0.05},
+    "rank 8": {"train.lora.r": 8, "train.lora.lora_alpha": 16, "train.learning_rate": 1e-2},
+    "linear schedule": {"train.lr_scheduler_type": "linear", "train.weight_decay": 0.01},
+    "seldom logged": {"train.logging_steps": 10},
+    "three epochs more": {"train.max_steps": -1, "train.num_train_epochs": 45},
+}
+ARCHITECTURES = ("qwen2", "gpt2", "gemma", "phi3")
+PER_ARCHITECTURE = 2  # seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """One honest run: a ground, and what is set otherwise in its recipe."""
+
+    name: str
+    ground: str = "lora"
+    seed: int = 0
+    architecture: str = "llama"
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def recipe(self, folder: Path) -> dict[str, Any]:
+        """The recipe as a mapping, its data files in `folder`."""
+        if self.name == EMBEDDED:
+            return _embedded()
+        found = ground.recipe(self.ground, folder, seed=self.seed, architecture=self.architecture)
+        for key, value in self.changes.items():
+            ground.put(found, key, value)
+        return found
+
+
+def controls() -> dict[str, Control]:
+    """Every control by its name. (The honest runs that sabotages happen to are controls too; see `bench`.)"""
+    rows = [Control(name=EMBEDDED)]
+    rows += [
+        Control(name=f"{name}, seed {seed}", ground=name, seed=seed) for name, all in SEEDS.items() for seed in all
+    ]
+    rows += [Control(name=f"data order {seed}", changes={"train.data_seed": seed}) for seed in DATA_SEEDS]
+    rows += [Control(name=f"learning rate {rate:g}", changes={"train.learning_rate": rate}) for rate in LEARNING_RATES]
+    rows += [Control(name=name, changes=changes) for name, changes in WAYS.items()]
+    rows += [
+        Control(name=f"{architecture}, seed {seed}", architecture=architecture, seed=seed)
+        for architecture in ARCHITECTURES
+        for seed in range(PER_ARCHITECTURE)
+    ]
+    return {row.name: row for row in rows}
+
+
+def _embedded() -> dict[str, Any]:
+    """The quickstart without its alignment and its experiments on memory and resuming."""
+    found: dict[str, Any] = yaml.parse(example("quickstart").read_text(encoding="utf-8"), "quickstart")[0]
+    del found["align"], found["expect"]
+    return found

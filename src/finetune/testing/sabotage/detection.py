@@ -1,0 +1,195 @@
+"""What sabotages and controls came to: docs/detection.json, and the page that is written from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune.testing.sabotage import Sabotage, table
+from finetune.testing.sabotage.bench import Found
+from finetune.testing.sabotage.scene import Scene
+
+RESULTS = Path("docs/detection.json")
+PAGE = Path("docs/detection.md")
+ROOM = 1.0  # spreads of the controls that lie between the worst of them and a bound, at least
+AREAS = {
+    "rows": "Data on its way into training",
+    "training": "Supervised fine-tuning",
+    "alignment": "Preference alignment",
+    "saving": "Saving and resuming",
+    "merging": "Merging",
+    "exporting": "Exporting",
+    "evaluation": "Evaluation",
+    "serving": "Serving",
+    "invariances": "Batches, packing, seeds",
+}
+
+Document = dict[str, Any]
+
+
+def tiers(each: Sabotage) -> list[int]:
+    """The tiers that carry it out with every change: 1, on the fake backend, where only prepared rows of SFT are changed; 2 for
+    those marked fast."""
+    scene = Scene()
+    each.apply(scene)
+    rows_alone = each.ground == "lora" and set(scene.changes) == {"prepare"} and not scene.patches and not scene.recipe
+    return [1] * rows_alone + [2] * each.fast
+
+
+def row(found: Found, each: Sabotage | None = None) -> Document:
+    """One run as stored; of a sabotage with what it does."""
+    told = {"area": each.area, "what": each.what, "imitates": each.imitates, "tiers": tiers(each)} if each else {}
+    return {
+        "name": found.name,
+        **told,
+        "failed": list(found.failed),
+        "refused": found.refused,
+        "seconds": found.seconds,
+    }
+
+
+def spreads(controls: Iterable[Found]) -> dict[str, Document]:
+    """By verdict, over the controls: how many, the least and the most that was measured, and the bound.
+
+    Only of verdicts that are held against an amount: what must be equal has no spread. Where recipes differ in the
+    bound, the strictest counts.
+    """
+    found: dict[str, Document] = {}
+    for control in controls:
+        for verdict in control.verdicts:
+            measured, compare = verdict["measured"], verdict["compare"]
+            if compare == "==" or measured is None or not math.isfinite(measured):
+                continue
+            here = found.setdefault(
+                verdict["name"],
+                {"compare": compare, "bound": verdict["bound"], "unit": verdict["unit"], "count": 0}
+                | {"least": measured, "most": measured},
+            )
+            stricter = max if compare in (">", ">=") else min
+            here["bound"] = stricter(here["bound"], verdict["bound"])
+            here["count"] += 1
+            here["least"], here["most"] = min(here["least"], measured), max(here["most"], measured)
+    return dict(sorted(found.items()))
+
+
+def room(spread: Document) -> float:
+    """How many spreads of the controls lie between the worst of them and the bound; infinite where all were equal."""
+    width = spread["most"] - spread["least"]
+    above = spread["compare"] in (">", ">=")
+    distance = spread["least"] - spread["bound"] if above else spread["bound"] - spread["most"]
+    return distance / width if width else math.copysign(math.inf, distance)
+
+
+def caught(entry: Document) -> bool:
+    return bool(entry["failed"] or entry["refused"])
+
+
+def merge(stored: Document, new: Document) -> Document:
+    """`stored` with the rows of `new` in the places of those of the same name; sabotages that are no more are dropped."""
+    known = table()
+    result = {**stored, **new}
+    for kind in ("sabotages", "controls"):
+        rows = {entry["name"]: entry for entry in (*stored.get(kind, []), *new[kind])}
+        result[kind] = [entry for name, entry in rows.items() if kind == "controls" or name in known]
+    order = list(known)
+    result["sabotages"].sort(key=lambda entry: order.index(entry["name"]))
+    result["spreads"] = {**stored.get("spreads", {}), **new["spreads"]}
+    return result
+
+
+def render(stored: Document) -> str:
+    """docs/detection.md."""
+    sabotages, controls = stored["sabotages"], stored["controls"]
+    found = [entry for entry in sabotages if caught(entry)]
+    false = [entry for entry in controls if caught(entry)]
+    parts = [
+        "# Detection",
+        "<!-- Written by `make sabotage` (and `make docs`) from docs/detection.json. Do not edit. -->",
+        f"Of {len(sabotages)} ways in which fine-tuning silently goes wrong, done on purpose to the real pipeline, "
+        f"**{len(found)} are caught** ({len(found) / len(sabotages):.0%}). In {len(controls)} honest runs there "
+        f"{_alarms(len(false))}. `make sabotage` does it again: {stored['minutes']:.0f} minutes on {stored['machine']}.",
+        "Each row is one function in [src/finetune/testing/sabotage](../src/finetune/testing/sabotage/__init__.py), whose "
+        "patches reach every process of the run, the checks' own too; no check knows of them. How to add one: "
+        "[sabotage.md](sabotage.md). *Caught by*: the verdicts that failed; *refused*: a stage would not go on, and said "
+        "so. *Tier*: 1 and 2 run with every change, *nightly* with `make sabotage`. *Seconds*: the whole run and all "
+        "checks, two side by side; what lies before the sabotage is copied from an honest run.",
+    ]
+    missed = [entry for entry in sabotages if not caught(entry)]
+    if missed:
+        rows = [[_name(entry), entry["what"]] for entry in missed]
+        parts += ["## Missed", _table(["sabotage", "what it does"], rows)]
+    for area in dict.fromkeys(entry["area"] for entry in sabotages):
+        here = [entry for entry in sabotages if entry["area"] == area]
+        heading = f"## {AREAS.get(area, area.capitalize())}: {sum(map(caught, here))} of {len(here)}"
+        parts += [heading, _table(["sabotage", "what it does", "caught by", "tier", "seconds"], map(_cells, here))]
+    parts += ["## Honest runs", *_controls(controls), "## Bounds", *_bounds(stored["spreads"]), "## Versions"]
+    parts.append(", ".join(f"{name} {version}" for name, version in stored["versions"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _alarms(count: int) -> str:
+    return (
+        "was **no false alarm**"
+        if not count
+        else f"were **{count} false alarms**"
+        if count > 1
+        else "was **1 false alarm**"
+    )
+
+
+def _name(entry: Document) -> str:
+    return f"[{entry['name']}]({entry['imitates']})" if entry["imitates"] else entry["name"]
+
+
+def _cells(entry: Document) -> list[str]:
+    by = ", ".join(f"`{name}`" for name in entry["failed"])
+    if entry["refused"]:
+        by = f"refused: {_short(entry['refused'])}"
+    tiers = ", ".join(map(str, entry["tiers"])) if entry["tiers"] else "nightly"
+    return [_name(entry), " ".join(entry["what"].split()), by or "**missed**", tiers, f"{entry['seconds']:.0f}"]
+
+
+def _short(text: str, most: int = 160) -> str:
+    line = " ".join(text.split()).replace("|", "\\|")
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def _controls(controls: list[Document]) -> list[str]:
+    alarmed = [[entry["name"], ", ".join(entry["failed"]) or entry["refused"]] for entry in controls if caught(entry)]
+    quiet = ", ".join(entry["name"] for entry in controls if not caught(entry))
+    parts = [f"Without an alarm: {quiet}."]
+    if alarmed:
+        parts += ["False alarms:", _table(["run", "alarm"], alarmed)]
+    return parts
+
+
+def _bounds(found: dict[str, Document]) -> list[str]:
+    rows = [
+        [f"`{name}`", f"{each['compare']} {each['bound']:.3g}", f"{each['least']:.3g} to {each['most']:.3g}",
+         str(each["count"]), _room(room(each)), each["unit"]]
+        for name, each in found.items()
+    ]  # fmt: skip
+    rule = (
+        "What the honest runs measured, and how far the bound is from the worst of them, in spreads (the most measured "
+        f"less the least). The rule: at least {ROOM:g} spread. `==` bounds have no spread and are left out."
+    )
+    return [rule, _table(["verdict", "bound", "measured", "runs", "room", "unit"], rows)]
+
+
+def _room(value: float) -> str:
+    return "all equal" if math.isinf(value) else f"{value:.1f}"
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def load(root: Path) -> Document:
+    """docs/detection.json of a checkout; empty where there is none."""
+    path = root / RESULTS
+    found: Document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found

@@ -1,0 +1,190 @@
+"""What sabotages came to: the stored results, their page, and the sabotages that need no real model to be carried out."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from finetune import checks
+from finetune.backends import child
+from finetune.errors import StageError
+from finetune.pipeline import run_directory, run_stages
+from finetune.testing.sabotage import bench, detection, table
+from finetune.testing.sabotage.bench import Found
+from finetune.testing.sabotage.controls import controls
+from finetune.testing.sabotage.scene import Scene, as_if_written_so
+from support import town
+
+ROOT = Path(__file__).parents[2]
+ON_ROWS = [each for each in table().values() if 1 in detection.tiers(each)]
+RAREST = 60
+STORED = detection.load(ROOT)
+
+
+def found(name="a", failed=(), refused="", verdicts=()):
+    return Found(name=name, failed=failed, refused=refused, seconds=1.0, verdicts=tuple(verdicts))
+
+
+def verdict(measured, bound=1.0, compare="<=", name="v"):
+    return {"name": name, "measured": measured, "bound": bound, "compare": compare, "unit": "nats", "passed": True}
+
+
+# -- carried out on the fake backend -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A town whose data are prepared and trained on."""
+    recipe = town.only_training(town.build(tmp_path_factory.mktemp("town")), tmp_path_factory.mktemp("runs"))
+    run = run_directory(recipe)
+    run_stages(recipe, run, ["train"])
+    assert [each.name for each in checks.results(recipe, run, ["labels", "rows"]) if not each.passed] == []
+    return recipe
+
+
+def test_sabotages_of_the_rows_are_swept():
+    assert len(ON_ROWS) >= 10
+
+
+@pytest.mark.parametrize("each", ON_ROWS, ids=lambda each: each.name)
+def test_a_sabotage_of_the_prepared_rows_is_caught(prepared, each, tmp_path):
+    recipe = prepared.model_copy(update={"output_dir": str(tmp_path / "runs")})
+    run = run_directory(recipe)
+    run_stages(recipe, run, ["prepare"])
+    scene = Scene()
+    each.apply(scene)
+    for change in scene.changes["prepare"]:
+        change(run)
+    as_if_written_so(run, "prepare")
+    run_stages(recipe, run, ["train"])
+
+    assert [each.name for each in checks.results(recipe, run, ["labels", "rows"]) if not each.passed]
+
+
+# -- what is stored ----------------------------------------------------------------------------------------------------
+
+
+def test_the_stored_results_are_those_of_the_sabotages_and_controls_there_are():
+    assert [row["name"] for row in STORED["sabotages"]] == list(table())
+    assert {row["name"] for row in STORED["controls"]} >= set(controls())
+
+
+def test_of_sixty_sabotages_nineteen_in_twenty_are_caught_and_no_honest_run_raises_an_alarm():
+    caught = [row for row in STORED["sabotages"] if detection.caught(row)]
+    assert len(STORED["sabotages"]) >= RAREST
+    assert len(caught) >= 0.95 * len(STORED["sabotages"])
+    assert len(STORED["controls"]) >= 40
+    assert [row["name"] for row in STORED["controls"] if detection.caught(row)] == []
+
+
+def test_no_bound_is_nearer_to_the_honest_runs_than_their_spread():
+    near = {name: round(detection.room(each), 2) for name, each in STORED["spreads"].items()}
+    assert {name: room for name, room in near.items() if room < detection.ROOM} == {}
+
+
+# -- how it is told ----------------------------------------------------------------------------------------------------
+
+
+def test_a_missed_sabotage_is_marked_and_listed():
+    each = next(iter(table().values()))
+    document = {
+        "machine": "2 cores", "minutes": 1, "versions": {"torch": "2"}, "spreads": {},
+        "sabotages": [detection.row(found(each.name), each)], "controls": [detection.row(found("c", failed=("x",)))],
+    }  # fmt: skip
+    page = detection.render(document)
+
+    assert "## Missed" in page
+    assert "| **missed** |" in page
+    assert "**0 are caught** (0%)" in page
+    assert "**1 false alarm**" in page
+    assert "| c | x |" in page
+
+
+def test_the_spread_of_a_verdict_is_over_all_controls_and_its_bound_the_strictest():
+    runs = [found(verdicts=[verdict(0.2, bound=1.0)]), found(verdicts=[verdict(0.4, bound=0.8)])]
+    (spread,) = detection.spreads(runs).values()
+
+    assert (spread["least"], spread["most"], spread["bound"], spread["count"]) == (0.2, 0.4, 0.8, 2)
+    assert detection.room(spread) == pytest.approx(2.0)
+
+
+def test_the_room_of_a_floor_is_measured_from_below():
+    spread = detection.spreads([found(verdicts=[verdict(m, 0.5, ">=")]) for m in (0.6, 0.7)])["v"]
+    assert detection.room(spread) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("measured", "room"), [(0.5, math.inf), (2.0, -math.inf)])
+def test_where_all_runs_measure_the_same_only_the_side_counts(measured, room):
+    assert detection.room(detection.spreads([found(verdicts=[verdict(measured)])] * 2)["v"]) == room
+
+
+def test_what_must_be_equal_has_no_spread():
+    assert detection.spreads([found(verdicts=[verdict(1.0, 1.0, "=="), verdict(math.nan, name="w")])]) == {}
+
+
+def test_results_of_a_few_take_the_places_of_their_old_rows_and_of_no_others():
+    first, second = list(table().values())[:2]
+    old = {
+        "sabotages": [detection.row(found(second.name), second), {"name": "no more", "failed": [], "refused": ""}],
+        "controls": [detection.row(found("c"))],
+        "spreads": {"v": 1},
+    }
+    new = {
+        "sabotages": [detection.row(found(first.name, failed=("x",)), first)],
+        "controls": [], "spreads": {"w": 2},
+    }  # fmt: skip
+    merged = detection.merge(old, new)
+
+    assert [row["name"] for row in merged["sabotages"]] == [first.name, second.name]
+    assert merged["controls"] == old["controls"]
+    assert merged["spreads"] == {"v": 1, "w": 2}
+
+
+# -- the bench and its command -----------------------------------------------------------------------------------------
+
+
+def test_a_sabotage_that_breaks_by_itself_is_no_catch():
+    own = str(bench.SABOTAGES / "training.py")
+    said = f'Traceback\n  File "x.py", line 1\n  File "{own}", line 3\nerror: unexpected KeyError: x'
+    with pytest.raises(StageError, match="broken itself"):
+        bench._refused("it", said)
+    assert bench._refused("it", 'File "x.py", line 1\nerror: unexpected KeyError: x') == "unexpected KeyError: x"
+
+
+def test_there_are_controls_of_every_kind():
+    names = list(controls())
+    assert len(names) >= 40
+    for part in (
+        "embedded model",
+        "lora, seed",
+        "full, seed",
+        "dpo, seed",
+        "data order",
+        "learning rate",
+        "qwen2",
+        "gpt2",
+    ):
+        assert any(part in name for name in names), part
+
+
+def sabotage(*arguments):
+    return subprocess.run(
+        child.command("finetune.testing.sabotage", *arguments), env=child.environment(), capture_output=True, text=True,
+        check=False, timeout=60,
+    )  # fmt: skip
+
+
+def test_the_command_lists_what_there_is():
+    done = sabotage("--list")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == len(table())
+    assert "training: learning rate 0 (fast): The learning rate is 0" in done.stdout
+
+
+def test_the_command_refuses_an_unknown_name_with_the_nearest():
+    done = sabotage("learning rate nought")
+    assert done.returncode == 2
+    assert "no sabotage or control 'learning rate nought'. Did you mean 'learning rate 0'?" in done.stderr

@@ -1,0 +1,31 @@
+"""Sabotages of the real pipeline that stand for all others: each is caught with every change, not only at night."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune.testing.sabotage import ground, table
+from finetune.testing.sabotage.bench import Bench, side_by_side
+
+FAST = [each for each in table().values() if each.fast]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Each in turn on one honest run, two at a time."""
+    ground.model()
+    bench = Bench(tmp_path_factory.mktemp("sabotage"))
+    found = side_by_side([lambda each=each: bench.attempt(each) for each in FAST], workers=2)
+    return {each.name: each for each in found}
+
+
+def test_enough_are_swept():
+    assert len(FAST) >= 6
+    assert len({each.area for each in FAST}) >= 3
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", [each.name for each in FAST])
+def test_it_is_caught(outcomes, name):
+    assert outcomes[name].failed, outcomes[name]
+    assert outcomes[name].refused == ""
