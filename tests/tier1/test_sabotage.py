@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import psutil
 import pytest
 
 from finetune.backends import child
@@ -12,7 +18,7 @@ from finetune.pipeline import preview, run_directory, run_stages
 from finetune.run import digest, write_jsonl
 from finetune.stages import BY_NAME, fingerprint
 from finetune.testing import sabotage
-from finetune.testing.sabotage import ground, hook
+from finetune.testing.sabotage import ground, starting, warm
 from finetune.testing.sabotage.scene import Scene, as_if_written_so
 from support import town
 
@@ -48,16 +54,17 @@ def test_two_sabotages_of_one_name_are_refused():
 def test_a_patch_reaches_processes_that_know_nothing_of_it_and_their_children(tmp_path, before):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "wrapped.py").write_text(WRAPPED, encoding="utf-8")
-    patches = hook.write(tmp_path / "patches", "wrapped:shout")
+    start = tmp_path / "start"
+    start.mkdir()
+    shutil.copyfile(starting.__file__, start / "sitecustomize.py")
     use = "import textwrap; from fractions import Fraction; "
     use += "print(textwrap.shorten('a b', 9), Fraction(1, 3).limit_denominator())"
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-P', '-c', {before + use!r}], check=True)"
-    path = f"{patches}:{tmp_path / 'own'}:{child.environment()['PYTHONPATH']}"
+    path = f"{start}:{tmp_path / 'own'}:{child.environment()['PYTHONPATH']}"
     for code in (before + use, nested):
-        done = subprocess.run(
-            [sys.executable, "-c", code], env={**child.environment(), "PYTHONPATH": path}, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+        environment = {**child.environment(), "PYTHONPATH": path, starting.PATCHES: "wrapped:shout"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.stdout == "A B patched\n", done.stderr
 
 
@@ -73,3 +80,64 @@ def test_a_changed_file_is_taken_for_what_the_stage_wrote(tmp_path):
     report = run.require("prepare")
     assert report.artifacts["prepare/train.jsonl"] == digest(file)
     assert [each.runs for each in preview(recipe, run, ["prepare"])] == [False] * 2
+
+
+# -- warm starts -------------------------------------------------------------------------------------------------------
+
+SAID = """
+import json, os, sys, textwrap, time
+what = [sys.argv[1:], os.getcwd(), os.environ.get("MARK"), textwrap.shorten("a b", 9), "xml.dom" in sys.modules, os.getpid()]
+print(json.dumps(what), flush=True)
+print(sys.stdin.read(), end="", file=sys.stderr)
+time.sleep(60 if sys.argv[1:] == ["wait"] else 0)
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A server of warm starts that has imported `xml.dom`, and a way to start a module of the package by it."""
+    own = tmp_path / "own"
+    for folder in (own / "finetune", tmp_path / "start"):
+        folder.mkdir(parents=True)
+    (own / "wrapped.py").write_text(WRAPPED, encoding="utf-8")
+    shutil.copyfile(starting.__file__, tmp_path / "start" / "sitecustomize.py")
+    for module in Path(sabotage.__file__).parents[2].iterdir():
+        (own / "finetune" / module.name).symlink_to(module)
+    (own / "finetune" / "said.py").write_text(SAID, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path / "start"), str(own), child.environment()["PYTHONPATH"]])
+    environment = {**child.environment(), "PYTHONPATH": path}
+    with tempfile.TemporaryDirectory() as short:
+        server = Path(short) / "s"
+        with warm.serving(server, environment, ["xml.dom"]):
+            environment |= {starting.SOCKET: str(server)}
+            yield lambda *words, **more: subprocess.Popen(
+                [sys.executable, "-P", "-m", "finetune.said", *words], env={**environment, **more}, cwd=tmp_path, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+
+
+def test_a_warm_process_is_what_was_asked_for_with_the_libraries_there(start, tmp_path):
+    process = start("a", "b c", MARK="here", **{starting.PATCHES: "wrapped:shout"})
+    out, err = process.communicate("hello", timeout=30)
+
+    assert json.loads(out)[:5] == [["a", "b c"], str(tmp_path), "here", "A B", True]
+    assert json.loads(out)[5] != process.pid
+    assert (err, process.returncode) == ("hello", 7)
+
+
+def test_without_a_server_a_process_starts_cold(start):
+    process = start(**{starting.SOCKET: "/nowhere"})
+    out, _ = process.communicate("", timeout=30)
+
+    assert json.loads(out)[3:] == ["a b", False, process.pid]
+    assert process.returncode == 7
+
+
+def test_a_warm_process_ends_when_the_one_it_stands_for_is_killed(start):
+    process = start("wait")
+    copy = psutil.Process(json.loads(process.stdout.readline())[5])
+    process.kill()
+    process.communicate()
+
+    copy.wait(timeout=10)

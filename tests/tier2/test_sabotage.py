@@ -14,8 +14,8 @@ FAST = [each for each in table().values() if each.fast]
 def outcomes(tmp_path_factory):
     """Each in turn on one honest run, two at a time."""
     ground.model()
-    bench = Bench(tmp_path_factory.mktemp("sabotage"))
-    found = side_by_side([lambda each=each: bench.attempt(each) for each in FAST], workers=2)
+    with Bench(tmp_path_factory.mktemp("sabotage")) as bench:
+        found = side_by_side([lambda each=each: bench.attempt(each) for each in FAST], workers=2)
     return {each.name: each for each in found}
 
 

@@ -47,10 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sabotage-") as scratch:
-        bench = Bench(Path(options.keep or scratch), keep=bool(options.keep))
         mine = [each for name, each in sabotages.items() if name in wanted]
         others = [each for name, each in honest_runs.items() if name in wanted]
-        found = _carry_out(bench, mine, others, options.jobs)
+        with Bench(Path(options.keep or scratch), keep=bool(options.keep)) as bench:
+            found = _carry_out(bench, mine, others, options.jobs)
     document = _document(found, mine, bench, (time.monotonic() - started) / 60)
     if not options.also:
         _write(Path.cwd(), document, whole=not options.names)

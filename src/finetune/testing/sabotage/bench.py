@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from finetune.recipe import yaml
 from finetune.report.summary import verdicts
 from finetune.run import Run, write_text
 from finetune.stages import STAGES
-from finetune.testing.sabotage import Sabotage, ground, hook
+from finetune.testing.sabotage import Sabotage, ground, starting, warm
 from finetune.testing.sabotage.scene import Scene, as_if_written_so
 
 ENDINGS = (0, 1, 2, 3, 4)  # whatever the command line ends with says something; a crash of Python itself does not
@@ -44,17 +46,34 @@ class Found:
 
 
 class Bench:
-    """A folder in which sabotages are carried out, each on a copy of its ground's honest run, which is made once."""
+    """A folder in which sabotages are carried out, each on a copy of its ground's honest run, which is made once.
+
+    A context manager: within it, processes start warm (see `warm`). `keep` leaves every run where it was.
+    """
 
     def __init__(self, directory: Path, *, keep: bool = False) -> None:
         self.directory, self.keep = directory, keep
         self.honest: dict[str, Found] = {}  # by ground
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._open = ExitStack()
+        start = _new(directory / "start")
+        shutil.copyfile(starting.__file__, start / "sitecustomize.py")
+        self.environment = {"PYTHONPATH": os.pathsep.join([str(start), child.environment()["PYTHONPATH"]])}
+
+    def __enter__(self) -> Bench:
+        place = self._open.enter_context(tempfile.TemporaryDirectory(prefix="warm-"))  # a socket's path must be short
+        server = Path(place) / "socket"
+        self._open.enter_context(warm.serving(server, ground.environment()))
+        self.environment[starting.SOCKET] = str(server)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def control(self, name: str, recipe: Callable[[Path], dict[str, Any]]) -> Found:
-        """Carry out an honest run of the recipe that `recipe(folder for data)` gives."""
+        """Carry out an honest run of the recipe that `recipe(folder for data)` gives: whatever fails is a false alarm."""
         directory = self.directory / "controls" / _folder(name)
-        found = honest(name, recipe(directory / "data"), directory)
+        found = self._carry_out(name, Scene(recipe=recipe(directory / "data")), Run(_new(directory / "run")))
         self._clear(directory)
         return found
 
@@ -62,23 +81,19 @@ class Bench:
         """Carry out a sabotage. Raises StageError where the honest run raises an alarm already, or where it was the
         sabotage itself that broke."""
         honest, recipe = self._honest(each.ground)
-        started = time.monotonic()
         directory = _new(self.directory / _folder(each.name))
         run, own = Run(directory / "run"), directory / "own"
         own.mkdir()
         shutil.copytree(honest / "run", run.path, symlinks=True)
         scene = Scene(recipe=recipe, folder=own)
         each.apply(scene)
-        environment = {}
         if scene.patches:
-            patches = hook.write(directory / "patches", each.reference)
-            environment["PYTHONPATH"] = os.pathsep.join([str(patches), child.environment()["PYTHONPATH"]])
-            _forget(run, ORDER[ORDER.index(each.since) :])
+            for stage in ORDER[ORDER.index(each.since) :]:
+                shutil.rmtree(run.path / stage, ignore_errors=True)
         (run.path / "verdicts.json").unlink()
-        failed, refused, all_verdicts = _carry_out(each.name, scene, run, environment)
-        seconds = round(time.monotonic() - started, 1)
+        found = self._carry_out(each.name, scene, run, {starting.PATCHES: each.reference} if scene.patches else {})
         self._clear(directory)
-        return Found(name=each.name, failed=failed, refused=refused, seconds=seconds, verdicts=all_verdicts)
+        return found
 
     def _clear(self, directory: Path) -> None:
         if not self.keep:
@@ -90,20 +105,32 @@ class Bench:
         with self._locks[name]:
             recipe = ground.recipe(name, directory / "data")
             if name not in self.honest:
-                found = honest(f"ground {name}", recipe, directory)
+                found = self._carry_out(f"ground {name}", Scene(recipe=recipe), Run(_new(directory / "run")))
                 if found.caught:
                     raise StageError(f"the honest run '{name}' raises an alarm: {found.failed or found.refused}")
                 self.honest[name] = found
         return directory, recipe
 
-
-def honest(name: str, recipe: dict[str, Any], directory: Path) -> Found:
-    """Carry out an honest run: whatever fails is a false alarm. The run is in `directory`/run."""
-    started = time.monotonic()
-    run = Run(_new(directory / "run"))
-    failed, refused, all_verdicts = _carry_out(name, Scene(recipe=recipe), run, {})
-    seconds = round(time.monotonic() - started, 1)
-    return Found(name=name, failed=failed, refused=refused, seconds=seconds, verdicts=all_verdicts)
+    def _carry_out(self, name: str, scene: Scene, run: Run, patches: dict[str, str] | None = None) -> Found:
+        started = time.monotonic()
+        environment = {**self.environment, **(patches or {})}
+        file = run.path.parent / "recipe.yaml"
+        write_text(file, yaml.write(scene.recipe))
+        there = ("--run", str(run.path), "--quiet")
+        for stage in sorted(scene.changes, key=ORDER.index):
+            if scene.settings or run.report(stage) is None:
+                ground.finetune(stage, str(file), *there, more=environment)
+            for change in scene.changes[stage]:
+                change(run)
+            as_if_written_so(run, stage)
+        done = ground.finetune("run", str(file), *there, more=environment, allowed=ENDINGS)
+        stored = tuple((verdicts(run) or {}).get("verdicts", []))
+        failed = tuple(verdict["name"] for verdict in stored if not verdict["passed"])
+        refused = "" if done.returncode in (0, 1) else _refused(name, done.stderr)
+        if not refused and bool(failed) != (done.returncode == 1):
+            raise StageError(f"'{name}' ended with {done.returncode}, and its failed verdicts are {failed or 'none'}")
+        seconds = round(time.monotonic() - started, 1)
+        return Found(name=name, failed=() if refused else failed, refused=refused, seconds=seconds, verdicts=stored)
 
 
 def _folder(name: str) -> str:
@@ -114,34 +141,6 @@ def _new(directory: Path) -> Path:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     return directory
-
-
-def _forget(run: Run, stages: Iterable[str]) -> None:
-    for stage in stages:
-        shutil.rmtree(run.path / stage, ignore_errors=True)
-
-
-def _carry_out(
-    name: str, scene: Scene, run: Run, environment: dict[str, str]
-) -> tuple[tuple[str, ...], str, tuple[dict[str, Any], ...]]:
-    """The names of the failed verdicts, what was refused, and all verdicts."""
-    file = run.path.parent / "recipe.yaml"
-    write_text(file, yaml.write(scene.recipe))
-    there = ("--run", str(run.path), "--quiet")
-    for stage in sorted(scene.changes, key=ORDER.index):
-        if scene.settings or run.report(stage) is None:
-            ground.finetune(stage, str(file), *there, environment=environment)
-        for change in scene.changes[stage]:
-            change(run)
-        as_if_written_so(run, stage)
-    done = ground.finetune("run", str(file), *there, environment=environment, allowed=ENDINGS)
-    stored = tuple((verdicts(run) or {}).get("verdicts", []))
-    failed = tuple(verdict["name"] for verdict in stored if not verdict["passed"])
-    if done.returncode in (0, 1):
-        if bool(failed) != (done.returncode == 1):
-            raise StageError(f"'{name}' ended with {done.returncode}, and its failed verdicts are {failed or 'none'}")
-        return failed, "", stored
-    return (), _refused(name, done.stderr), stored
 
 
 def _refused(name: str, said: str) -> str:

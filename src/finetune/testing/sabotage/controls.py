@@ -25,7 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "seldom logged": {"train.logging_steps": 10},
     "three epochs more": {"train.max_steps": -1, "train.num_train_epochs": 45},
 }
-ARCHITECTURES = ("qwen2", "gpt2", "gemma", "phi3")
+ARCHITECTURES = ("qwen2", "qwen3", "phi3")
 PER_ARCHITECTURE = 2  # seeds
 
 

@@ -28,6 +28,8 @@ KNOWN, KNOWN_SEED = 300, 11  # rows of facts that the model has learned beforeha
 NEW = 30  # rows of facts that a run teaches; a seed has its own
 UNSEEN = 40  # rows of facts that no run teaches
 CONTROLS, HELDOUT, REPLAY = 25, 40, 9  # one row of so many of the known ones
+TIMEOUT = 1200.0  # seconds: the embedded model takes a few hundred on one core
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FT_DEBUG": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 PRETRAINED_BY = ("torch", "transformers", "tokenizers", "trl")
 
 
@@ -158,12 +160,18 @@ def _question(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": row["prompt"], "answer": row["completion"], "match": row["match"]}
 
 
-def finetune(*arguments: str, environment: dict[str, str] | None = None, allowed: tuple[int, ...] = (0,)) -> Any:
-    """The real command line in a process of its own. Raises StageError for an exit code that is not `allowed`."""
-    env = {**child.environment(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FT_DEBUG": "1", **(environment or {})}
+def environment() -> dict[str, str]:
+    """That of every process: offline, one thread, a traceback with every error."""
+    return {**child.environment(), **ENVIRONMENT}
+
+
+def finetune(*arguments: str, more: Mapping[str, str] | None = None, allowed: tuple[int, ...] = (0,)) -> Any:
+    """The real command line in a process of its own, with `more` in its environment. Raises StageError for an exit code
+    that is not `allowed`."""
     done = subprocess.run(
-        child.command("finetune", *arguments), env=env, capture_output=True, text=True, check=False, timeout=600
-    )
+        child.command("finetune", *arguments), env={**environment(), **(more or {})}, capture_output=True, text=True,
+        check=False, timeout=TIMEOUT,
+    )  # fmt: skip
     if done.returncode not in allowed:
         raise StageError(f"finetune {arguments[0]} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     return done

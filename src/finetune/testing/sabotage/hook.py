@@ -1,7 +1,6 @@
 """Patches for modules that are not imported yet, in processes that know nothing of them.
 
-A folder with a `sitecustomize.py` that calls `install` is put before all others on PYTHONPATH; Python imports that file when
-it starts, in the run's own process and in every one that the run starts.
+`install` is called when Python starts, in the run's own process and in every one that the run starts: see `starting`.
 """
 
 from __future__ import annotations
@@ -12,19 +11,10 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from finetune.testing.sabotage.scene import Scene, Wrapper
-
-
-def write(folder: Path, reference: str) -> Path:
-    """Make `folder` one that patches every Python process as the sabotage at `reference` says; return it."""
-    folder.mkdir(parents=True)
-    text = f"from finetune.testing.sabotage.hook import install\n\ninstall({reference!r})\n"
-    (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
-    return folder
 
 
 def install(reference: str) -> None:
