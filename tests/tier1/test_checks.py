@@ -367,7 +367,7 @@ BREAKS = [
         step("train", -1, loss=math.nan),
         "loss_finite loss_convergence loss_beyond_noise loss_end",
     ),
-    Break("first loss above a guess", step("train", 1, loss=7.0), "loss_start loss_is_of_answers"),
+    Break("first loss above a guess", step("train", 1, loss=10.0), "loss_start loss_is_of_answers"),
     Break("a vocabulary that nobody counted", metrics("prepare", uniform_entropy=None), "loss_start"),
     Break("words that nobody counted", metrics("prepare", unigram_entropy=None), "loss_end"),
     Break(

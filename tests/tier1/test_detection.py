@@ -16,6 +16,7 @@ from finetune.testing.sabotage import bench, detection, table
 from finetune.testing.sabotage.bench import Found
 from finetune.testing.sabotage.controls import controls
 from finetune.testing.sabotage.scene import Scene, as_if_written_so
+from finetune.testing.spec.judge import EXPECT_KEYS
 from support import town
 
 ROOT = Path(__file__).parents[2]
@@ -80,8 +81,10 @@ def test_of_sixty_sabotages_nineteen_in_twenty_are_caught_and_no_honest_run_rais
     assert [row["name"] for row in STORED["controls"] if detection.caught(row)] == []
 
 
-def test_no_bound_is_nearer_to_the_honest_runs_than_their_spread():
-    near = {name: round(detection.room(each), 2) for name, each in STORED["spreads"].items()}
+def test_no_bound_of_ours_is_nearer_to_the_honest_runs_than_the_rule_says():
+    ours = {name: each for name, each in STORED["spreads"].items() if name not in EXPECT_KEYS}
+    assert len(ours) >= 15
+    near = {name: round(detection.room(each), 2) for name, each in ours.items()}
     assert {name: room for name, room in near.items() if room < detection.ROOM} == {}
 
 
@@ -111,14 +114,25 @@ def test_the_spread_of_a_verdict_is_over_all_controls_and_its_bound_the_strictes
     assert detection.room(spread) == pytest.approx(2.0)
 
 
-def test_the_room_of_a_floor_is_measured_from_below():
-    spread = detection.spreads([found(verdicts=[verdict(m, 0.5, ">=")]) for m in (0.6, 0.7)])["v"]
-    assert detection.room(spread) == pytest.approx(1.0)
+ROOMS = [
+    ("<=", 1.0, (0.2, 0.5), "nats", 2.0),
+    ("<=", 1.0, (0.2, 1.25), "nats", 0.8),
+    ("<=", 1.0, (0.0, 0.0), "nats", math.inf),
+    (">", 2.0, (3.0, 9.0), "standard errors", 1.5),
+    (">", 0.0, (0.1, 9.0), "reward", math.inf),
+    (">", 0.0, (-0.1, 9.0), "reward", 0.0),
+    (">=", 0.9, (0.95, 1.0), "share", 2.0),
+    (">=", 0.9, (0.8, 1.0), "share of steps", 0.5),
+    (">=", 0.9, (1.0, 1.0), "share", math.inf),
+]
 
 
-@pytest.mark.parametrize(("measured", "room"), [(0.5, math.inf), (2.0, -math.inf)])
-def test_where_all_runs_measure_the_same_only_the_side_counts(measured, room):
-    assert detection.room(detection.spreads([found(verdicts=[verdict(measured)])] * 2)["v"]) == room
+@pytest.mark.parametrize(("compare", "bound", "measured", "unit", "room"), ROOMS)
+def test_the_room_of_a_bound_is_how_many_times_as_far_as_the_worst_control_it_goes(
+    compare, bound, measured, unit, room
+):
+    runs = [found(verdicts=[{**verdict(each, bound, compare), "unit": unit}]) for each in measured]
+    assert detection.room(detection.spreads(runs)["v"]) == pytest.approx(room)
 
 
 def test_what_must_be_equal_has_no_spread():
@@ -165,7 +179,7 @@ def test_there_are_controls_of_every_kind():
         "data order",
         "learning rate",
         "qwen2",
-        "gpt2",
+        "phi3",
     ):
         assert any(part in name for name in names), part
 

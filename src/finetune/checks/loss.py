@@ -16,7 +16,9 @@ from finetune.run import Run
 
 EVENTS = "events.jsonl"
 ROWS = "evaluate/rows.json"
-FIRST_CEILING = 1.1  # times ln(vocabulary): a guess over all words costs 1.0, an unbroken start is at or below it
+# Times ln(vocabulary): a guess over all words costs 1.0, and a base that is sure of wrong answers more, at most 1.06 in 47
+# honest runs (docs/detection.md); half as much again.
+FIRST_CEILING = 1.6
 DROPOUT_FACTOR = 4.0  # dropout makes the logged loss noisy; the independent score runs without it
 PACKED_TOLERANCE = 0.5  # packing hides which rows a step held, so the first step stands against the mean of all rows
 
@@ -35,7 +37,7 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     verdicts.append(
         judge(
             "loss_start", losses[0] / uniform if uniform else None, "<=", FIRST_CEILING, "of ln(vocabulary)", EVENTS,
-            f"the first loss {losses[0]:.3f} must not exceed a guess over the whole vocabulary; a broken mask also falls",
+            f"the first loss {losses[0]:.3f} must not be far above a guess over the whole vocabulary; a broken mask also falls",
         )
     )  # fmt: skip
     if recipe.expect.loss_below_unigram:

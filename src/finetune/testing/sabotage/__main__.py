@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from finetune.testing.sabotage.bench import Bench, Found
 from finetune.testing.sabotage.controls import Control, controls
 
 VERSIONS = ("torch", "transformers", "trl", "peft", "tokenizers", "xllamacpp", "cyllama", "mlx", "mlx-lm")
-Job = tuple[str, Callable[[], Found]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when every sabotage was caught and no control raised an alarm, 1 otherwise, 2 for a name that is not known."""
+    """0 when every sabotage was caught and no control raised an alarm, 1 otherwise (and where one is broken itself), 2 for
+    a name that is not known."""
     options = _parser().parse_args(arguments)
     for module in options.also:
         importlib.import_module(module)
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     for said, runs in (("missed", missed), ("false alarm", alarms)):
         for run in runs:
             print(f"{said}: {run.name} {', '.join(run.failed) or run.refused}")
-    return 1 if missed or alarms else 0
+    return 1 if missed or alarms or len(found) < len(mine) + len(others) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,29 +78,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _carry_out(bench: Bench, sabotages: list[Sabotage], others: list[Control], jobs: int) -> list[Found]:
-    """Those that take longest first; a line for each as it ends."""
+    """Those that take longest first; a line for each as it ends. One that breaks by itself is told, and left out."""
 
-    def attempt(each: Sabotage) -> Found:
-        return bench.attempt(each)
-
-    def control(each: Control) -> Found:
-        return bench.control(each.name, each.recipe)
-
-    def told(job: Callable[[Any], Found], each: Any) -> Found:
+    def told(name: str, job: Callable[[], Found]) -> Found | None:
         try:
-            found = job(each)
+            found = job()
         except StageError as error:
-            print(f"broken: {each.name}: {error}", file=sys.stderr, flush=True)
-            raise
-        print(
-            f"{found.seconds:6.1f} s  {each.name}: {', '.join(found.failed) or found.refused or 'nothing'}", flush=True
-        )
+            print(f"broken: {name}: {error}", file=sys.stderr, flush=True)
+            return None
+        print(f"{found.seconds:6.1f} s  {name}: {', '.join(found.failed) or found.refused or 'nothing'}", flush=True)
         return found
 
+    jobs_to_do = [(each.name, partial(bench.control, each.name, each.recipe)) for each in others]
+    jobs_to_do += [(each.name, partial(bench.attempt, each)) for each in sabotages]
     with ThreadPoolExecutor(jobs) as pool:
-        pending = [pool.submit(told, control, each) for each in others]
-        pending += [pool.submit(told, attempt, each) for each in sabotages]
-        return [each.result() for each in pending]
+        return [found for found in pool.map(lambda job: told(*job), jobs_to_do) if found]
 
 
 def _document(found: list[Found], sabotages: list[Sabotage], bench: Bench, minutes: float) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from typing import Any
 from finetune.testing.sabotage import Sabotage, table
 from finetune.testing.sabotage.bench import Found
 from finetune.testing.sabotage.scene import Scene
+from finetune.testing.spec.judge import EXPECT_KEYS
 
 RESULTS = Path("docs/detection.json")
 PAGE = Path("docs/detection.md")
-ROOM = 1.0  # spreads of the controls that lie between the worst of them and a bound, at least
+ROOM = 1.5  # times as far as the worst control: the least that a bound of ours lets a measurement go
+PROMISED = "stored_bits"  # what a format promises is no bound of ours
 AREAS = {
     "rows": "Data on its way into training",
     "training": "Supervised fine-tuning",
@@ -61,7 +63,12 @@ def spreads(controls: Iterable[Found]) -> dict[str, Document]:
     for control in controls:
         for verdict in control.verdicts:
             measured, compare = verdict["measured"], verdict["compare"]
-            if compare == "==" or measured is None or not math.isfinite(measured):
+            if (
+                compare == "=="
+                or verdict["name"].startswith(PROMISED)
+                or measured is None
+                or not math.isfinite(measured)
+            ):
                 continue
             here = found.setdefault(
                 verdict["name"],
@@ -76,11 +83,18 @@ def spreads(controls: Iterable[Found]) -> dict[str, Document]:
 
 
 def room(spread: Document) -> float:
-    """How many spreads of the controls lie between the worst of them and the bound; infinite where all were equal."""
-    width = spread["most"] - spread["least"]
-    above = spread["compare"] in (">", ">=")
-    distance = spread["least"] - spread["bound"] if above else spread["bound"] - spread["most"]
-    return distance / width if width else math.copysign(math.inf, distance)
+    """How many times as far as the worst control a bound lets a measurement go; infinite where every control is ideal.
+
+    Of a share that should be 1 it is what lacks that counts; of a bound of 0 only the side.
+    """
+    bound, least, most = spread["bound"], spread["least"], spread["most"]
+    if spread["compare"] in ("<", "<="):
+        return bound / most if most > 0 else math.inf
+    if bound <= 0:
+        return math.inf if least > bound else 0.0
+    if spread["unit"].startswith("share") and bound <= 1:
+        return (1 - bound) / (1 - least) if least < 1 else math.inf
+    return least / bound if least != bound else math.inf
 
 
 def caught(entry: Document) -> bool:
@@ -169,18 +183,20 @@ def _controls(controls: list[Document]) -> list[str]:
 def _bounds(found: dict[str, Document]) -> list[str]:
     rows = [
         [f"`{name}`", f"{each['compare']} {each['bound']:.3g}", f"{each['least']:.3g} to {each['most']:.3g}",
-         str(each["count"]), _room(room(each)), each["unit"]]
+         str(each["count"]), _room(room(each)), "recipe" if name in EXPECT_KEYS else "rule", each["unit"]]
         for name, each in found.items()
     ]  # fmt: skip
     rule = (
-        "What the honest runs measured, and how far the bound is from the worst of them, in spreads (the most measured "
-        f"less the least). The rule: at least {ROOM:g} spread. `==` bounds have no spread and are left out."
+        "What the honest runs measured, and the strictest bound that they were held to. *Room*: how many times as far as "
+        "the worst of them the bound lets a measurement go (of a share that should be 1, what lacks counts). The rule "
+        f"where a check chooses its bound: at least {ROOM:g}. A recipe's own `expect` is what its user wants, whatever "
+        "honest runs reach. Bounds of `==` are exact and left out."
     )
-    return [rule, _table(["verdict", "bound", "measured", "runs", "room", "unit"], rows)]
+    return [rule, _table(["verdict", "bound", "measured", "runs", "room", "chosen by", "unit"], rows)]
 
 
 def _room(value: float) -> str:
-    return "all equal" if math.isinf(value) else f"{value:.1f}"
+    return "all ideal" if math.isinf(value) else f"{value:.3g}"
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:

@@ -105,7 +105,7 @@ def adapter_never_attached(scene: Scene) -> None:
             import copy
 
             attached = original(copy.deepcopy(model), *arguments, **more)
-            attached.forward = lambda *a, **b: model(*a, **b, use_cache=False)
+            attached.forward = lambda *a, **b: model(*a, **{**b, "use_cache": False})
             model.requires_grad_(True)
             return attached
 
