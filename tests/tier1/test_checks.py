@@ -361,6 +361,7 @@ BREAKS = [
     Break("a loss that falls by 3 %", losses(*[4.93 - n / 75 for n in range(12)]), "loss_convergence loss_end"),
     Break("a loss that stays above word frequencies", losses(*[4.9 - n / 7 for n in range(12)]), "loss_end"),
     Break("NaN in the middle", step("train", 6, loss=math.nan), "loss_finite"),
+    Break("a gradient that is NaN", step("train", 6, grad_norm=math.nan), "gradients_finite"),
     Break("infinity in the middle", step("train", 6, loss=math.inf), "loss_finite"),
     Break(
         "NaN at the end",
@@ -422,6 +423,7 @@ BREAKS = [
     ),
     Break("adapters in half the layers", config(num_hidden_layers=2), "lora_coverage"),
     Break("a frozen weight that moved", metrics("train", frozen_sha256_after="0" * 64), "frozen_identical"),
+    Break("weights in half of the precision", metrics("train", weight_bytes=10**4), "weights_precision"),
     Break("frozen weights not looked at", metrics("train", frozen_sha256_before=None), "frozen_identical"),
     Break(
         "a base model changed on disk",

@@ -30,7 +30,7 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
         return [missing("loss_convergence", ">=", 4, "steps", EVENTS, f"{len(losses)} logged steps, 4 are needed")]
     report = run.report("prepare")
     metrics = report.metrics if report else {}
-    verdicts = [_finite(losses)]
+    verdicts = [_finite(losses), *_finite_gradients(steps)]
     if not _weighted(recipe):
         verdicts += _fall(recipe, losses)
     uniform = metrics.get("uniform_entropy")
@@ -76,6 +76,16 @@ def _finite(losses: list[float]) -> Verdict:
     bad = [number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)]
     why = f"{len(losses)} logged losses" + (f"; the first bad one is number {bad[0]}" if bad else "")
     return judge("loss_finite", len(bad), "==", 0, "NaN or infinite", EVENTS, why)
+
+
+def _finite_gradients(steps: list[dict[str, Any]]) -> list[Verdict]:
+    """A step whose gradient is NaN is skipped or ruins the weights, whatever loss is shown. None told, nothing to say."""
+    norms = [(step["step"], step["grad_norm"]) for step in steps if step["grad_norm"] is not None]
+    if not norms:
+        return []
+    bad = [number for number, norm in norms if math.isnan(norm)]
+    why = f"{len(norms)} norms of gradients" + (f"; the first that is NaN is that of step {bad[0]}" if bad else "")
+    return [judge("gradients_finite", len(bad), "==", 0, "NaN", EVENTS, why)]
 
 
 def _fall(recipe: Recipe, losses: list[float]) -> list[Verdict]:

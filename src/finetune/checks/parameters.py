@@ -14,6 +14,7 @@ from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
 from finetune.run import Run, digest
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 EFFECT = 1e-3  # nats a token: far above the rounding of two runs of the same model, far below any learning
 
 
@@ -34,7 +35,7 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
         verdicts += [_matrices(after), _coverage(recipe, run, after), *_frozen(run)]
     else:
         verdicts.append(_kinds(before, after))
-    verdicts.append(_effect(run))
+    verdicts += [*_precision(recipe, run), _effect(run)]
     return verdicts
 
 
@@ -115,6 +116,21 @@ def _frozen(run: Run) -> list[Verdict]:
 
 def _intact(path: Path, sha256: str) -> bool:
     return path.is_file() and digest(path) == sha256
+
+
+def _precision(recipe: Recipe, run: Run) -> list[Verdict]:
+    """Whether the weights were in memory as precisely as the recipe says: of frozen ones where there are any."""
+    report = run.report("train")
+    facts = report.metrics if report else {}
+    frozen, trained = facts.get("frozen_parameters"), facts.get("trainable_bytes")
+    if trained is None or frozen is None:
+        return []
+    count = frozen or facts["trainable_parameters"]
+    size = (facts["weight_bytes"] - trained if frozen else trained) / count
+    kind = "frozen" if frozen else "trained"
+    why = f"{count:,} {kind} weights took {size:g} bytes each; the recipe says {recipe.model.dtype}"
+    wanted = BYTES[recipe.model.dtype]
+    return [judge("weights_precision", size, ">=", wanted, "bytes a weight", "train/report.json", why)]
 
 
 def _effect(run: Run) -> Verdict:

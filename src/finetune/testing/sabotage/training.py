@@ -98,20 +98,16 @@ def optimizer_of_a_copy(scene: Scene) -> None:
 
 @sabotage("adapter never attached", imitates="https://github.com/axolotl-ai-cloud/axolotl/pull/159")
 def adapter_never_attached(scene: Scene) -> None:
-    """LoRA is attached to a copy of the model; what runs forward is the base."""
+    """LoRA is made and saved, but no layer uses it: what runs forward is the base."""
 
-    def wrapper(original: Any) -> Any:
-        def attach(model: Any, *arguments: Any, **more: Any) -> Any:
-            import copy
+    def detach(model: Any) -> Any:
+        model.enable_input_require_grads()
+        for module in model.modules():
+            if hasattr(module, "_disable_adapters"):
+                module._disable_adapters = True
+        return model
 
-            attached = original(copy.deepcopy(model), *arguments, **more)
-            attached.forward = lambda *a, **b: model(*a, **{**b, "use_cache": False})
-            model.requires_grad_(True)
-            return attached
-
-        return attach
-
-    scene.wrap("peft:get_peft_model", wrapper)
+    scene.wrap("peft:get_peft_model", lambda original: lambda *a, **more: detach(original(*a, **more)))
 
 
 @sabotage("base trained along with the adapter", imitates="https://github.com/Blaizzy/mlx-vlm/issues/2178")
@@ -163,7 +159,7 @@ def warm_up_never_ends(scene: Scene) -> None:
     def wrapper(original: Any) -> Any:
         def create(self: Any, *arguments: Any, **more: Any) -> Any:
             scheduler = original(self, *arguments, **more)
-            scheduler.lr_lambdas = [lambda step: 0.01]
+            scheduler.lr_lambdas = [lambda step: 0.01 for _ in scheduler.lr_lambdas]
             return scheduler
 
         return create
@@ -186,9 +182,9 @@ def ends_early(scene: Scene) -> None:
     scene.wrap("transformers.trainer_callback:DefaultFlowCallback.on_step_end", wrapper)
 
 
-@sabotage("half precision that overflows")
+@sabotage("half precision instead of single")
 def half_precision(scene: Scene) -> None:
-    """Weights, gradients and the optimizer's epsilon are float16, whatever the recipe says."""
+    """The base is loaded in float16, whatever the recipe says."""
     scene.wrap(
         "finetune.backends.torch.training:load_model", lambda original: lambda *a, **more: original(*a, **more).half()
     )
@@ -205,14 +201,14 @@ def nan_filtered(scene: Scene) -> None:
         return arguments
 
     def overflowing(original: Any) -> Any:
-        def step(self: Any, model: Any, *a: Any, **more: Any) -> Any:
-            loss = original(self, model, *a, **more)
+        def compute(self: Any, *a: Any, **more: Any) -> Any:
+            loss = original(self, *a, **more)
             return loss * float("nan") if self.state.global_step >= self.state.max_steps // 2 else loss
 
-        return step
+        return compute
 
     scene.wrap("finetune.backends.torch.sft:arguments", wrapper)
-    scene.wrap(f"{TRAINER}.training_step", overflowing)
+    scene.wrap("trl.trainer.sft_trainer:SFTTrainer.compute_loss", overflowing)
     scene.wrap(ADAMW_STEP, _skipped_where_nan)
 
 
