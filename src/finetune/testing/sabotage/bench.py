@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune import models
 from finetune.backends import child
 from finetune.errors import StageError
 from finetune.recipe import yaml
@@ -95,6 +96,12 @@ class Bench:
         self._clear(directory)
         return found
 
+    def _without_places(self, said: str) -> str:
+        """Text without the folders of this machine."""
+        for place in (self.directory, models.cache_dir()):
+            said = said.replace(f"{place}{os.sep}", "")
+        return said
+
     def _clear(self, directory: Path) -> None:
         if not self.keep:
             shutil.rmtree(directory)
@@ -126,7 +133,7 @@ class Bench:
         done = ground.finetune("run", str(file), *there, more=environment, allowed=ENDINGS)
         stored = tuple((verdicts(run) or {}).get("verdicts", []))
         failed = tuple(verdict["name"] for verdict in stored if not verdict["passed"])
-        refused = "" if done.returncode in (0, 1) else _refused(name, done.stderr)
+        refused = "" if done.returncode in (0, 1) else _refused(name, self._without_places(done.stderr))
         if not refused and bool(failed) != (done.returncode == 1):
             raise StageError(f"'{name}' ended with {done.returncode}, and its failed verdicts are {failed or 'none'}")
         seconds = round(time.monotonic() - started, 1)

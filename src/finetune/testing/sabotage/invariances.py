@@ -114,7 +114,7 @@ def checkpoint_detached(scene: Scene) -> None:
 
         return checkpoint
 
-    scene.wrap("torch.utils.checkpoint:checkpoint", wrapper)
+    scene.wrap("transformers.modeling_utils:checkpoint", wrapper)
 
 
 @_invariance("checkpointing in lower precision")
@@ -128,7 +128,7 @@ def checkpoint_in_lower_precision(scene: Scene) -> None:
 
         return checkpoint
 
-    scene.wrap("torch.utils.checkpoint:checkpoint", wrapper)
+    scene.wrap("transformers.modeling_utils:checkpoint", wrapper)
 
 
 # -- packing -----------------------------------------------------------------------------------------------------------
