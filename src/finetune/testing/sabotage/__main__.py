@@ -1,6 +1,6 @@
 """`python -m finetune.testing.sabotage`: carry out sabotages and controls, and write docs/detection.json and .md.
 
-Without names everything runs (half an hour on two cores). With names, only those do, and their rows are replaced.
+Without names everything runs (20 minutes on two cores). With names, only those do, and the rows of sabotages are replaced.
 """
 
 from __future__ import annotations
@@ -109,14 +109,10 @@ def _document(found: list[Found], sabotages: list[Sabotage], bench: Bench, minut
 
 
 def _write(root: Path, document: dict[str, Any], *, whole: bool) -> None:
-    stored = {} if whole else detection.load(root)
-    if not whole:  # what only a whole run can say
-        document = {key: value for key, value in document.items() if key not in ("minutes", "machine")} | {
-            key: stored[key] for key in ("minutes", "machine") if key in stored
-        }
-    merged = detection.merge(stored, document)
-    write_json(root / detection.RESULTS, merged)
-    write_text(root / detection.PAGE, detection.render(merged))
+    stored = detection.load(root)
+    result = document if whole or not stored else detection.merge(stored, document)
+    write_json(root / detection.RESULTS, result)
+    write_text(root / detection.PAGE, detection.render(result))
 
 
 if __name__ == "__main__":

@@ -102,16 +102,11 @@ def caught(entry: Document) -> bool:
 
 
 def merge(stored: Document, new: Document) -> Document:
-    """`stored` with the rows of `new` in the places of those of the same name; sabotages that are no more are dropped."""
-    known = table()
-    result = {**stored, **new}
-    for kind in ("sabotages", "controls"):
-        rows = {entry["name"]: entry for entry in (*stored.get(kind, []), *new[kind])}
-        result[kind] = [entry for name, entry in rows.items() if kind == "controls" or name in known]
-    order = list(known)
-    result["sabotages"].sort(key=lambda entry: order.index(entry["name"]))
-    result["spreads"] = {**stored.get("spreads", {}), **new["spreads"]}
-    return result
+    """`stored` with the sabotages of `new` in the places of those of the same name; those that are no more are dropped.
+    Controls, their spreads, minutes and versions are those of a whole run."""
+    order = list(table())
+    rows = {entry["name"]: entry for entry in (*stored["sabotages"], *new["sabotages"]) if entry["name"] in order}
+    return {**stored, "sabotages": sorted(rows.values(), key=lambda entry: order.index(entry["name"]))}
 
 
 def render(stored: Document) -> str:
