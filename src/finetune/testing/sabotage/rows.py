@@ -19,7 +19,7 @@ def loss_on_the_prompt(scene: Scene) -> None:
     _collated(scene, lambda row: {**row, "labels": list(row["input_ids"])})
 
 
-@sabotage("labels shifted once too often", fast=True)
+@sabotage("labels shifted once too often")
 def labels_shifted(scene: Scene) -> None:
     """Every label stands one place too far to the left, as where both the data and the model shift."""
     _collated(scene, lambda row: {**row, "labels": [*list(row["labels"])[1:], MASKED]})

@@ -17,7 +17,7 @@ def learning_rate_0(scene: Scene) -> None:
     scene.set("train.learning_rate", 0)
 
 
-@sabotage("optimizer never steps", fast=True)
+@sabotage("optimizer never steps")
 def optimizer_never_steps(scene: Scene) -> None:
     """The optimizer's step does nothing, while losses are logged as ever."""
     scene.wrap(ADAMW_STEP, lambda original: lambda self, *_, **__: None)
