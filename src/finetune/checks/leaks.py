@@ -80,10 +80,7 @@ def _windows(text: str, first: set[str] | None = None) -> Iterator[str]:
 def _pairs(recipe: Recipe) -> list[formats.Example]:
     if recipe.align is None:
         return []
-    data = recipe.align.data
-    if data.format == "auto":
-        data = data.model_copy(update={"format": "preference"})
-    return formats.to_examples(sources.read(data), data)
+    return formats.to_examples(sources.read(recipe.align.pairs), recipe.align.pairs)
 
 
 def _rows(path: str | None) -> list[sources.Row]:

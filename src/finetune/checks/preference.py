@@ -71,9 +71,7 @@ def _tokens(pairs: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Verdict
 
 def _as_in_the_data(recipe: Recipe, run: Run, pairs: list[dict[str, Any]]) -> Verdict:
     assert recipe.align is not None
-    name, data = "pairs_are_data", recipe.align.data
-    if data.format == "auto":
-        data = data.model_copy(update={"format": "preference"})
+    name, data = "pairs_are_data", recipe.align.pairs
     try:
         tokenizer, template = rendering(recipe, run)
         wanted, _ = checks.preferences(

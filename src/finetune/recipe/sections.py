@@ -245,6 +245,11 @@ class Align(Optimization):
             raise ValueError(f"'label_smoothing' needs 'loss_type: robust'; '{self.loss_type}' would pass over it")
         return self
 
+    @property
+    def pairs(self) -> Data:
+        """`data`, read as preference pairs where it leaves the format open."""
+        return self.data.model_copy(update={"format": "preference"}) if self.data.format == "auto" else self.data
+
 
 class Evaluate(Section):
     """What the model is asked before and after. Each path is a JSONL file, one object a line."""

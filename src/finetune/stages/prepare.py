@@ -122,9 +122,7 @@ def _preference_rows(
     recipe: Recipe, run: Run, tokenizer: Tokenizer, template: templates.ChatTemplate, notes: list[str]
 ) -> dict[str, Any]:
     assert recipe.align is not None
-    data = recipe.align.data
-    if data.format == "auto":
-        data = data.model_copy(update={"format": "preference"})
+    data = recipe.align.pairs
     rows, found = checks.preferences(
         _examples(data, recipe),
         data,
