@@ -57,6 +57,14 @@ def row_scores(run: Run) -> tuple[dict[str, Any], dict[str, Any]] | None:
     return (base, trained) if base and set(base) <= set(trained) else None
 
 
+def tensor_bytes(file: Path) -> int:
+    """Bytes of all tensors of a safetensors file: 8 bytes of length, a JSON header, tensors
+    (https://huggingface.co/docs/safetensors)."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    return file.stat().st_size - 8 - length
+
+
 def model_settings(recipe: Recipe) -> dict[str, Any]:
     """How a backend shall load the model, as plain values."""
     return recipe.model.model_dump(include={"dtype", "device", "attn_implementation", "trust_remote_code"})

@@ -4,7 +4,6 @@ tokenizer?"""
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,19 +107,12 @@ def _precise(trained: Trained) -> list[Verdict]:
     files = sorted(trained.directory.glob("*.safetensors"))
     if not files:
         return []
-    stored, size = sum(map(_tensor_bytes, files)), trained.report.metrics.get("trainable_bytes")
+    stored, size = sum(map(evidence.tensor_bytes, files)), trained.report.metrics.get("trainable_bytes")
     why = (
         f"{stored:,} bytes of tensors are stored, {size or 0:,} were trained; a coarser type would lose some in silence"
     )
     share = stored / size if size else None
     return [judge("saved_precision", share, ">=", 1.0, "share of bytes", trained.place, why)]
-
-
-def _tensor_bytes(file: Path) -> int:
-    """Bytes of all tensors; a file is 8 bytes of length, a JSON header, tensors (https://huggingface.co/docs/safetensors)."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-    return file.stat().st_size - 8 - int(length)
 
 
 def _last(recipe: Recipe, trained: Trained) -> list[Verdict]:

@@ -131,10 +131,7 @@ def _stored(recipe: Recipe, run: Run, job: Job) -> dict[str, int | None]:
     tensors = get(recipe.backend).tensors(job.model)  # a tied matrix may be stored under two names
     unique = {facts.sha256 if len(facts.shape) > 1 else name: facts.shape for name, facts in tensors.items()}
     base = sum(size * math.prod(shape) for shape in unique.values())
-    adapter = 0
-    for file in (run.path / "train" / "adapter").glob("*.safetensors"):
-        with file.open("rb") as stream:
-            adapter += file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")  # what follows the header
+    adapter = sum(map(evidence.tensor_bytes, (run.path / "train" / "adapter").glob("*.safetensors")))
     states = [path for folder in checkpoints(run.path / "train") if (path := folder / "optimizer.pt").is_file()]
     optimizer = None
     if states and zipfile.is_zipfile(states[-1]):
