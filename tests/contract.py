@@ -54,6 +54,7 @@ FACTS = {
     "optimizer_bytes",
     "weight_bytes",
     "steps",
+    "steps_without_effect",
     "resumed_from",
     "stopped",
 }
@@ -352,6 +353,7 @@ class TrainingContract(InferenceContract):
         assert [name for name in before if before[name].sha256 == after[name].sha256] == []
         assert all(before[name].shape == after[name].shape for name in before)
         assert trained.facts["frozen_sha256_before"] == trained.facts["frozen_sha256_after"]
+        assert trained.facts["steps_without_effect"] == 0
 
     def test_merged_model_scores_as_base_with_adapter(self, backend, model_dir, trained, rows, settings, tmp_path):
         merged = backend.merge(model_dir, trained.out / "adapter", tmp_path / "merged", **settings)

@@ -423,6 +423,8 @@ BREAKS = [
     ),
     Break("adapters in half the layers", config(num_hidden_layers=2), "lora_coverage"),
     Break("a frozen weight that moved", metrics("train", frozen_sha256_after="0" * 64), "frozen_identical"),
+    Break("steps that moved nothing", metrics("train", steps_without_effect=3), "steps_move_weights"),
+    Break("steps nobody looked at", metrics("train", steps_without_effect=None), "steps_move_weights"),
     Break("weights in half of the precision", metrics("train", weight_bytes=10**4), "weights_precision"),
     Break("frozen weights not looked at", metrics("train", frozen_sha256_before=None), "frozen_identical"),
     Break(
@@ -527,6 +529,7 @@ BREAKS = [
         all_steps("align", lambda n, s: s.update(rows=[0, 1, 2])),
         "pairs_trained pair_tokens",
     ),
+    Break("a step of alignment that moved nothing", metrics("align", steps_without_effect=1), "dpo_steps_move_weights"),
     Break("pairs whose ends were not trained", step("align", 2, trained_tokens=7), "pair_tokens"),
     Break("rewards by another beta", scores(ACCOUNT, lambda a: rewarded(a, 1.02)), "dpo_rewards_confirmed"),
     Break("a reward of NaN", scores(ACCOUNT, lambda a: rewarded(a, math.nan)), "dpo_rewards_confirmed"),

@@ -103,7 +103,8 @@ SAYING = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=
         "Response:\n",
     ]
 )
-SAID = SAYING.filter(lambda text: bool(text.strip()))
+ENDS = ("<|im_end|>", *(kind["eos"] for kind in KINDS.values() if "eos" in kind))  # an answer with one is refused
+SAID = SAYING.filter(lambda text: bool(text.strip()) and not any(end in text for end in ENDS))
 
 
 def chat(*contents: str, line: int = 1) -> Example:

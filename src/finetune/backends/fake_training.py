@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Job, Step
+from finetune.backends.effect import Effect
 from finetune.backends.fake_model import (
     GAIN,
     MOMENTUM,
@@ -101,6 +103,7 @@ class Training:
             for place in row.chosen + row.rejected:
                 self._allocate(place)
         self.model.forget()
+        self.effect = Effect(float(self.options.get("learning_rate", 2e-4)), self._sample())
 
     # -- shape of the training, as transformers computes it -------------------------------------------------------
 
@@ -174,6 +177,7 @@ class Training:
         gradient = Gradient()
         loss, extra = self._loss(rows, gradient)
         norm = self._update(gradient, rate, self._weight(rows))
+        self.effect.stepped(rate, self._sample())
         self.step += 1
         stop = self._evaluate(extra)
         return (
@@ -297,6 +301,12 @@ class Training:
         self.velocity[parameter] = MOMENTUM * self.velocity[parameter] + gradient
         return self.velocity[parameter]
 
+    def _sample(self) -> bytes:
+        """Every weight of the contexts that training knows, as bytes."""
+        if self.model.adapter:
+            return b"".join(array("d", row).tobytes() for row in self.model.adapter.b.values())
+        return b"".join(array("d", row.values()).tobytes() for row in self.model.base.table.values())
+
     def _frozen_digest(self) -> str:
         total = sha256()
         for name, (_, values) in sorted(self.model.base.tensors().items()) if self.lora else ():
@@ -318,6 +328,7 @@ class Training:
             "optimizer_bytes": 8 * trainable,
             "weight_bytes": 8 * (trainable + frozen),
             "steps": self.step,
+            "steps_without_effect": self.effect.without,
             "resumed_from": resumed,
             "stopped": self.stopped,
         }

@@ -42,6 +42,7 @@ _METRICS = {
     "perplexity": Metric(label="perplexity of held-out text", better="lower"),
     "first_loss": Metric(label="first loss"),
     "last_loss": Metric(label="last loss", better="lower"),
+    "steps_without_effect": Metric(label="steps that moved no weight", better="lower"),
     "tokens_per_second": Metric(label="tokens a second", better="higher"),
     "seconds_per_step": Metric(label="seconds a step", better="lower"),
     "eval_rows": Metric(label="rows for evaluation"),

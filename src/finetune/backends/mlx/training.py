@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Job, Step
+from finetune.backends.effect import SAMPLE, Effect
 from finetune.backends.mlx import layout, lora, options
 from finetune.backends.mlx.loading import device_of, load_model
 from finetune.backends.mlx.runtime import mx, nn, on, optimizers, tree_flatten, tree_map, tree_unflatten
@@ -103,6 +104,7 @@ class Training:
         self.gradients = nn.value_and_grad(self.model, _summed_loss)
         self.frozen_before = self.frozen_digest()
         self.gradient_bytes = 0
+        self.effect = Effect(values["learning_rate"], self._sample())
         self.pending: list[Step] = []
         if not job.resume and job.method == "lora":
             self.save_adapter(job.out / "initial")
@@ -176,6 +178,12 @@ class Training:
         self.optimizer.learning_rate = rate
         self.optimizer.update(self.model, gradients)
         mx.eval(self.model.parameters(), self.optimizer.state)
+        self.effect.stepped(rate, self._sample())
+
+    def _sample(self) -> bytes:
+        """The first elements of every trained tensor, as bytes."""
+        trained = tree_flatten(self.model.trainable_parameters())
+        return raw(mx.concatenate([each.reshape(-1)[:SAMPLE].astype(mx.float32) for _, each in trained]))
 
     def _logged(self, number: int) -> Step | None:
         due = number == 1 or number % self.values["logging_steps"] == 0 or number == self.total
@@ -307,6 +315,7 @@ class Training:
             "world_size": 1,
             "device": "cpu" if self.device == mx.cpu else "gpu",
             "steps": self.done,
+            "steps_without_effect": self.effect.without,
             "stopped": stopped,
             "resumed_from": self.begun if self.job.resume else None,
         }

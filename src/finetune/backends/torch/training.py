@@ -21,6 +21,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from finetune.backends import Job, Step
+from finetune.backends.effect import SAMPLE, Effect
 from finetune.backends.torch import options, tracking
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
@@ -135,6 +136,7 @@ def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
         "world_size": trainer.args.world_size,
         "device": trainer.args.device.type,
         "steps": trainer.state.global_step,
+        "steps_without_effect": reporter.effect.without,
         "stopped": trainer.state.global_step < trainer.state.max_steps and reporter.stopped,
         "resumed_from": begun,
     }
@@ -219,15 +221,22 @@ class Reporter(TrainerCallback):
         self.state_bytes: dict[str, int] = {"gradient_bytes": 0, "optimizer_bytes": 0}
         self.pending: list[tuple[tuple[int, ...], int, int]] = []
         self.stopped = False
+        self.effect = Effect(trainer.args.learning_rate, b"")
         self.began = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.effect = Effect(args.learning_rate, _sample(self.trainer.model))
         self.began = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.state_bytes["gradient_bytes"]:
             gradients = (p.grad for p in self.trainer.model.parameters() if p.grad is not None)
             self.state_bytes["gradient_bytes"] = sum(g.nbytes for g in gradients)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:  # fp16's gradient scaler says so openly
+            rate = max(group["lr"] for group in self.trainer.optimizer.param_groups)
+            self.effect.stepped(rate, _sample(self.trainer.model))
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._consume()
@@ -268,6 +277,12 @@ class Reporter(TrainerCallback):
         )
         self.pending.clear()
         self.began = time.perf_counter()
+
+
+def _sample(model: Any) -> bytes:
+    """The first elements of every trained tensor, as bytes."""
+    parts = [p.detach().flatten()[:SAMPLE].float() for p in model.parameters() if p.requires_grad]
+    return torch.cat(parts).cpu().numpy().tobytes() if parts else b""
 
 
 def _optimizer_bytes(optimizer: Any) -> int:
