@@ -55,6 +55,7 @@ FACTS = {
     "weight_bytes",
     "steps",
     "steps_without_effect",
+    "planned_steps",
     "resumed_from",
     "stopped",
 }
@@ -354,6 +355,29 @@ class TrainingContract(InferenceContract):
         assert all(before[name].shape == after[name].shape for name in before)
         assert trained.facts["frozen_sha256_before"] == trained.facts["frozen_sha256_after"]
         assert trained.facts["steps_without_effect"] == 0
+
+    def test_an_adam_tells_its_settings_the_size_of_its_first_step_and_what_it_was_given(self, backend, trained):
+        if backend.name == "fake":
+            assert not {"adam_beta1", "first_move", "clipped_norm"} & set(trained.facts)  # it has none
+            return
+        facts = trained.facts
+        assert (facts["adam_beta1"], facts["adam_beta2"], facts["adam_epsilon"]) == pytest.approx((0.9, 0.999, 1e-8))
+        assert facts["optimized_parameters"] == facts["trainable_parameters"]
+        assert facts["first_move"] == pytest.approx(1, rel=0.01)
+        assert 0 < facts["clipped_norm"] <= 1.0001
+        assert facts["planned_steps"] == 4
+
+    def test_what_the_optimizer_gets_is_clipped(self, backend, job, tmp_path):
+        if backend.name == "fake":
+            return
+        clipped = run(backend, job(tmp_path, max_grad_norm=0.1, max_steps=2))
+        assert min(step.grad_norm for step in clipped.steps) > 0.1
+        assert clipped.facts["clipped_norm"] == pytest.approx(0.1, rel=1e-3)
+
+    def test_a_resumed_adam_has_no_first_step(self, backend, trained, job, tmp_path):
+        rest = run(backend, job(tmp_path, resume=trained.out / "checkpoint-2"))
+        assert "first_move" not in rest.facts
+        assert rest.facts["steps_without_effect"] == 0
 
     def test_merged_model_scores_as_base_with_adapter(self, backend, model_dir, trained, rows, settings, tmp_path):
         merged = backend.merge(model_dir, trained.out / "adapter", tmp_path / "merged", **settings)

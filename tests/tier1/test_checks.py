@@ -284,6 +284,19 @@ def metrics(stage: str, **values: Any) -> Broken:
     return lambda run: edit_json(run, f"{stage}/report.json", lambda report: report["metrics"].update(values))
 
 
+def moved(stage: str, first_move: float) -> Broken:
+    """A first step of this size, of a training in single precision."""
+
+    def do(run: Run) -> None:
+        def change(report: dict[str, Any]) -> None:
+            facts = report["metrics"]
+            facts.update(first_move=first_move, trainable_bytes=4 * facts["trainable_parameters"])
+
+        edit_json(run, f"{stage}/report.json", change)
+
+    return do
+
+
 def base(change: Callable[[Path], Any], *, recorded: bool = False) -> Broken:
     """The run's base model, in a copy; `recorded`: as if it had been so when it was fetched."""
 
@@ -347,6 +360,7 @@ def later(values: dict[str, float], by: float) -> None:
 NO_ROWS = "loss_is_of_answers loss_confirmed adapter_effect"
 UNCONFIRMED = "dpo_rewards_confirmed dpo_loss_confirmed"
 ELSEWHERE = {"nothing_leaked", "judged_strictly"}  # in test_leaks.py, with other data and another judge
+OPTIMIZERS = {"optimizer_as_asked", "step_size", "gradients_clipped"}  # of which the fake backend has none to tell of
 NO_LEARNING = "learned_as_trained learned_paraphrased learned_net"
 OTHER_ROWS = "labels_are_answers prompts_as_served"
 LOST = "rows_prepared rows_trained tokens_as_prepared"
@@ -378,7 +392,7 @@ BREAKS = [
     ),
     Break("a mean over everything", lambda run: everything(run), "loss_is_of_answers"),
     Break("three steps", without_steps("train", but=3), "loss_convergence"),
-    Break("no step", without_steps("train"), "loss_convergence rows_trained"),
+    Break("no step", without_steps("train"), "loss_convergence rows_trained steps_move_weights"),
     Break("rows scored worse after", scores(SCORES, lambda s: double(s["trained"], s["base"])), "loss_confirmed"),
     Break(
         "training that changed no score",
@@ -423,8 +437,6 @@ BREAKS = [
     ),
     Break("adapters in half the layers", config(num_hidden_layers=2), "lora_coverage"),
     Break("a frozen weight that moved", metrics("train", frozen_sha256_after="0" * 64), "frozen_identical"),
-    Break("steps that moved nothing", metrics("train", steps_without_effect=3), "steps_move_weights"),
-    Break("steps nobody looked at", metrics("train", steps_without_effect=None), "steps_move_weights"),
     Break("weights in half of the precision", metrics("train", weight_bytes=10**4), "weights_precision"),
     Break("frozen weights not looked at", metrics("train", frozen_sha256_before=None), "frozen_identical"),
     Break(
@@ -434,6 +446,23 @@ BREAKS = [
     ),
     Break("a base file gone", base(lambda own: (own / "fake_model.json").unlink()), "base_intact"),
     Break("no adapter", gone("train/adapter"), "parameters_changed saved_whole artifacts_intact"),
+    # optimizer
+    Break("steps that moved nothing", metrics("train", steps_without_effect=3), "steps_move_weights"),
+    Break("steps nobody looked at", metrics("train", steps_without_effect=None), "steps_move_weights"),
+    Break("a step of alignment that moved nothing", metrics("align", steps_without_effect=1), "dpo_steps_move_weights"),
+    Break("a learning rate off the schedule", step("train", 3, learning_rate=0.5), "learning_rate_as_asked"),
+    Break("a learning rate that is no number", step("train", 3, learning_rate=math.nan), "learning_rate_as_asked"),
+    Break("alignment off the schedule", step("align", 2, learning_rate=0.5), "dpo_learning_rate_as_asked"),
+    Break("another weight decay", metrics("train", weight_decay=0.1), "optimizer_as_asked"),
+    Break("another beta", metrics("train", adam_beta1=0.9, adam_beta2=0.95), "optimizer_as_asked"),
+    Break("an optimizer with half of the parameters", metrics("train", optimized_parameters=7), "optimizer_as_asked"),
+    Break("another weight decay in alignment", metrics("align", weight_decay=0.1), "dpo_optimizer_as_asked"),
+    Break("a step taken twice", moved("train", 2.0), "step_size"),
+    Break("a step of a tenth", moved("train", 0.1), "step_size"),
+    Break("a first step in alignment taken twice", moved("align", 2.0), "dpo_step_size"),
+    Break("gradients not clipped", metrics("train", clipped_norm=3.0), "gradients_clipped"),
+    Break("gradients of no number", metrics("train", clipped_norm=math.nan), "gradients_clipped"),
+    Break("gradients not clipped in alignment", metrics("align", clipped_norm=3.0), "dpo_gradients_clipped"),
     # learning
     Break("nothing learned", answers(as_before, "probes"), f"{NO_LEARNING} stops_by_itself"),
     Break("better words, worse probability", answers(only_in_words, "probes"), NO_LEARNING),
@@ -493,7 +522,11 @@ BREAKS = [
     Break("held-out text scored once only", scores(FRESH, lambda f: f.pop("heldout")), "heldout_confirmed"),
     # preference
     Break("a first loss that is not ln 2", step("align", 1, loss=0.69), "dpo_start"),
-    Break("no step of alignment", without_steps("align"), "dpo_start pairs_trained pair_tokens"),
+    Break(
+        "no step of alignment",
+        without_steps("align"),
+        "dpo_start pairs_trained pair_tokens dpo_steps_move_weights",
+    ),
     Break(
         "margins that shrink",
         all_steps("align", lambda n, s: s.update({"rewards/margins": -0.1 * n})),
@@ -529,7 +562,6 @@ BREAKS = [
         all_steps("align", lambda n, s: s.update(rows=[0, 1, 2])),
         "pairs_trained pair_tokens",
     ),
-    Break("a step of alignment that moved nothing", metrics("align", steps_without_effect=1), "dpo_steps_move_weights"),
     Break("pairs whose ends were not trained", step("align", 2, trained_tokens=7), "pair_tokens"),
     Break("rewards by another beta", scores(ACCOUNT, lambda a: rewarded(a, 1.02)), "dpo_rewards_confirmed"),
     Break("a reward of NaN", scores(ACCOUNT, lambda a: rewarded(a, math.nan)), "dpo_rewards_confirmed"),
@@ -663,7 +695,9 @@ def test_every_verdict_has_a_way_to_fail(honest):
     emitted = {verdict.name for verdict in verify(honest.recipe, honest.run) if "[" not in verdict.name}
     broken = set.union(*(each.expected for each in BREAKS))
 
-    assert broken - {"labels"} == emitted - ELSEWHERE, (
+    of_optimizers = OPTIMIZERS | {f"dpo_{name}" for name in OPTIMIZERS}
+    assert of_optimizers < broken
+    assert broken - {"labels"} - of_optimizers == emitted - ELSEWHERE, (
         "'labels' stands for all verdicts of that check when there are no rows"
     )
 
@@ -682,7 +716,8 @@ def test_what_was_not_asked_for_is_not_checked(honest, tmp_path):
     evaluate = honest.recipe.evaluate.model_copy(update=nothing)
     recipe = honest.recipe.model_copy(update={"expect": expect, "evaluate": evaluate, "align": None, "export": []})
 
-    assert [c.name for c in checks.CHECKS if c.wanted(recipe)] == ["labels", "rows", "loss", "parameters", "artifacts"]
+    wanted = [c.name for c in checks.CHECKS if c.wanted(recipe)]
+    assert wanted == ["labels", "rows", "loss", "parameters", "optimizer", "artifacts"]
 
 
 def test_an_unknown_check_is_refused_with_those_that_exist(copied):

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memory",
         "recipe",
         "run",
+        "schedule",
         "tiny",
     ),
     ("errors", "lookup", "secrets", ""),

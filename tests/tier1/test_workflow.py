@@ -469,7 +469,7 @@ def test_full_training_is_proved_too(done):
 
     assert failed(wanted, run) == {}
     names = {verdict.name for verdict in verify(wanted, run, ["parameters"])}
-    assert names == {"parameters_changed", "kinds_changed", "weights_precision", "steps_move_weights", "adapter_effect"}
+    assert names == {"parameters_changed", "kinds_changed", "weights_precision", "adapter_effect"}
     assert (run.path / "train" / "model").is_dir()
     assert not (run.path / "train" / "adapter").exists()
 

@@ -31,8 +31,8 @@ def told(tmp_path_factory):
 
 
 def test_it_learns_from_scratch_as_the_checks_have_it(told):
-    verdicts = results(*told, only=["labels", "loss", "parameters", "retention"])
-    assert len(verdicts) == 20
+    verdicts = results(*told, only=["labels", "loss", "parameters", "optimizer", "retention"])
+    assert len(verdicts) == 25
     assert [verdict for verdict in verdicts if not verdict.passed] == []
 
 

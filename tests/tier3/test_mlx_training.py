@@ -170,7 +170,7 @@ def test_resume_is_bit_identical_with_dropout_and_in_full(mlx, job, architecture
 REFUSED = {
     "bf16": True, "fp16": True, "tf32": True, "torch_compile": True, "packing": True, "loss_type": "dft",
     "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "early_stopping_patience": 2,
-    "dataloader_num_workers": 2, "report_to": "tensorboard", "optim": "sgd", "lr_scheduler_type": "polynomial",
+    "dataloader_num_workers": 2, "report_to": "tensorboard", "optim": "sgd",
 }  # fmt: skip
 
 

@@ -9,14 +9,14 @@ import shutil
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from finetune import schedule
 from finetune.backends import Job, Step
-from finetune.backends.effect import Effect
 from finetune.backends.fake_model import (
     GAIN,
     MOMENTUM,
@@ -31,6 +31,7 @@ from finetune.backends.fake_model import (
     save_adapter,
     save_model,
 )
+from finetune.backends.motion import Motion
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import trackers
 from finetune.run import read_jsonl
@@ -103,7 +104,9 @@ class Training:
             for place in row.chosen + row.rejected:
                 self._allocate(place)
         self.model.forget()
-        self.effect = Effect(float(self.options.get("learning_rate", 2e-4)), self._sample())
+        self.motion = Motion(
+            float(self.options.get("learning_rate", 2e-4)), self._sample(), fresh=False
+        )  # it is no Adam
 
     # -- shape of the training, as transformers computes it -------------------------------------------------------
 
@@ -130,12 +133,9 @@ class Training:
         return limit if limit > 0 else math.ceil(self.steps_per_epoch * epochs)
 
     def learning_rate(self, step: int) -> float:
-        """The rate that step number `step` (from 0) is taken with."""
-        warmup = float(self.options.get("warmup_steps", 0))
-        warm = math.ceil(warmup * self.total) if warmup < 1 else int(warmup)
-        shape = SCHEDULES[self.options.get("lr_scheduler_type", "cosine")]
-        share = step / max(1, warm) if step < warm else shape(step, warm, self.total)
-        return float(self.options.get("learning_rate", 2e-4)) * share
+        """The rate that step number `step` (from 1) is taken with."""
+        kind, peak = self.options.get("lr_scheduler_type", "cosine"), float(self.options.get("learning_rate", 2e-4))
+        return schedule.learning_rate(kind, peak, float(self.options.get("warmup_steps", 0)), step, self.total)
 
     def _taken(self, step: int) -> list[list[Row]]:
         """The batches of a step: the epoch's seeded order, cut into batches, `accumulation` of them at a time."""
@@ -172,12 +172,12 @@ class Training:
         return self._facts(frozen, resumed)
 
     def _take_step(self, began: float) -> tuple[Step, bool]:
-        batches, rate = self._taken(self.step), self.learning_rate(self.step)
+        batches, rate = self._taken(self.step), self.learning_rate(self.step + 1)
         rows = [row for batch in batches for row in batch]
         gradient = Gradient()
         loss, extra = self._loss(rows, gradient)
         norm = self._update(gradient, rate, self._weight(rows))
-        self.effect.stepped(rate, self._sample())
+        self.motion.stepped(rate, self._sample())
         self.step += 1
         stop = self._evaluate(extra)
         return (
@@ -328,7 +328,8 @@ class Training:
             "optimizer_bytes": 8 * trainable,
             "weight_bytes": 8 * (trainable + frozen),
             "steps": self.step,
-            "steps_without_effect": self.effect.without,
+            "planned_steps": self.total,
+            **self.motion.facts(),
             "resumed_from": resumed,
             "stopped": self.stopped,
         }
@@ -395,35 +396,3 @@ def _sum(model: FakeModel, answer: list[Place]) -> float:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _progress(step: int, warm: int, total: int) -> float:
-    return min(1.0, (step - warm) / max(1, total - warm))
-
-
-def _constant(step: int, warm: int, total: int) -> float:
-    return 1.0
-
-
-def _linear(step: int, warm: int, total: int) -> float:
-    return 1 - _progress(step, warm, total)
-
-
-def _cosine(step: int, warm: int, total: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * _progress(step, warm, total)))
-
-
-def _inverse_sqrt(step: int, warm: int, total: int) -> float:
-    return math.sqrt(max(1, warm) / max(1, step))
-
-
-# After the warm-up; polynomial has power 1 and the restarts are one, which is what transformers takes by itself.
-SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
-    "constant": _constant,
-    "constant_with_warmup": _constant,
-    "linear": _linear,
-    "polynomial": _linear,
-    "cosine": _cosine,
-    "cosine_with_restarts": _cosine,
-    "inverse_sqrt": _inverse_sqrt,
-}

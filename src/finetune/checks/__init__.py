@@ -111,6 +111,12 @@ CHECKS: tuple[Check, ...] = (
         wanted=_trains,
     ),
     Check(
+        name="optimizer",
+        run="finetune.checks.optimizer:check",
+        help="Every step had the learning rate, optimizer and clipping that the recipe asks for, and moved the weights.",
+        wanted=lambda recipe: recipe.train is not None or recipe.align is not None,
+    ),
+    Check(
         name="questions",
         run="finetune.checks.questions:check",
         help="Questions are all asked, as in training, judged strictly, and nothing of them was trained.",

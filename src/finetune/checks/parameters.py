@@ -35,17 +35,8 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
         verdicts += [_matrices(after), _coverage(recipe, run, after), *_frozen(run)]
     else:
         verdicts.append(_kinds(before, after))
-    verdicts += [*_precision(recipe, run), every_step_moves(run, "train", "steps_move_weights"), _effect(run)]
+    verdicts += [*_precision(recipe, run), _effect(run)]
     return verdicts
-
-
-def every_step_moves(run: Run, stage: str, name: str) -> Verdict:
-    """A step that is skipped in silence is logged as any other, so the weights themselves were compared at each."""
-    report = run.report(stage)
-    facts = report.metrics if report else {}
-    idle, taken = facts.get("steps_without_effect"), facts.get("steps", 0) - (facts.get("resumed_from") or 0)
-    why = f"a sample of every trained tensor was compared before and after each of {taken} steps"
-    return judge(name, idle, "==", 0, "steps without effect", f"{stage}/report.json", why)
 
 
 def _changed(recipe: Recipe, before: dict[str, TensorFacts], after: dict[str, TensorFacts]) -> Verdict:

@@ -11,7 +11,6 @@ from finetune import evidence
 from finetune.checks import Verdict, judge, missing, worst
 from finetune.checks.artifacts import DRIFT
 from finetune.checks.loss import window
-from finetune.checks.parameters import every_step_moves
 from finetune.checks.rows import rendering
 from finetune.data import checks, formats, sources
 from finetune.errors import FinetuneError, first_line
@@ -55,7 +54,6 @@ def _prepared(recipe: Recipe, run: Run) -> list[Verdict]:
             f"the first {len(first_pass)} pairs that alignment took were {len(known)} of the {len(pairs)} prepared ones",
         ),
         _tokens(pairs, steps),
-        every_step_moves(run, "align", "dpo_steps_move_weights"),
     ]  # fmt: skip
 
 

@@ -24,7 +24,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 KNOWN: dict[str, tuple[str, ...]] = {
     "optim": ("adamw_torch", "adamw_torch_fused"),
-    "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
 }
 INSTEAD = {"bf16": "set model.dtype: bfloat16", "fp16": "set model.dtype: float16"}
 
@@ -57,20 +56,3 @@ def total_steps(values: dict[str, Any], steps_per_epoch: int) -> int:
     if values["max_steps"] > 0:
         return int(values["max_steps"])
     return math.ceil(float(values["num_train_epochs"]) * steps_per_epoch)
-
-
-def learning_rate(values: dict[str, Any], step: int, total: int) -> float:
-    """The rate of a step (the first is 1), by transformers' schedules."""
-    kind, peak, done = values["lr_scheduler_type"], float(values["learning_rate"]), step - 1
-    warmup = values["warmup_steps"]
-    warmup = math.ceil(total * warmup) if warmup < 1 else int(warmup)
-    if kind == "constant":
-        return peak
-    if done < warmup:
-        return peak * done / max(1, warmup)
-    if kind == "constant_with_warmup":
-        return peak
-    progress = (done - warmup) / max(1, total - warmup)
-    if kind == "linear":
-        return peak * max(0.0, 1 - progress)
-    return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))

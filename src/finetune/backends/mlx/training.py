@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Job, Step
-from finetune.backends.effect import SAMPLE, Effect
 from finetune.backends.mlx import layout, lora, options
 from finetune.backends.mlx.loading import device_of, load_model
 from finetune.backends.mlx.runtime import mx, nn, on, optimizers, tree_flatten, tree_map, tree_unflatten
 from finetune.backends.mlx.tensors import raw, stored
+from finetune.backends.motion import CLIPPED_STEPS, SAMPLE, Motion
 from finetune.errors import StageError, UsageError
 from finetune.run import write_json
+from finetune.schedule import learning_rate
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
 
@@ -104,7 +105,8 @@ class Training:
         self.gradients = nn.value_and_grad(self.model, _summed_loss)
         self.frozen_before = self.frozen_digest()
         self.gradient_bytes = 0
-        self.effect = Effect(values["learning_rate"], self._sample())
+        self.norms: list[float] = []
+        self.motion = Motion(values["learning_rate"], self._sample(), fresh=not self.done)
         self.pending: list[Step] = []
         if not job.resume and job.method == "lora":
             self.save_adapter(job.out / "initial")
@@ -150,8 +152,17 @@ class Training:
         gradients = tree_map(lambda each: each / max(1, trained), gradients)
         limit = self.values["max_grad_norm"]
         clipped, norm = optimizers.clip_grad_norm(gradients, limit or math.inf)
-        rate = options.learning_rate(self.values, number, self.total)
-        self._update(clipped if limit else gradients, rate)
+        rate = learning_rate(
+            self.values["lr_scheduler_type"],
+            self.values["learning_rate"],
+            self.values["warmup_steps"],
+            number,
+            self.total,
+        )
+        taken = clipped if limit else gradients
+        if len(self.norms) < CLIPPED_STEPS:
+            self.norms.append(float(optimizers.clip_grad_norm(taken, math.inf)[1].item()))
+        self._update(taken, rate)
         self.gradient_bytes = sum(each.nbytes for _, each in tree_flatten(gradients))
         self.done = number
         self.pending.append(
@@ -178,7 +189,7 @@ class Training:
         self.optimizer.learning_rate = rate
         self.optimizer.update(self.model, gradients)
         mx.eval(self.model.parameters(), self.optimizer.state)
-        self.effect.stepped(rate, self._sample())
+        self.motion.stepped(rate, self._sample())
 
     def _sample(self) -> bytes:
         """The first elements of every trained tensor, as bytes."""
@@ -303,19 +314,26 @@ class Training:
         """Write the result unless the training was stopped; returns its facts."""
         parameters = dict(tree_flatten(self.model.parameters()))
         trainable = dict(tree_flatten(self.model.trainable_parameters()))
+        kept = tree_flatten(self.optimizer.state)
         facts = {
             "trainable_parameters": sum(each.size for each in trainable.values()),
             "frozen_parameters": sum(each.size for name, each in parameters.items() if name not in trainable),
             "weight_bytes": sum(each.nbytes for each in parameters.values()),
             "trainable_bytes": sum(each.nbytes for each in trainable.values()),
             "gradient_bytes": self.gradient_bytes,
-            "optimizer_bytes": sum(each.nbytes for _, each in tree_flatten(self.optimizer.state)),
+            "optimizer_bytes": sum(each.nbytes for _, each in kept),
             "frozen_sha256_before": self.frozen_before,
             "frozen_sha256_after": self.frozen_digest(),
             "world_size": 1,
             "device": "cpu" if self.device == mx.cpu else "gpu",
             "steps": self.done,
-            "steps_without_effect": self.effect.without,
+            "planned_steps": self.total,
+            **self.motion.facts(),
+            **({"clipped_norm": mx.max(mx.array(self.norms)).item()} if self.norms else {}),
+            "optimized_parameters": sum(each.size for name, each in kept if name.endswith(".m")),
+            "adam_beta1": self.optimizer.betas[0],
+            "adam_beta2": self.optimizer.betas[1],
+            "adam_epsilon": self.optimizer.eps,
             "stopped": stopped,
             "resumed_from": self.begun if self.job.resume else None,
         }

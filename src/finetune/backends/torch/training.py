@@ -10,21 +10,19 @@ import hashlib
 import json
 import queue
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
 from finetune.backends import Job, Step
-from finetune.backends.effect import SAMPLE, Effect
 from finetune.backends.torch import options, tracking
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
+from finetune.backends.torch.watching import Recorder, Reporter
 from finetune.lookup import load as load_reference
 from finetune.recipe import trackers
 
@@ -130,13 +128,13 @@ def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
     reporter = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Reporter))
     facts = {
         **parameter_facts(trainer.model),
-        **reporter.state_bytes,
+        **reporter.facts(),
         "frozen_sha256_before": frozen_before,
         "frozen_sha256_after": frozen_digest(trainer.model),
         "world_size": trainer.args.world_size,
         "device": trainer.args.device.type,
         "steps": trainer.state.global_step,
-        "steps_without_effect": reporter.effect.without,
+        "planned_steps": trainer.state.max_steps,
         "stopped": trainer.state.global_step < trainer.state.max_steps and reporter.stopped,
         "resumed_from": begun,
     }
@@ -182,110 +180,3 @@ def parameter_facts(model: Any) -> dict[str, int]:
         "weight_bytes": sum(p.nbytes for p in parameters),
         "trainable_bytes": sum(p.nbytes for p in trainable),
     }
-
-
-class Recorder:
-    """Which data rows went into each batch, and how many tokens it had.
-
-    As a collator it lets the rows' numbers travel in the batch, since it may run in a loader's process of its own; `taken`
-    stands where the trainer takes its batches from, and notes them there.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self.collator, self.batches_of = trainer.data_collator, trainer.get_batch_samples
-        self.batches: deque[tuple[tuple[int, ...], int, int]] = deque()
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        rows = [int(example["row"]) for example in examples if "row" in example]  # packing knows no rows
-        batch = self.collator([{k: v for k, v in example.items() if k != "row"} for example in examples])
-        if rows and min(rows) >= 0:  # held-out rows are numbered below zero, and evaluation takes its batches elsewhere
-            batch["row"] = torch.tensor(rows)
-        return batch
-
-    def taken(self, *arguments: Any) -> tuple[list[Any], Any]:
-        """The trainer's next batches, without the rows' numbers."""
-        batches, items = self.batches_of(*arguments)
-        for batch in batches:
-            mask, labels, rows = (batch.get(key) for key in ("attention_mask", "labels", "row"))
-            tokens = int(mask.sum()) if mask is not None else batch["input_ids"].numel()
-            trained = int((labels != -100).sum()) if labels is not None else int(batch["completion_mask"].sum())
-            self.batches.append((tuple(rows.tolist()) if rows is not None else (), tokens, trained))
-        return [{key: value for key, value in batch.items() if key != "row"} for batch in batches], items
-
-
-class Reporter(TrainerCallback):
-    """Turns the trainer's logs into steps, measures the training state once, and stops on request."""
-
-    def __init__(self, trainer: Any, recorder: Recorder, put: Any, stop: Callable[[], bool]) -> None:
-        self.trainer, self.recorder, self.put, self.stop = trainer, recorder, put, stop
-        self.state_bytes: dict[str, int] = {"gradient_bytes": 0, "optimizer_bytes": 0}
-        self.pending: list[tuple[tuple[int, ...], int, int]] = []
-        self.stopped = False
-        self.effect = Effect(trainer.args.learning_rate, b"")
-        self.began = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.effect = Effect(args.learning_rate, _sample(self.trainer.model))
-        self.began = time.perf_counter()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.state_bytes["gradient_bytes"]:
-            gradients = (p.grad for p in self.trainer.model.parameters() if p.grad is not None)
-            self.state_bytes["gradient_bytes"] = sum(g.nbytes for g in gradients)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer.accelerator.optimizer_step_was_skipped:  # fp16's gradient scaler says so openly
-            rate = max(group["lr"] for group in self.trainer.optimizer.param_groups)
-            self.effect.stepped(rate, _sample(self.trainer.model))
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._consume()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self._consume()
-        if not self.state_bytes["optimizer_bytes"]:
-            self.state_bytes["optimizer_bytes"] = _optimizer_bytes(self.trainer.optimizer)
-        if self.stop():
-            self.stopped = True
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def _consume(self) -> None:
-        if self.recorder.batches:
-            self.pending.append(self.recorder.batches.popleft())
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        taken = time.perf_counter()
-        known = {"loss", "learning_rate", "grad_norm", "epoch"}
-        self.put(
-            Step(
-                step=state.global_step,
-                total=state.max_steps,
-                loss=float(logs["loss"]),
-                learning_rate=float(logs.get("learning_rate", 0.0)),
-                grad_norm=None if logs.get("grad_norm") is None else float(logs["grad_norm"]),
-                seconds=taken - self.began,
-                tokens=sum(tokens for _, tokens, _ in self.pending),
-                trained_tokens=sum(trained for _, _, trained in self.pending),
-                rows=tuple(row for rows, _, _ in self.pending for row in rows),
-                epoch=float(logs.get("epoch", 0.0)),
-                extra={k: float(v) for k, v in logs.items() if k not in known and isinstance(v, int | float)},
-            )
-        )
-        self.pending.clear()
-        self.began = time.perf_counter()
-
-
-def _sample(model: Any) -> bytes:
-    """The first elements of every trained tensor, as bytes."""
-    parts = [p.detach().flatten()[:SAMPLE].float() for p in model.parameters() if p.requires_grad]
-    return torch.cat(parts).cpu().numpy().tobytes() if parts else b""
-
-
-def _optimizer_bytes(optimizer: Any) -> int:
-    inner = getattr(optimizer, "optimizer", optimizer)
-    values = (value for state in inner.state.values() for value in state.values())
-    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

@@ -23,7 +23,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from finetune.testing.sabotage.scene import Scene
 
-MODULES = ("rows", "training", "alignment", "saving", "merging", "exporting", "evaluation", "serving", "invariances")
+MODULES = (
+    "rows",
+    "training",
+    "optimizing",
+    "alignment",
+    "saving",
+    "merging",
+    "exporting",
+    "evaluation",
+    "serving",
+    "invariances",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

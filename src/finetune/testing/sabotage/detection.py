@@ -20,6 +20,7 @@ PROMISED = ("stored_bits", "weights_precision")  # what a format or a type promi
 AREAS = {
     "rows": "Data on its way into training",
     "training": "Supervised fine-tuning",
+    "optimizing": "Steps of the optimizer",
     "alignment": "Preference alignment",
     "saving": "Saving and resuming",
     "merging": "Merging",
@@ -168,7 +169,7 @@ def _short(text: str, most: int = 160) -> str:
 
 def _controls(controls: list[Document]) -> list[str]:
     alarmed = [[entry["name"], ", ".join(entry["failed"]) or entry["refused"]] for entry in controls if caught(entry)]
-    quiet = ", ".join(entry["name"] for entry in controls if not caught(entry))
+    quiet = "; ".join(entry["name"] for entry in controls if not caught(entry))
     parts = [f"Without an alarm: {quiet}."]
     if alarmed:
         parts += ["False alarms:", _table(["run", "alarm"], alarmed)]

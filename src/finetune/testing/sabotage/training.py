@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from finetune.testing.sabotage import sabotage
@@ -22,17 +21,6 @@ def learning_rate_0(scene: Scene) -> None:
 def optimizer_never_steps(scene: Scene) -> None:
     """The optimizer's step does nothing, while losses are logged as ever."""
     scene.wrap(ADAMW_STEP, lambda original: lambda self, *_, **__: None)
-
-
-@sabotage("every second step skipped", since="train")
-def every_second_step_skipped(scene: Scene) -> None:
-    """The optimizer's step is taken every second time only, while the schedule and the log go on."""
-
-    def wrapper(original: Any) -> Any:
-        calls = itertools.count()
-        return lambda *arguments, **more: original(*arguments, **more) if next(calls) % 2 == 0 else None
-
-    scene.wrap(ADAMW_STEP, wrapper)
 
 
 @sabotage("sign flipped")

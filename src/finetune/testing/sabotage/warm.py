@@ -91,7 +91,10 @@ def _be(link: socket.socket) -> None:
 def _exactly(link: socket.socket, length: int) -> bytes:
     data = b""
     while len(data) < length:
-        data += link.recv(length - len(data))
+        part = link.recv(length - len(data))
+        if not part:  # whoever asked is gone
+            os._exit(1)
+        data += part
     return data
 
 

@@ -1,0 +1,148 @@
+"""What is seen of a TRL trainer at work: the rows of its batches, its logs, and what its optimizer holds and does."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from finetune.backends import Step
+from finetune.backends.motion import CLIPPED_STEPS, SAMPLE, Motion
+
+
+class Recorder:
+    """Which data rows went into each batch, and how many tokens it had.
+
+    As a collator it lets the rows' numbers travel in the batch, since it may run in a loader's process of its own; `taken`
+    stands where the trainer takes its batches from, and notes them there.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.collator, self.batches_of = trainer.data_collator, trainer.get_batch_samples
+        self.batches: deque[tuple[tuple[int, ...], int, int]] = deque()
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        rows = [int(example["row"]) for example in examples if "row" in example]  # packing knows no rows
+        batch = self.collator([{k: v for k, v in example.items() if k != "row"} for example in examples])
+        if rows and min(rows) >= 0:  # held-out rows are numbered below zero, and evaluation takes its batches elsewhere
+            batch["row"] = torch.tensor(rows)
+        return batch
+
+    def taken(self, *arguments: Any) -> tuple[list[Any], Any]:
+        """The trainer's next batches, without the rows' numbers."""
+        batches, items = self.batches_of(*arguments)
+        for batch in batches:
+            mask, labels, rows = (batch.get(key) for key in ("attention_mask", "labels", "row"))
+            tokens = int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+            trained = int((labels != -100).sum()) if labels is not None else int(batch["completion_mask"].sum())
+            self.batches.append((tuple(rows.tolist()) if rows is not None else (), tokens, trained))
+        return [{key: value for key, value in batch.items() if key != "row"} for batch in batches], items
+
+
+class Reporter(TrainerCallback):
+    """Turns the trainer's logs into steps, measures the training state once, and stops on request."""
+
+    def __init__(self, trainer: Any, recorder: Recorder, put: Any, stop: Callable[[], bool]) -> None:
+        self.trainer, self.recorder, self.put, self.stop = trainer, recorder, put, stop
+        self.state_bytes: dict[str, int] = {"gradient_bytes": 0, "optimizer_bytes": 0}
+        self.norm = 0.0  # of the gradient as the optimizer gets it
+        self.norms: list[float] = []
+        self.pending: list[tuple[tuple[int, ...], int, int]] = []
+        self.stopped = False
+        self.motion: Motion | None = None
+        self.began = time.perf_counter()
+
+    def facts(self) -> dict[str, Any]:
+        """What the training took in memory, what its optimizer was set to, and what its steps did."""
+        assert self.motion is not None
+        clipped = {"clipped_norm": float(torch.tensor(self.norms).max())} if self.norms else {}  # NaN stays NaN
+        return {**self.state_bytes, **_settings(self.trainer.optimizer), **self.motion.facts(), **clipped}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.motion = Motion(args.learning_rate, _sample(self.trainer.model), fresh=state.global_step == 0)
+        self.began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if len(self.norms) < CLIPPED_STEPS:
+            gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+            self.norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.state_bytes["gradient_bytes"] = max(
+                self.state_bytes["gradient_bytes"], sum(g.nbytes for g in gradients)
+            )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:  # fp16's gradient scaler says so openly
+            assert self.motion is not None
+            rate = max(group["lr"] for group in self.trainer.optimizer.param_groups)
+            self.motion.stepped(rate, _sample(self.trainer.model))
+            if len(self.norms) < CLIPPED_STEPS:
+                self.norms.append(self.norm)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._consume()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._consume()
+        if not self.state_bytes["optimizer_bytes"]:
+            self.state_bytes["optimizer_bytes"] = _optimizer_bytes(self.trainer.optimizer)
+        if self.stop():
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def _consume(self) -> None:
+        if self.recorder.batches:
+            self.pending.append(self.recorder.batches.popleft())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        taken = time.perf_counter()
+        known = {"loss", "learning_rate", "grad_norm", "epoch"}
+        self.put(
+            Step(
+                step=state.global_step,
+                total=state.max_steps,
+                loss=float(logs["loss"]),
+                learning_rate=float(logs.get("learning_rate", 0.0)),
+                grad_norm=None if logs.get("grad_norm") is None else float(logs["grad_norm"]),
+                seconds=taken - self.began,
+                tokens=sum(tokens for _, tokens, _ in self.pending),
+                trained_tokens=sum(trained for _, _, trained in self.pending),
+                rows=tuple(row for rows, _, _ in self.pending for row in rows),
+                epoch=float(logs.get("epoch", 0.0)),
+                extra={k: float(v) for k, v in logs.items() if k not in known and isinstance(v, int | float)},
+            )
+        )
+        self.pending.clear()
+        self.began = time.perf_counter()
+
+
+def _sample(model: Any) -> bytes:
+    """The first elements of every trained tensor, as bytes."""
+    parts = [p.detach().flatten()[:SAMPLE].float() for p in model.parameters() if p.requires_grad]
+    return torch.cat(parts).cpu().numpy().tobytes() if parts else b""
+
+
+def _settings(optimizer: Any) -> dict[str, Any]:
+    """How the optimizer is set, and how many parameters it steps. Adam's settings are left out where it has none."""
+    groups = optimizer.param_groups
+    found = {
+        "optimized_parameters": sum(p.numel() for group in groups for p in group["params"]),
+        "weight_decay": max(group.get("weight_decay") or 0.0 for group in groups),
+    }
+    if "betas" in groups[0]:
+        found |= {"adam_beta1": groups[0]["betas"][0], "adam_beta2": groups[0]["betas"][1]}
+        found |= {"adam_epsilon": groups[0]["eps"]}
+    return found
+
+
+def _optimizer_bytes(optimizer: Any) -> int:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    values = (value for state in inner.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

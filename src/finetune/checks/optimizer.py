@@ -1,0 +1,118 @@
+"""Did every step have the learning rate, the optimizer and the clipping that the recipe asks for, and move the weights?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune import evidence
+from finetune.checks import Verdict, judge, missing, worst
+from finetune.recipe import Recipe
+from finetune.recipe.sections import Optimization
+from finetune.run import Run
+from finetune.schedule import learning_rate
+
+EVENTS = "events.jsonl"
+RATE = 1e-6  # of the recipe's rate: the same schedule computed twice differs by the rounding of doubles, at 1e-15
+STEP = 0.2  # from Adam's first step, which moves every weight by the learning rate, whatever its gradient
+CLIPPED = 1.01  # times max_grad_norm: a norm summed in half precision
+ADAM = "adamw_torch"  # and its fused kind; others keep their moments more coarsely
+SMALLEST_RATE = 1e-6  # below, a weight near 1 in single precision rounds the step itself
+LARGEST_EPSILON = 1e-7  # above, it holds small gradients back
+DRIFT = 1e-6  # relative, of a setting stored as a double
+
+
+def check(recipe: Recipe, run: Run) -> list[Verdict]:
+    verdicts = []
+    for stage, section, prefix in (("train", recipe.train, ""), ("align", recipe.align, "dpo_")):
+        if section is not None:
+            verdicts += _stage(section, run, stage, prefix)
+    return verdicts
+
+
+def _stage(asked: Optimization, run: Run, stage: str, prefix: str) -> list[Verdict]:
+    report, place = run.report(stage), f"{stage}/report.json"
+    steps = evidence.steps(run, stage)
+    if report is None or not steps:
+        return [missing(f"{prefix}steps_move_weights", "==", 0, "steps without effect", place, "no step was logged")]
+    facts = report.metrics
+    taken = facts["steps"] - (facts.get("resumed_from") or 0)
+    why = f"a sample of every trained tensor was compared before and after each of {taken} steps"
+    return [
+        *_rates(asked, facts, steps, prefix),
+        *_settings(asked, facts, place, prefix),
+        judge(
+            f"{prefix}steps_move_weights",
+            facts.get("steps_without_effect"),
+            "==",
+            0,
+            "steps without effect",
+            place,
+            why,
+        ),
+        *_size(asked, facts, steps, place, prefix),
+        *_clipped(asked, facts, place, prefix),
+    ]
+
+
+def _rates(asked: Optimization, facts: dict[str, Any], steps: list[dict[str, Any]], prefix: str) -> list[Verdict]:
+    """The learning rate of every logged step, against the recipe's schedule. Where steps are skipped, it lags behind."""
+    if asked.fp16:
+        return []
+    total = facts["planned_steps"] if getattr(asked, "early_stopping_patience", None) is not None else facts["steps"]
+    peak = asked.learning_rate
+    wanted = {
+        step["step"]: learning_rate(asked.lr_scheduler_type, peak, asked.warmup_steps, step["step"], total)
+        for step in steps
+    }
+    off = {step["step"]: abs(step["learning_rate"] - wanted[step["step"]]) / (peak or 1.0) for step in steps}
+    first = next((step for step in steps if not off[step["step"]] <= RATE), None)
+    why = (
+        f"{len(steps)} logged steps against the recipe's schedule ({asked.lr_scheduler_type}, {peak:g}, {total} steps)"
+    )
+    if first:
+        why += f"; step {first['step']} had {first['learning_rate']:.3g} instead of {wanted[first['step']]:.3g}"
+    return [
+        judge(f"{prefix}learning_rate_as_asked", worst(off.values()), "<=", RATE, "of the recipe's rate", EVENTS, why)
+    ]
+
+
+def _settings(asked: Optimization, facts: dict[str, Any], place: str, prefix: str) -> list[Verdict]:
+    """What the optimizer was set to, as it was when training ended."""
+    wanted = {key: getattr(asked, key) for key in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")}
+    wanted["optimized_parameters"] = facts["trainable_parameters"]
+    if not asked.optim.startswith("adamw"):
+        wanted = {key: value for key, value in wanted.items() if not key.startswith("adam_")}
+    known = [key for key in wanted if key in facts]
+    if not known:
+        return []
+    other = [key for key in known if not _same(facts[key], wanted[key])]
+    why = ", ".join(f"{key} {facts[key]:g}" + (f" instead of {wanted[key]}" if key in other else "") for key in known)
+    return [judge(f"{prefix}optimizer_as_asked", len(other), "==", 0, "settings off", place, why)]
+
+
+def _same(found: float, wanted: float | None) -> bool:
+    return wanted is not None and abs(found - wanted) <= DRIFT * abs(wanted)
+
+
+def _size(
+    asked: Optimization, facts: dict[str, Any], steps: list[dict[str, Any]], place: str, prefix: str
+) -> list[Verdict]:
+    """Adam's first step moves a weight by the learning rate, whatever the gradient (https://arxiv.org/abs/1412.6980,
+    section 2.1), so its size tells a step that is scaled, doubled or another optimizer's."""
+    first = next((step["learning_rate"] for step in steps if step["learning_rate"] > 0), 0.0)
+    single = facts["trainable_bytes"] == 4 * (facts["trainable_parameters"] or 0)
+    judged = (
+        asked.optim.startswith(ADAM) and asked.adam_epsilon <= LARGEST_EPSILON and first >= SMALLEST_RATE and single
+    )
+    if not judged or "first_move" not in facts:
+        return []
+    why = f"the first step moved weights by {facts['first_move']:.4g} times the learning rate at most; Adam's by 1"
+    return [judge(f"{prefix}step_size", abs(facts["first_move"] - 1), "<=", STEP, "relative distance", place, why)]
+
+
+def _clipped(asked: Optimization, facts: dict[str, Any], place: str, prefix: str) -> list[Verdict]:
+    if not asked.max_grad_norm or "clipped_norm" not in facts:
+        return []
+    why = f"the largest norm of a gradient that the optimizer got in its first steps, of max_grad_norm {asked.max_grad_norm:g}"
+    share = facts["clipped_norm"] / asked.max_grad_norm
+    return [judge(f"{prefix}gradients_clipped", share, "<=", CLIPPED, "of max_grad_norm", place, why)]

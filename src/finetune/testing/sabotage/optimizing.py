@@ -1,0 +1,185 @@
+"""What goes wrong in the steps of the optimizer: their rate, their settings, their size."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from finetune.testing.sabotage import sabotage
+from finetune.testing.sabotage.scene import Scene
+from finetune.testing.sabotage.training import ADAMW_STEP, TRAINER
+
+
+def _with_groups(scene: Scene, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change every group of the optimizer when the trainer has made it."""
+
+    def wrapper(original: Any) -> Any:
+        def create(self: Any, *arguments: Any, **more: Any) -> Any:
+            optimizer = original(self, *arguments, **more)
+            for group in optimizer.param_groups:
+                change(group)
+            return optimizer
+
+        return create
+
+    scene.wrap(f"{TRAINER}.create_optimizer", wrapper)
+
+
+def _always_constant(original: Any) -> Any:
+    return lambda name, *arguments, **more: original("constant", *arguments, **more)
+
+
+@sabotage("every second step skipped", since="train")
+def every_second_step_skipped(scene: Scene) -> None:
+    """The optimizer's step is taken every second time only, while the schedule and the log go on."""
+
+    def wrapper(original: Any) -> Any:
+        calls = itertools.count()
+        return lambda *arguments, **more: original(*arguments, **more) if next(calls) % 2 == 0 else None
+
+    scene.wrap(ADAMW_STEP, wrapper)
+
+
+@sabotage("every step taken twice", since="train", imitates="https://github.com/huggingface/transformers/issues/45656")
+def every_step_twice(scene: Scene) -> None:
+    """The optimizer steps twice with each gradient, as where a trainer and a plugin both call it."""
+
+    def wrapper(original: Any) -> Any:
+        def step(self: Any, *arguments: Any, **more: Any) -> Any:
+            original(self, *arguments, **more)
+            return original(self, *arguments, **more)
+
+        return step
+
+    scene.wrap(ADAMW_STEP, wrapper)
+
+
+@sabotage("steps smaller than their learning rate", since="train")
+def steps_smaller(scene: Scene) -> None:
+    """The optimizer steps with half of the learning rate that the schedule gave it and the log shows."""
+
+    def wrapper(original: Any) -> Any:
+        def step(self: Any, *arguments: Any, **more: Any) -> Any:
+            rates = [group["lr"] for group in self.param_groups]
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate / 2
+            done = original(self, *arguments, **more)
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
+            return done
+
+        return step
+
+    scene.wrap(ADAMW_STEP, wrapper)
+
+
+@sabotage("learning rate divided by four", since="train")
+def learning_rate_divided(scene: Scene) -> None:
+    """The optimizer is made with a fraction of the learning rate, as where it is scaled to a batch's size."""
+    _with_groups(scene, lambda group: group.update(lr=group["lr"] / 4))
+
+
+@sabotage("learning rate constant", since="train")
+def learning_rate_constant(scene: Scene) -> None:
+    """The learning rate stays where it is, whatever schedule the recipe asks for."""
+    scene.wrap("transformers.trainer:get_scheduler", _always_constant)
+
+
+@sabotage("warm-up left out", since="train", imitates="https://github.com/y0ast/Glow-PyTorch/issues/3")
+def warmup_left_out(scene: Scene) -> None:
+    """The first steps take the whole learning rate, though the recipe asks for a warm-up."""
+    scene.set("train.warmup_steps", 30)
+    scene.wrap(
+        "transformers.training_args:TrainingArguments.get_warmup_steps", lambda original: lambda self, *_, **__: 0
+    )
+
+
+@sabotage(
+    "schedule run through too fast", since="train", imitates="https://github.com/huggingface/accelerate/issues/963"
+)
+def schedule_too_fast(scene: Scene) -> None:
+    """The schedule goes on with every small batch, so it ends halfway and the rest is trained at nothing."""
+
+    def wrapper(original: Any) -> Any:
+        return lambda self, num_training_steps, *a, **more: original(self, num_training_steps // 2, *a, **more)
+
+    scene.wrap(f"{TRAINER}.create_scheduler", wrapper)
+
+
+@sabotage(
+    "schedule of a longer training", since="train", imitates="https://github.com/huggingface/diffusers/issues/4387"
+)
+def schedule_of_a_longer_training(scene: Scene) -> None:
+    """The schedule is laid out for four times the steps, as where small batches are counted, so it never comes down."""
+
+    def wrapper(original: Any) -> Any:
+        return lambda self, num_training_steps, *a, **more: original(self, 4 * num_training_steps, *a, **more)
+
+    scene.wrap(f"{TRAINER}.create_scheduler", wrapper)
+
+
+@sabotage(
+    "weight decay nobody asked for", since="train", imitates="https://github.com/PrimeIntellect-ai/prime-rl/pull/2422"
+)
+def weight_decay_unasked(scene: Scene) -> None:
+    """Weights decay by PyTorch's own default of 0.01, though the recipe says none."""
+    _with_groups(scene, lambda group: group.update(weight_decay=0.01))
+
+
+@sabotage("weight decay left out", since="train", imitates="https://github.com/meta-llama/llama-cookbook/issues/191")
+def weight_decay_left_out(scene: Scene) -> None:
+    """The recipe asks for weight decay, and the optimizer is made without."""
+    scene.set("train.weight_decay", 0.01)
+    _with_groups(scene, lambda group: group.update(weight_decay=0.0))
+
+
+@sabotage("another beta2 than asked for", since="train")
+def another_beta2(scene: Scene) -> None:
+    """Adam averages its squares over 20 steps instead of 1000, as by a default of large-scale training."""
+    _with_groups(scene, lambda group: group.update(betas=(group["betas"][0], 0.95)))
+
+
+@sabotage("queries left out of the optimizer", since="train")
+def queries_left_out(scene: Scene) -> None:
+    """The optimizer was not given the adapter's tensors of one kind of matrix, which take gradients all the same."""
+
+    def wrapper(original: Any) -> Any:
+        def create(self: Any, *arguments: Any, **more: Any) -> Any:
+            optimizer = original(self, *arguments, **more)
+            kept = {id(parameter) for name, parameter in self.model.named_parameters() if "q_proj" not in name}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
+            return optimizer
+
+        return create
+
+    scene.wrap(f"{TRAINER}.create_optimizer", wrapper)
+
+
+@sabotage("gradients not clipped", since="train", imitates="https://github.com/awslabs/graphstorm/pull/1384")
+def gradients_not_clipped(scene: Scene) -> None:
+    """The gradient's norm is measured and logged, and left as it is."""
+    scene.set("train.max_grad_norm", 0.1)
+
+    def wrapper(original: Any) -> Any:
+        def measure(self: Any, model: Any) -> Any:
+            import torch
+
+            return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+        return measure
+
+    scene.wrap(f"{TRAINER}._clip_grad_norm", wrapper)
+
+
+@sabotage("alignment at a constant learning rate", ground="dpo", since="align")
+def alignment_constant(scene: Scene) -> None:
+    """The learning rate of alignment stays where it is, whatever schedule the recipe asks for."""
+    scene.wrap("transformers.trainer:get_scheduler", _always_constant)
+
+
+@sabotage("every step of alignment taken twice", ground="dpo", since="align")
+def alignment_steps_twice(scene: Scene) -> None:
+    """The optimizer of alignment steps twice with each gradient."""
+    every_step_twice(scene)
