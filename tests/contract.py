@@ -325,6 +325,22 @@ class TrainingContract(InferenceContract):
         before, now = (sum(map(sum, backend.score(model, asked))) for model in (handle, after))
         assert now > before
 
+    def test_held_out_rows_are_scored_and_logged_with_their_step(
+        self, backend, model_dir, job, rows, settings, tmp_path
+    ):
+        changes = {"eval_rows": rows, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+        done = run(backend, job(tmp_path, **changes))
+        assert [step.step for step in done.steps if "eval_loss" in step.extra] == [2, 4]
+        trained = backend.load(model_dir, done.out / "adapter", **settings)
+        values = [value for score in backend.score(trained, [split(row) for row in read(rows)]) for value in score]
+        assert done.steps[-1].extra["eval_loss"] == pytest.approx(-sum(values) / len(values), rel=1e-3)
+
+    def test_a_step_that_is_evaluated_is_logged(self, backend, job, rows, tmp_path):
+        seldom = {"logging_steps": 3, "eval_rows": rows, "eval_strategy": "steps", "eval_steps": 2}
+        done = run(backend, job(tmp_path, **seldom))
+        assert [step.step for step in done.steps if "eval_loss" in step.extra] == [2, 4]
+        assert sum(len(step.rows) for step in done.steps) == 8
+
     def test_learning_rate_zero_learns_nothing(self, backend, job, rows, tmp_path):
         still = run(backend, job(tmp_path, learning_rate=0.0, per_device_train_batch_size=len(read(rows)), max_steps=3))
         assert still.losses == pytest.approx([still.losses[0]] * 3, rel=1e-6)

@@ -150,7 +150,7 @@ WORDS = {
     "Optimization.gradient_accumulation_steps": "Batches added up before a weight update.",
     "Optimization.gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
     "Optimization.learning_rate": "Peak learning rate.",
-    "Optimization.logging_steps": "Steps between logged losses.",
+    "Optimization.logging_steps": "Steps between logged losses; a step whose held-out loss is taken is logged, too.",
     "Optimization.lr_scheduler_type": "How the learning rate moves over the run.",
     "Optimization.max_grad_norm": "Gradients are clipped to this norm; 0 turns clipping off.",
     "Optimization.num_train_epochs": "Passes over the rows.",

@@ -218,15 +218,6 @@ def test_steps_logged_together_hold_the_rows_of_all(mlx, job):
     assert [row for step in some.steps for row in step.rows] == [row for step in every.steps for row in step.rows]
 
 
-def test_held_out_rows_are_scored(mlx, job):
-    wanted = job("out", eval_strategy="steps", eval_steps=2)
-    wanted = type(wanted)(**{**vars(wanted), "eval_rows": wanted.rows})
-    done = run(mlx, wanted)
-    assert [step.step for step in done.steps if "eval_loss" in step.extra] == [2, 4]
-    values = scores(mlx, wanted, wanted.out / "adapter")
-    assert done.steps[-1].extra["eval_loss"] == pytest.approx(-sum(values) / len(values), rel=1e-4)
-
-
 # -- the whole line ---------------------------------------------------------------------------------------------------
 
 

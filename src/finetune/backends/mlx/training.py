@@ -203,7 +203,7 @@ class Training:
             number % every == 0 if self.values["eval_strategy"] == "steps" else number % self.steps_per_epoch == 0
         )
         extra = {"eval_loss": self.held_out_loss()} if evaluates else {}
-        if not due:
+        if not due and not evaluates:
             return None
         parts, self.pending = self.pending, []
         return replace(

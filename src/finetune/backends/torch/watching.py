@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class Reporter(TrainerCallback):
         self.pending: list[tuple[tuple[int, ...], int, int]] = []
         self.stopped = False
         self.motion: Motion | None = None
+        self.logged: Step | None = None  # kept until the next step begins, since its evaluation comes after its log
         self.began = time.perf_counter()
 
     def facts(self) -> dict[str, Any]:
@@ -93,6 +95,10 @@ class Reporter(TrainerCallback):
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
+        return self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_log = control.should_log or control.should_evaluate  # a held-out loss is of a logged step
         return control
 
     def _consume(self) -> None:
@@ -104,23 +110,40 @@ class Reporter(TrainerCallback):
             return
         taken = time.perf_counter()
         known = {"loss", "learning_rate", "grad_norm", "epoch"}
-        self.put(
-            Step(
-                step=state.global_step,
-                total=state.max_steps,
-                loss=float(logs["loss"]),
-                learning_rate=float(logs.get("learning_rate", 0.0)),
-                grad_norm=None if logs.get("grad_norm") is None else float(logs["grad_norm"]),
-                seconds=taken - self.began,
-                tokens=sum(tokens for _, tokens, _ in self.pending),
-                trained_tokens=sum(trained for _, _, trained in self.pending),
-                rows=tuple(row for rows, _, _ in self.pending for row in rows),
-                epoch=float(logs.get("epoch", 0.0)),
-                extra={k: float(v) for k, v in logs.items() if k not in known and isinstance(v, int | float)},
-            )
+        self.logged = Step(
+            step=state.global_step,
+            total=state.max_steps,
+            loss=float(logs["loss"]),
+            learning_rate=float(logs.get("learning_rate", 0.0)),
+            grad_norm=None if logs.get("grad_norm") is None else float(logs["grad_norm"]),
+            seconds=taken - self.began,
+            tokens=sum(tokens for _, tokens, _ in self.pending),
+            trained_tokens=sum(trained for _, _, trained in self.pending),
+            rows=tuple(row for rows, _, _ in self.pending for row in rows),
+            epoch=float(logs.get("epoch", 0.0)),
+            extra={k: float(v) for k, v in logs.items() if k not in known and isinstance(v, int | float)},
         )
         self.pending.clear()
         self.began = time.perf_counter()
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The held-out loss belongs to the step that was logged just before."""
+        if self.logged and metrics and "eval_loss" in metrics:
+            self.logged = replace(self.logged, extra={**self.logged.extra, "eval_loss": float(metrics["eval_loss"])})
+        self.began = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hand_out()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        if self.logged:
+            self.put(self.logged)
+            self.logged = None
 
 
 def _sample(model: Any) -> bytes:
