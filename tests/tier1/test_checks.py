@@ -360,7 +360,7 @@ def later(values: dict[str, float], by: float) -> None:
 NO_ROWS = "loss_is_of_answers loss_confirmed adapter_effect"
 UNCONFIRMED = "dpo_rewards_confirmed dpo_loss_confirmed"
 ELSEWHERE = {"nothing_leaked", "judged_strictly"}  # in test_leaks.py, with other data and another judge
-OPTIMIZERS = {"optimizer_as_asked", "step_size", "gradients_clipped"}  # of which the fake backend has none to tell of
+OPTIMIZERS = {"settings_as_asked", "step_size", "gradients_clipped"}  # of which the fake backend has none to tell of
 NO_LEARNING = "learned_as_trained learned_paraphrased learned_net"
 OTHER_ROWS = "labels_are_answers prompts_as_served"
 LOST = "rows_prepared rows_trained tokens_as_prepared"
@@ -453,10 +453,11 @@ BREAKS = [
     Break("a learning rate off the schedule", step("train", 3, learning_rate=0.5), "learning_rate_as_asked"),
     Break("a learning rate that is no number", step("train", 3, learning_rate=math.nan), "learning_rate_as_asked"),
     Break("alignment off the schedule", step("align", 2, learning_rate=0.5), "dpo_learning_rate_as_asked"),
-    Break("another weight decay", metrics("train", weight_decay=0.1), "optimizer_as_asked"),
-    Break("another beta", metrics("train", adam_beta1=0.9, adam_beta2=0.95), "optimizer_as_asked"),
-    Break("an optimizer with half of the parameters", metrics("train", optimized_parameters=7), "optimizer_as_asked"),
-    Break("another weight decay in alignment", metrics("align", weight_decay=0.1), "dpo_optimizer_as_asked"),
+    Break("another weight decay", metrics("train", weight_decay=0.1), "settings_as_asked"),
+    Break("another beta", metrics("train", adam_beta1=0.9, adam_beta2=0.95), "settings_as_asked"),
+    Break("an optimizer with half of the parameters", metrics("train", optimized_parameters=7), "settings_as_asked"),
+    Break("a dropout that was not there", metrics("train", lora_dropout=0.5), "settings_as_asked"),
+    Break("another weight decay in alignment", metrics("align", weight_decay=0.1), "dpo_settings_as_asked"),
     Break("a step taken twice", moved("train", 2.0), "step_size"),
     Break("a step of a tenth", moved("train", 0.1), "step_size"),
     Break("a first step in alignment taken twice", moved("align", 2.0), "dpo_step_size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from finetune import evidence
@@ -39,7 +40,7 @@ def _stage(asked: Optimization, run: Run, stage: str, prefix: str) -> list[Verdi
     why = f"a sample of every trained tensor was compared before and after each of {taken} steps"
     return [
         *_rates(asked, facts, steps, prefix),
-        *_settings(asked, facts, place, prefix),
+        *_settings(asked, facts, run, stage, prefix),
         judge(
             f"{prefix}steps_move_weights",
             facts.get("steps_without_effect"),
@@ -76,18 +77,22 @@ def _rates(asked: Optimization, facts: dict[str, Any], steps: list[dict[str, Any
     ]
 
 
-def _settings(asked: Optimization, facts: dict[str, Any], place: str, prefix: str) -> list[Verdict]:
-    """What the optimizer was set to, as it was when training ended."""
+def _settings(asked: Optimization, facts: dict[str, Any], run: Run, stage: str, prefix: str) -> list[Verdict]:
+    """What the optimizer was set to when training ended, and the adapter's dropout while it was trained."""
     wanted = {key: getattr(asked, key) for key in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")}
     wanted["optimized_parameters"] = facts["trainable_parameters"]
     if not asked.optim.startswith("adamw"):
         wanted = {key: value for key, value in wanted.items() if not key.startswith("adam_")}
+    config = run.path / stage / "adapter" / "adapter_config.json"
+    if stage == "train" and config.is_file():  # DPO runs without dropout
+        wanted["lora_dropout"] = json.loads(config.read_text(encoding="utf-8")).get("lora_dropout")
     known = [key for key in wanted if key in facts]
     if not known:
         return []
     other = [key for key in known if not _same(facts[key], wanted[key])]
     why = ", ".join(f"{key} {facts[key]:g}" + (f" instead of {wanted[key]}" if key in other else "") for key in known)
-    return [judge(f"{prefix}optimizer_as_asked", len(other), "==", 0, "settings off", place, why)]
+    place = f"{stage}/report.json"
+    return [judge(f"{prefix}settings_as_asked", len(other), "==", 0, "settings off", place, why)]
 
 
 def _same(found: float, wanted: float | None) -> bool:

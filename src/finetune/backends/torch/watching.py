@@ -50,6 +50,7 @@ class Reporter(TrainerCallback):
     def __init__(self, trainer: Any, recorder: Recorder, put: Any, stop: Callable[[], bool]) -> None:
         self.trainer, self.recorder, self.put, self.stop = trainer, recorder, put, stop
         self.state_bytes: dict[str, int] = {"gradient_bytes": 0, "optimizer_bytes": 0}
+        self.dropout: float | None = None  # of the adapter, as it is while training
         self.norm = 0.0  # of the gradient as the optimizer gets it
         self.norms: list[float] = []
         self.pending: list[tuple[tuple[int, ...], int, int]] = []
@@ -62,13 +63,16 @@ class Reporter(TrainerCallback):
         """What the training took in memory, what its optimizer was set to, and what its steps did."""
         assert self.motion is not None
         clipped = {"clipped_norm": float(torch.tensor(self.norms).max())} if self.norms else {}  # NaN stays NaN
-        return {**self.state_bytes, **_settings(self.trainer.optimizer), **self.motion.facts(), **clipped}
+        dropout = {} if self.dropout is None else {"lora_dropout": self.dropout}
+        return {**self.state_bytes, **_settings(self.trainer.optimizer), **dropout, **self.motion.facts(), **clipped}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.motion = Motion(args.learning_rate, _sample(self.trainer.model), fresh=state.global_step == 0)
         self.began = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.dropout is None:
+            self.dropout = _dropout(self.trainer.model)
         if len(self.norms) < CLIPPED_STEPS:
             gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
             self.norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -150,6 +154,13 @@ def _sample(model: Any) -> bytes:
     """The first elements of every trained tensor, as bytes."""
     parts = [p.detach().flatten()[:SAMPLE].float() for p in model.parameters() if p.requires_grad]
     return torch.cat(parts).cpu().numpy().tobytes() if parts else b""
+
+
+def _dropout(model: Any) -> float | None:
+    """The largest share that an adapter's layers drop as they are now; None without an adapter."""
+    layers = [module for name, module in model.named_modules() if name.endswith("lora_dropout.default")]
+    shares = [float(getattr(layer, "p", 0.0)) if layer.training else 0.0 for layer in layers]  # Identity has no p
+    return max(shares, default=None)
 
 
 def _settings(optimizer: Any) -> dict[str, Any]:

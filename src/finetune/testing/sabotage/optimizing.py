@@ -157,6 +157,37 @@ def queries_left_out(scene: Scene) -> None:
     scene.wrap(f"{TRAINER}.create_optimizer", wrapper)
 
 
+@sabotage("dropout of the adapter left out", since="train")
+def dropout_left_out(scene: Scene) -> None:
+    """The recipe and the saved adapter say that a tenth is dropped, and the layers that do it are empty."""
+    scene.set("train.lora.lora_dropout", 0.1)
+
+    def empty(model: Any) -> Any:
+        import torch
+
+        for module in model.modules():
+            if "default" in getattr(module, "lora_dropout", {}):
+                module.lora_dropout["default"] = torch.nn.Identity()
+        return model
+
+    scene.wrap("peft:get_peft_model", lambda original: lambda *a, **more: empty(original(*a, **more)))
+
+
+@sabotage("dropout nobody asked for", since="train")
+def dropout_unasked(scene: Scene) -> None:
+    """The adapter's layers drop a twentieth, as by a default of another tool, though the recipe says none."""
+
+    def drop(model: Any) -> Any:
+        import torch
+
+        for module in model.modules():
+            if "default" in getattr(module, "lora_dropout", {}):
+                module.lora_dropout["default"] = torch.nn.Dropout(0.05)
+        return model
+
+    scene.wrap("peft:get_peft_model", lambda original: lambda *a, **more: drop(original(*a, **more)))
+
+
 @sabotage("gradients not clipped", since="train", imitates="https://github.com/awslabs/graphstorm/pull/1384")
 def gradients_not_clipped(scene: Scene) -> None:
     """The gradient's norm is measured and logged, and left as it is."""
