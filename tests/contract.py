@@ -372,6 +372,9 @@ class TrainingContract(InferenceContract):
         assert trained.facts["frozen_sha256_before"] == trained.facts["frozen_sha256_after"]
         assert trained.facts["steps_without_effect"] == 0
 
+    def test_the_last_checkpoint_holds_the_tensors_of_the_result_and_no_others(self, backend, trained):
+        assert backend.tensors(trained.out / "checkpoint-4") == backend.tensors(trained.out / "adapter")
+
     def test_an_adam_tells_its_settings_the_size_of_its_first_step_and_what_it_was_given(self, backend, trained):
         if backend.name == "fake":
             assert not {"adam_beta1", "first_move", "clipped_norm"} & set(trained.facts)  # it has none

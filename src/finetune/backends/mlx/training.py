@@ -26,7 +26,10 @@ from finetune.errors import StageError, UsageError
 from finetune.run import write_json
 from finetune.schedule import learning_rate
 
-OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
+OPTIMIZER, STATE = (
+    "optimizer/state.safetensors",
+    "trainer_state.json",
+)  # apart from the weights, which are listed by a glob
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,7 @@ class Training:
         partial = final.with_name(f".{final.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         (self.save_adapter if self.job.method == "lora" else self.save_model)(partial)
+        (partial / OPTIMIZER).parent.mkdir()
         mx.save_safetensors(str(partial / OPTIMIZER), dict(tree_flatten(self.optimizer.state)))
         state = {"global_step": self.done, "max_steps": self.total, "epoch": self.done / self.steps_per_epoch}
         write_json(partial / STATE, state)

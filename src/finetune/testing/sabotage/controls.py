@@ -22,8 +22,24 @@ WAYS: dict[str, dict[str, Any]] = {
     "dropout": {"train.lora.lora_dropout": 0.05},
     "rank 8": {"train.lora.r": 8, "train.lora.lora_alpha": 16, "train.learning_rate": 1e-2},
     "linear schedule": {"train.lr_scheduler_type": "linear", "train.weight_decay": 0.01},
+    "warm-up": {"train.warmup_steps": 0.1, "train.lr_scheduler_type": "inverse_sqrt"},
+    "adafactor": {"train.optim": "adafactor"},
+    "DoRA": {"train.lora.use_dora": True},
+    "rank-stabilized": {"train.lora.use_rslora": True, "train.lora.lora_alpha": 8},
+    "packed": {"train.packing": True, "train.max_length": 256, "train.per_device_train_batch_size": 2},
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "mixed precision": {"train.bf16": True},
+    "held out": {"data.eval_fraction": 0.1, "train.eval_strategy": "steps", "train.eval_steps": 50},
+    "loading in processes": {"train.dataloader_num_workers": 2},
+    "no checkpoints": {"train.save_strategy": "no"},
     "seldom logged": {"train.logging_steps": 10},
     "three epochs more": {"train.max_steps": -1, "train.num_train_epochs": 45},
+    "trained by MLX": {"backend": "mlx"},
+}
+WAYS_TO_ALIGN: dict[str, dict[str, Any]] = {
+    "IPO": {"align.loss_type": "ipo"},
+    "robust DPO": {"align.loss_type": "robust", "align.label_smoothing": 0.1},
+    "DPO with warm-up": {"align.warmup_steps": 0.1, "align.weight_decay": 0.01},
 }
 ARCHITECTURES = ("qwen2", "qwen3", "phi3")
 PER_ARCHITECTURE = 2  # seeds
@@ -58,6 +74,8 @@ def controls() -> dict[str, Control]:
     rows += [Control(name=f"data order {seed}", changes={"train.data_seed": seed}) for seed in DATA_SEEDS]
     rows += [Control(name=f"learning rate {rate:g}", changes={"train.learning_rate": rate}) for rate in LEARNING_RATES]
     rows += [Control(name=name, changes=changes) for name, changes in WAYS.items()]
+    rows += [Control(name=name, ground="dpo", changes=changes) for name, changes in WAYS_TO_ALIGN.items()]
+    rows.append(Control(name="bfloat16, full", ground="full", changes={"model.dtype": "bfloat16"}))
     rows += [
         Control(name=f"{architecture}, seed {seed}", architecture=architecture, seed=seed)
         for architecture in ARCHITECTURES
