@@ -375,6 +375,11 @@ class TrainingContract(InferenceContract):
     def test_the_last_checkpoint_holds_the_tensors_of_the_result_and_no_others(self, backend, trained):
         assert backend.tensors(trained.out / "checkpoint-4") == backend.tensors(trained.out / "adapter")
 
+    def test_an_adapter_is_prompted_and_ended_as_its_base(self, backend, model_dir, trained):
+        adapter = trained.out / "adapter"
+        assert backend.render(adapter, CONVERSATIONS) == backend.render(model_dir, CONVERSATIONS)
+        assert backend.tokenizer(adapter).eos_ids == backend.tokenizer(model_dir).eos_ids
+
     def test_an_adam_tells_its_settings_the_size_of_its_first_step_and_what_it_was_given(self, backend, trained):
         if backend.name == "fake":
             assert not {"adam_beta1", "first_move", "clipped_norm"} & set(trained.facts)  # it has none

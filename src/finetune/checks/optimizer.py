@@ -15,7 +15,7 @@ from finetune.schedule import learning_rate
 EVENTS = "events.jsonl"
 RATE = 1e-6  # of the recipe's rate: the same schedule computed twice differs by the rounding of doubles, at 1e-15
 STEP = 0.2  # from Adam's first step, which moves every weight by the learning rate, whatever its gradient
-CLIPPED = 1.01  # times max_grad_norm: a norm summed in half precision
+CLIPPED = 0.01  # of max_grad_norm beyond it: a norm summed in half precision
 ADAM = "adamw_torch"  # and its fused kind; others keep their moments more coarsely
 SMALLEST_RATE = 1e-6  # below, a weight near 1 in single precision rounds the step itself
 LARGEST_EPSILON = 1e-7  # above, it holds small gradients back
@@ -120,4 +120,5 @@ def _clipped(asked: Optimization, facts: dict[str, Any], place: str, prefix: str
         return []
     why = f"the largest norm of a gradient that the optimizer got in its first steps, of max_grad_norm {asked.max_grad_norm:g}"
     share = facts["clipped_norm"] / asked.max_grad_norm
-    return [judge(f"{prefix}gradients_clipped", share, "<=", CLIPPED, "of max_grad_norm", place, why)]
+    beyond = 0.0 if share <= 1 else share - 1  # NaN stays NaN
+    return [judge(f"{prefix}gradients_clipped", beyond, "<=", CLIPPED, "of max_grad_norm beyond it", place, why)]

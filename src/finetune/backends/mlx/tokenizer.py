@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ class MlxTokenizer(HFTokenizer):
 
 
 def declared_eos_ids(directory: Path) -> set[int]:
-    """The end-of-turn ids in the configs, as mlx-lm reads them."""
+    """The end-of-turn ids in the configs, as mlx-lm reads them; of an adapter, in those of its base."""
     from mlx_lm.utils import load_config
 
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file() and not (directory / "config.json").exists():
+        directory = Path(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
     try:
         declared = load_config(directory).get("eos_token_id")
     except (OSError, ValueError) as error:

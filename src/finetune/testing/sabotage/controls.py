@@ -41,6 +41,11 @@ WAYS_TO_ALIGN: dict[str, dict[str, Any]] = {
     "robust DPO": {"align.loss_type": "robust", "align.label_smoothing": 0.1},
     "DPO with warm-up": {"align.warmup_steps": 0.1, "align.weight_decay": 0.01},
 }
+# The ways in which most may differ, on other grounds too.
+ELSEWHERE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("bfloat16", {"model.dtype": "bfloat16"}, ("full", "dpo", "resume", "gguf", "mlx")),
+    ("trained by MLX", {"backend": "mlx"}, ("full", "resume", "memory", "gguf")),
+)
 ARCHITECTURES = ("qwen2", "qwen3", "phi3")
 PER_ARCHITECTURE = 2  # seeds
 
@@ -75,7 +80,11 @@ def controls() -> dict[str, Control]:
     rows += [Control(name=f"learning rate {rate:g}", changes={"train.learning_rate": rate}) for rate in LEARNING_RATES]
     rows += [Control(name=name, changes=changes) for name, changes in WAYS.items()]
     rows += [Control(name=name, ground="dpo", changes=changes) for name, changes in WAYS_TO_ALIGN.items()]
-    rows.append(Control(name="bfloat16, full", ground="full", changes={"model.dtype": "bfloat16"}))
+    rows += [
+        Control(name=f"{name}, {of}", ground=of, changes=changes)
+        for name, changes, grounds in ELSEWHERE
+        for of in grounds
+    ]
     rows += [
         Control(name=f"{architecture}, seed {seed}", architecture=architecture, seed=seed)
         for architecture in ARCHITECTURES
