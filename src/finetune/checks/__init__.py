@@ -61,6 +61,12 @@ def worst(values: Iterable[float]) -> float:
     return math.nan if any(math.isnan(value) for value in found) else max(found)
 
 
+def short(text: Any) -> str:
+    """A text in one line, cut where it is long, to be quoted in a verdict."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 70 else line[:67] + "..."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """One row of the table; `wanted` says whether the recipe calls for it."""

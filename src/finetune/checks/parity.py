@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finetune.checks import Verdict, judge, missing
+from finetune.checks import Verdict, judge, missing, short
 from finetune.parity.bounds import Bounds, bits, bounds
 from finetune.recipe import Recipe
 from finetune.run import Run
@@ -82,7 +82,7 @@ def _prompts(name: str, seen: dict[str, Any], path: str) -> Verdict:
 
 def _difference(first: dict[str, Any]) -> str:
     if first["kind"] == "refused":
-        return _short(first["found"])
+        return short(first["found"])
     expected = f"expected {first['expected_text']!r} {first['expected']}"
     return f"{expected}, found {first['found_text']!r} {first['found']}"
 
@@ -136,7 +136,7 @@ def _greedy(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdic
     if ties:
         why += f", {ties} part at a tie (within {bound.tie:g} nats)"
     if first := found["first"]:
-        why += f"; first divergence at token {first['position']} of the answer to {_short(first['prompt'])!r}: "
+        why += f"; first divergence at token {first['position']} of the answer to {short(first['prompt'])!r}: "
         why += f"expected {first['expected_next']!r}, found {first['found_next']!r}"
         if "expected_top5" in first:
             why += f"; {_tops(first['expected_top5'])} against {_tops(first['found_top5'])}"
@@ -151,7 +151,7 @@ def _stop(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
         return missing(f"stop_parity[{name}]", ">=", bound.stopped, "share", path, why)
     why = f"{found['stopped']} of {found['compared']} answers that ended by themselves still do"
     if first := found["first_unstopped"]:
-        why += f"; not the one to {_short(first['prompt'])!r}: {_short(first['text'])!r}"
+        why += f"; not the one to {short(first['prompt'])!r}: {short(first['text'])!r}"
     verdict = judge(
         f"stop_parity[{name}]", found["stopped"] / found["compared"], ">=", bound.stopped, "share", path, why
     )
@@ -171,7 +171,7 @@ def _leaks(name: str, seen: dict[str, Any], path: str) -> Verdict:
     found = seen["stop"]
     why = "no mark of a turn stands in the text of an answer"
     if leak := found["first_leak"]:
-        why = f"{leak['token']!r} stands in the answer to {_short(leak['prompt'])!r}: {_short(leak['text'])!r}. Likely "
+        why = f"{leak['token']!r} stands in the answer to {short(leak['prompt'])!r}: {short(leak['text'])!r}. Likely "
         why += "cause: the runtime does not take it for a special token, or does not stop at it"
     return judge(f"no_special_tokens[{name}]", float(found["leaks"]), "==", 0.0, "answers", path, why)
 
@@ -182,7 +182,7 @@ def _learned(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdi
     why = f"{kept} of the {known} probes that '{seen['reference']}' answers are answered"
     if found["lost"]:
         lost = found["lost"][0]
-        why += f"; lost: {_short(lost['prompt'])!r} -> {_short(lost['found'])!r}"
+        why += f"; lost: {short(lost['prompt'])!r} -> {short(lost['found'])!r}"
     # Of a few probes one may fall to rounding alone, where the weights were rounded.
     least = min(bound.learned, (known - 1) / known) if ":q" in name else bound.learned
     return _explained(judge(f"learned_parity[{name}]", kept / known, ">=", least, "share", path, why), seen)
@@ -192,9 +192,7 @@ def _served(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdic
     found = seen["served"]
     why = f"{found['equal']} of {found['compared']} answers of the runtime's own server are those of the runtime"
     if first := found["first"]:
-        why += (
-            f"; {_short(first['prompt'])!r}: expected {_short(first['expected'])!r}, found {_short(first['found'])!r}. "
-        )
+        why += f"; {short(first['prompt'])!r}: expected {short(first['expected'])!r}, found {short(first['found'])!r}. "
         why += "Likely cause: the server renders the conversation otherwise, or changes it"
     return judge(f"served_parity[{name}]", _share(found), ">=", bound.greedy, "share", path, why)
 
@@ -292,8 +290,3 @@ def _share(found: dict[str, Any]) -> float | None:
 
 def _tops(tokens: list[list[Any]]) -> str:
     return "[" + ", ".join(f"{text!r} {probability:.3f}" for text, probability in tokens) + "]"
-
-
-def _short(text: Any) -> str:
-    line = " ".join(str(text).split())
-    return line if len(line) <= 70 else line[:67] + "..."

@@ -11,7 +11,7 @@ from finetune import evidence
 from finetune.checks import Verdict, judge, missing, worst
 from finetune.checks.artifacts import DRIFT
 from finetune.checks.loss import window
-from finetune.checks.rows import rendering
+from finetune.checks.rows import first_pass, rendering, tokens_of_steps
 from finetune.data import checks, formats, sources
 from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
@@ -38,35 +38,17 @@ def _prepared(recipe: Recipe, run: Run) -> list[Verdict]:
     if not pairs:
         return [missing("pairs_are_data", "==", 1.0, "share", PREPARED, "there is no prepared pair")]
     steps = evidence.steps(run, "align")
-    taken = [row for step in steps for row in step["rows"]]
     different = [pair for pair in pairs if pair["chosen_ids"] != pair["rejected_ids"]]
-    report = run.report("align")
-    first_pass = taken[: len(pairs) // ((report.metrics.get("world_size") or 1) if report else 1)]
-    known = set(first_pass) & {pair["row"] for pair in pairs}
+    lengths = {pair["row"]: len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs}
     return [
         _as_in_the_data(recipe, run, pairs),
         judge(
             "pairs_differ", len(different) / len(pairs), "==", 1.0, "share", PREPARED,
             f"{len(different)} of {len(pairs)} pairs have two answers; one answer twice teaches nothing",
         ),
-        judge(
-            "pairs_trained", len(known) / len(first_pass) if first_pass else None, "==", 1.0, "share", EVENTS,
-            f"the first {len(first_pass)} pairs that alignment took were {len(known)} of the {len(pairs)} prepared ones",
-        ),
-        _tokens(pairs, steps),
+        first_pass("pairs_trained", run, "align", pairs, steps),
+        tokens_of_steps("pair_tokens", lengths, steps),
     ]  # fmt: skip
-
-
-def _tokens(pairs: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Verdict:
-    """The tokens that a step's batch trained, against those of the same pairs' answers."""
-    lengths = {pair["row"]: len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs}
-    wrong = [step for step in steps if step["trained_tokens"] != sum(lengths.get(row, 0) for row in step["rows"])]
-    why = f"{len(steps) - len(wrong)} of {len(steps)} steps of alignment trained all tokens of their answers, and no other"
-    if wrong:
-        expected = sum(lengths.get(row, 0) for row in wrong[0]["rows"])
-        why += f"; step {wrong[0]['step']} trained {wrong[0]['trained_tokens']} instead of {expected}"
-    share = 1 - len(wrong) / len(steps) if steps else None
-    return judge("pair_tokens", share, "==", 1.0, "share of steps", EVENTS, why)
 
 
 def _as_in_the_data(recipe: Recipe, run: Run, pairs: list[dict[str, Any]]) -> Verdict:

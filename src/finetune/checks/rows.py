@@ -31,7 +31,9 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
         return [missing("rows_trained", "==", 1.0, "share", EVENTS, why)]
     verdicts = [_prepared(recipe, run, rows)]
     if any(step["rows"] for step in steps):
-        verdicts += [_trained(run, rows, steps), _tokens(rows, steps)]
+        lengths = {row["row"]: _labelled(row) for row in rows}
+        verdicts.append(first_pass("rows_trained", run, "train", rows, steps))
+        verdicts.append(tokens_of_steps("tokens_as_prepared", lengths, steps))
     else:
         verdicts.append(_packed_tokens(rows, steps))
     return [*verdicts, *_whole(recipe, run, steps)]
@@ -94,26 +96,26 @@ def rendering(recipe: Recipe, run: Run) -> tuple[Tokenizer, templates.ChatTempla
     return tokenizer, templates.ChatTemplate(name="run", source=source)
 
 
-def _trained(run: Run, rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Verdict:
+def first_pass(name: str, run: Run, stage: str, rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Verdict:
     """An epoch takes every row once: the first pass over the data has none twice."""
-    report = run.report("train")
+    report = run.report(stage)
     processes = (report.metrics.get("world_size") or 1) if report else 1
-    first_pass = [row for step in steps for row in step["rows"]][: len(rows) // processes]
-    known = set(first_pass) & {row["row"] for row in rows}
-    why = f"the first {len(first_pass)} rows that training took were {len(known)} of the {len(rows)} prepared ones"
-    share = len(known) / len(first_pass) if first_pass else None
-    return judge("rows_trained", share, "==", 1.0, "share", EVENTS, why)
+    taken = [row for step in steps for row in step["rows"]][: len(rows) // processes]
+    known = set(taken) & {row["row"] for row in rows}
+    why = f"the first {len(taken)} rows that the stage {stage} took were {len(known)} of the {len(rows)} prepared ones"
+    share = len(known) / len(taken) if taken else None
+    return judge(name, share, "==", 1.0, "share", EVENTS, why)
 
 
-def _tokens(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Verdict:
-    """The tokens that a step's batch trained, against those of the same rows as prepared."""
-    labelled = {row["row"]: _labelled(row) for row in rows}
-    wrong = [step for step in steps if step["trained_tokens"] != sum(labelled.get(row, 0) for row in step["rows"])]
-    why = f"{len(steps) - len(wrong)} of {len(steps)} steps trained as many tokens as their rows have labels"
+def tokens_of_steps(name: str, lengths: dict[int, int], steps: list[dict[str, Any]]) -> Verdict:
+    """The tokens that each step's batch trained, against those of the same rows as prepared (`lengths` by row)."""
+    wrong = [step for step in steps if step["trained_tokens"] != sum(lengths.get(row, 0) for row in step["rows"])]
+    why = f"{len(steps) - len(wrong)} of {len(steps)} steps trained the tokens of their rows' answers, and no others"
     if wrong:
-        expected = sum(labelled.get(row, 0) for row in wrong[0]["rows"])
+        expected = sum(lengths.get(row, 0) for row in wrong[0]["rows"])
         why += f"; step {wrong[0]['step']} trained {wrong[0]['trained_tokens']} instead of {expected}"
-    return judge("tokens_as_prepared", 1 - len(wrong) / len(steps), "==", 1.0, "share of steps", EVENTS, why)
+    share = 1 - len(wrong) / len(steps) if steps else None
+    return judge(name, share, "==", 1.0, "share of steps", EVENTS, why)
 
 
 def _packed_tokens(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Verdict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finetune.checks import Verdict, judge, missing
+from finetune.checks import Verdict, judge, missing, short
 from finetune.recipe import Recipe
 from finetune.run import Run
 
@@ -36,7 +36,7 @@ def _prompts(seen: dict[str, Any]) -> Verdict:
     why = f"{_of(seen['asked'], odd)} prompts have the tokens that the training's template gives them"
     if odd:
         wanted, found = odd[0]["expected"]["prompt_tokens"], odd[0]["found"]["prompt_tokens"]
-        why += f"; {_short(odd[0]['name'])!r} has {found} instead of {wanted}. Likely cause: "
+        why += f"; {short(odd[0]['name'])!r} has {found} instead of {wanted}. Likely cause: "
         if found is None:
             why += "the server does not count"
         elif found == wanted + 1:
@@ -56,8 +56,8 @@ def _answers(seen: dict[str, Any], name: str, kind: str, what: str) -> Verdict:
     why = f"{_of(asked, odd)} {what}" + (f", {ties} of them part at a tie" if ties else "")
     if odd:
         expected, found = odd[0]["expected"], odd[0]["found"]
-        why += f"; {_short(odd[0]['name'])!r}: {_short(found['text'])!r} ({found['finish']}) instead of "
-        why += f"{_short(expected['text'])!r} ({expected['finish']})"
+        why += f"; {short(odd[0]['name'])!r}: {short(found['text'])!r} ({found['finish']}) instead of "
+        why += f"{short(expected['text'])!r} ({expected['finish']})"
         if found["text"].startswith(expected["text"]) and found["finish"] == "length":
             why += ". Likely cause: the server does not know the end-of-turn token"
         elif found["prompt_tokens"] == expected["prompt_tokens"] and not _marks(seen, found["text"]):
@@ -80,9 +80,9 @@ def _stops(seen: dict[str, Any]) -> Verdict:
         return missing(name, "==", 1.0, "honoured", MEASURED, "the model says nothing that could be stopped at")
     found = stop["found"]
     right = found["text"] == stop["expected"] and found["finish"] == "stop"
-    why = f"asked to stop before {stop['stop']!r}: {_short(found['text'])!r} ({found['finish']})"
+    why = f"asked to stop before {stop['stop']!r}: {short(found['text'])!r} ({found['finish']})"
     if not right:
-        why += f" instead of {_short(stop['expected'])!r} (stop)"
+        why += f" instead of {short(stop['expected'])!r} (stop)"
     return judge(name, float(right), "==", 1.0, "honoured", MEASURED, why)
 
 
@@ -90,10 +90,10 @@ def _length(seen: dict[str, Any]) -> Verdict:
     asked, found = seen["length"], seen["length"]["found"]
     right = (found["text"], found["finish"]) == (asked["expected"], "length")
     right = right and found["completion_tokens"] == asked["max_tokens"]
-    why = f"asked for {asked['max_tokens']} tokens at most: {found['completion_tokens']}, {_short(found['text'])!r} "
+    why = f"asked for {asked['max_tokens']} tokens at most: {found['completion_tokens']}, {short(found['text'])!r} "
     why += f"({found['finish']})"
     if not right:
-        why += f" instead of {_short(asked['expected'])!r} (length)"
+        why += f" instead of {short(asked['expected'])!r} (length)"
     return judge("serving_max_tokens", float(right), "==", 1.0, "honoured", MEASURED, why)
 
 
@@ -104,12 +104,12 @@ def _sampling(seen: dict[str, Any]) -> list[Verdict]:
     why = f"{count} different answers of {len(texts)} drawn at temperature {drawn['temperature']:g}, each with its own seed"
     if count == 1:
         cause = "temperature" if texts[0] == drawn["greedy"] else "seed"
-        why += f": {_short(texts[0])!r}. Likely cause: the server does not heed a request's {cause}"
+        why += f": {short(texts[0])!r}. Likely cause: the server does not heed a request's {cause}"
     return [
         judge("serving_temperature", count, ">", 1, "different answers", MEASURED, why),
         judge(
             "serving_seed", float(drawn["again"] == texts[0]), "==", 1.0, "the same", MEASURED,
-            f"the same seed twice: {_short(texts[0])!r} and {_short(drawn['again'])!r}",
+            f"the same seed twice: {short(texts[0])!r} and {short(drawn['again'])!r}",
         ),
         judge(
             "serving_top_p", likeliest, "==", len(drawn["likeliest_only"]), "answers", MEASURED,
@@ -125,7 +125,7 @@ def _streaming(seen: dict[str, Any]) -> Verdict:
     keys = [key for key in whole if found[key] != whole[key]]
     why = "a stream gives the same text, end and counts as an answer in one piece"
     if keys:
-        why = f"as a stream '{keys[0]}' is {_short(found[keys[0]])!r}, in one piece {_short(whole[keys[0]])!r}"
+        why = f"as a stream '{keys[0]}' is {short(found[keys[0]])!r}, in one piece {short(whole[keys[0]])!r}"
     return judge("serving_streaming", len(keys), "==", 0, "different", MEASURED, why)
 
 
@@ -136,7 +136,7 @@ def _usage(seen: dict[str, Any]) -> Verdict:
     why = f"{_of(alike, odd)} answers have as many tokens as 'usage' says"
     if odd:
         found, tokens = odd[0]["found"], odd[0]["expected"]["tokens"]
-        why += f"; {_short(odd[0]['name'])!r} has {tokens}: {found['completion_tokens']} counted, "
+        why += f"; {short(odd[0]['name'])!r} has {tokens}: {found['completion_tokens']} counted, "
         why += f"{found['total_tokens']} in all with {found['prompt_tokens']} of the prompt"
     return judge("serving_usage", _share(alike, odd), "==", 1.0, "share", MEASURED, why)
 
@@ -154,7 +154,7 @@ def _special(seen: dict[str, Any]) -> Verdict:
     leaks = [(word, text) for text in texts for word in _marks(seen, text)]
     why = f"no mark of a turn stands in {len(texts)} answers"
     if leaks:
-        why = f"{leaks[0][0]!r} stands in {_short(leaks[0][1])!r}: the server does not take it for a special token"
+        why = f"{leaks[0][0]!r} stands in {short(leaks[0][1])!r}: the server does not take it for a special token"
     return judge("serving_special_tokens", len({text for _, text in leaks}), "==", 0, "answers", MEASURED, why)
 
 
@@ -168,8 +168,3 @@ def _share(asked: list[Any], odd: list[Any]) -> float | None:
 
 def _of(asked: list[Any], odd: list[Any]) -> str:
     return f"{len(asked) - len(odd)} of {len(asked)}"
-
-
-def _short(text: Any) -> str:
-    line = " ".join(str(text).split())
-    return line if len(line) <= 70 else line[:67] + "..."
