@@ -15,7 +15,7 @@ from finetune.schedule import learning_rate
 EVENTS = "events.jsonl"
 RATE = 1e-6  # of the recipe's rate: the same schedule computed twice differs by the rounding of doubles, at 1e-15
 STEP = 0.2  # from Adam's first step, which moves every weight by the learning rate, whatever its gradient
-CLIPPED = 0.01  # of max_grad_norm beyond it: a norm summed in half precision
+CLIPPED = 0.02  # of max_grad_norm beyond it: bfloat16 rounds the norm, the factor and what it scales, by 0.4 % each
 ADAM = "adamw_torch"  # and its fused kind; others keep their moments more coarsely
 SMALLEST_RATE = 1e-6  # below, a weight near 1 in single precision rounds the step itself
 LARGEST_EPSILON = 1e-7  # above, it holds small gradients back

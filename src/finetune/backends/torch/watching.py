@@ -56,6 +56,7 @@ class Reporter(TrainerCallback):
         self.pending: list[tuple[tuple[int, ...], int, int]] = []
         self.stopped = False
         self.motion: Motion | None = None
+        self.trained: list[torch.Tensor] = []
         self.logged: Step | None = None  # kept until the next step begins, since its evaluation comes after its log
         self.began = time.perf_counter()
 
@@ -67,15 +68,16 @@ class Reporter(TrainerCallback):
         return {**self.state_bytes, **_settings(self.trainer.optimizer), **dropout, **self.motion.facts(), **clipped}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.motion = Motion(args.learning_rate, _sample(self.trainer.model), fresh=state.global_step == 0)
+        self.trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        self.motion = Motion(args.learning_rate, _sample(self.trained), fresh=state.global_step == 0)
         self.began = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.dropout is None:
             self.dropout = _dropout(self.trainer.model)
         if len(self.norms) < CLIPPED_STEPS:
-            gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-            self.norm = float(torch.nn.utils.get_total_norm(gradients))
+            gradients = [p.grad for p in self.trained if p.grad is not None]
+            self.norm = _norm(gradients)
             self.state_bytes["gradient_bytes"] = max(
                 self.state_bytes["gradient_bytes"], sum(g.nbytes for g in gradients)
             )
@@ -84,7 +86,7 @@ class Reporter(TrainerCallback):
         if not self.trainer.accelerator.optimizer_step_was_skipped:  # fp16's gradient scaler says so openly
             assert self.motion is not None
             rate = max(group["lr"] for group in self.trainer.optimizer.param_groups)
-            self.motion.stepped(rate, _sample(self.trainer.model))
+            self.motion.stepped(rate, _sample(self.trained))
             if len(self.norms) < CLIPPED_STEPS:
                 self.norms.append(self.norm)
 
@@ -150,10 +152,16 @@ class Reporter(TrainerCallback):
             self.logged = None
 
 
-def _sample(model: Any) -> bytes:
-    """The first elements of every trained tensor, as bytes."""
-    parts = [p.detach().flatten()[:SAMPLE].float() for p in model.parameters() if p.requires_grad]
+def _sample(trained: list[torch.Tensor]) -> bytes:
+    """The first elements of every trained tensor, as float32 bytes."""
+    parts = [tensor.detach().flatten()[:SAMPLE].float() for tensor in trained]
     return torch.cat(parts).cpu().numpy().tobytes() if parts else b""
+
+
+def _norm(tensors: list[torch.Tensor]) -> float:
+    """The norm of all together, summed in float32 whatever they are in."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32).cpu() for tensor in tensors]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
 def _dropout(model: Any) -> float | None:

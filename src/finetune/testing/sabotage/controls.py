@@ -13,8 +13,8 @@ from finetune.recipe import yaml
 from finetune.testing.sabotage import ground
 
 EMBEDDED = "embedded model"
-SEEDS = {"lora": range(1, 11), "full": range(1, 6), "dpo": range(1, 6), "gguf": (1, 2), "resume": (1,), "serving": (1,)}
-DATA_SEEDS = range(101, 105)
+SEEDS = {"lora": range(1, 6), "full": (1, 2), "dpo": (1, 2), "gguf": (1,), "resume": (1,), "serving": (1,)}
+DATA_SEEDS = (101, 102, 103)
 LEARNING_RATES = (2.5e-3, 3.5e-3, 7e-3)
 WAYS: dict[str, dict[str, Any]] = {
     "accumulation": {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4},

@@ -30,7 +30,7 @@ def _always_constant(original: Any) -> Any:
     return lambda name, *arguments, **more: original("constant", *arguments, **more)
 
 
-@sabotage("every second step skipped", since="train")
+@sabotage("every second step skipped", ground="full", since="train")
 def every_second_step_skipped(scene: Scene) -> None:
     """The optimizer's step is taken every second time only, while the schedule and the log go on."""
 
@@ -41,7 +41,12 @@ def every_second_step_skipped(scene: Scene) -> None:
     scene.wrap(ADAMW_STEP, wrapper)
 
 
-@sabotage("every step taken twice", since="train", imitates="https://github.com/huggingface/transformers/issues/45656")
+@sabotage(
+    "every step taken twice",
+    ground="full",
+    since="train",
+    imitates="https://github.com/huggingface/transformers/issues/45656",
+)
 def every_step_twice(scene: Scene) -> None:
     """The optimizer steps twice with each gradient, as where a trainer and a plugin both call it."""
 
@@ -55,7 +60,7 @@ def every_step_twice(scene: Scene) -> None:
     scene.wrap(ADAMW_STEP, wrapper)
 
 
-@sabotage("steps smaller than their learning rate", since="train")
+@sabotage("steps smaller than their learning rate", ground="full", since="train")
 def steps_smaller(scene: Scene) -> None:
     """The optimizer steps with half of the learning rate that the schedule gave it and the log shows."""
 
@@ -74,19 +79,19 @@ def steps_smaller(scene: Scene) -> None:
     scene.wrap(ADAMW_STEP, wrapper)
 
 
-@sabotage("learning rate divided by four", since="train")
+@sabotage("learning rate divided by four", ground="full", since="train")
 def learning_rate_divided(scene: Scene) -> None:
     """The optimizer is made with a fraction of the learning rate, as where it is scaled to a batch's size."""
     _with_groups(scene, lambda group: group.update(lr=group["lr"] / 4))
 
 
-@sabotage("learning rate constant", since="train")
+@sabotage("learning rate constant", ground="full", since="train")
 def learning_rate_constant(scene: Scene) -> None:
     """The learning rate stays where it is, whatever schedule the recipe asks for."""
     scene.wrap("transformers.trainer:get_scheduler", _always_constant)
 
 
-@sabotage("warm-up left out", since="train", imitates="https://github.com/y0ast/Glow-PyTorch/issues/3")
+@sabotage("warm-up left out", ground="full", since="train", imitates="https://github.com/y0ast/Glow-PyTorch/issues/3")
 def warmup_left_out(scene: Scene) -> None:
     """The first steps take the whole learning rate, though the recipe asks for a warm-up."""
     scene.set("train.warmup_steps", 30)
@@ -127,14 +132,19 @@ def weight_decay_unasked(scene: Scene) -> None:
     _with_groups(scene, lambda group: group.update(weight_decay=0.01))
 
 
-@sabotage("weight decay left out", since="train", imitates="https://github.com/meta-llama/llama-cookbook/issues/191")
+@sabotage(
+    "weight decay left out",
+    ground="full",
+    since="train",
+    imitates="https://github.com/meta-llama/llama-cookbook/issues/191",
+)
 def weight_decay_left_out(scene: Scene) -> None:
     """The recipe asks for weight decay, and the optimizer is made without."""
     scene.set("train.weight_decay", 0.01)
     _with_groups(scene, lambda group: group.update(weight_decay=0.0))
 
 
-@sabotage("another beta2 than asked for", since="train")
+@sabotage("another beta2 than asked for", ground="full", since="train")
 def another_beta2(scene: Scene) -> None:
     """Adam averages its squares over 20 steps instead of 1000, as by a default of large-scale training."""
     _with_groups(scene, lambda group: group.update(betas=(group["betas"][0], 0.95)))
@@ -188,7 +198,9 @@ def dropout_unasked(scene: Scene) -> None:
     scene.wrap("peft:get_peft_model", lambda original: lambda *a, **more: drop(original(*a, **more)))
 
 
-@sabotage("gradients not clipped", since="train", imitates="https://github.com/awslabs/graphstorm/pull/1384")
+@sabotage(
+    "gradients not clipped", ground="full", since="train", imitates="https://github.com/awslabs/graphstorm/pull/1384"
+)
 def gradients_not_clipped(scene: Scene) -> None:
     """The gradient's norm is measured and logged, and left as it is."""
     scene.set("train.max_grad_norm", 0.1)
