@@ -721,6 +721,21 @@ def test_what_was_not_asked_for_is_not_checked(honest, tmp_path):
     assert wanted == ["labels", "rows", "loss", "parameters", "optimizer", "artifacts"]
 
 
+@pytest.mark.parametrize(
+    "otherwise",
+    [{"optim": "sgd"}, {"adam_epsilon": 1e-3}, {"weight_decay": 0.1}, {"learning_rate": 1e-7}],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_size_of_the_first_step_is_judged_where_it_must_be_the_learning_rate(copied, otherwise):
+    moved("train", 0.5)(copied.run)
+    assert "step_size" in failed(copied.recipe, copied.run)
+    if "learning_rate" in otherwise:
+        all_steps("train", lambda n, s: s.update(otherwise))(copied.run)
+    train = copied.recipe.train.model_copy(update=otherwise)
+    verdicts = verify(copied.recipe.model_copy(update={"train": train}), copied.run, ["optimizer"])
+    assert "step_size" not in {verdict.name for verdict in verdicts}
+
+
 def test_an_unknown_check_is_refused_with_those_that_exist(copied):
     with pytest.raises(UsageError, match=r"unknown check 'los'\. Did you mean 'loss'\?"):
         verify(copied.recipe, copied.run, ["los"])

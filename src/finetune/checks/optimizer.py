@@ -16,7 +16,9 @@ EVENTS = "events.jsonl"
 RATE = 1e-6  # of the recipe's rate: the same schedule computed twice differs by the rounding of doubles, at 1e-15
 STEP = 0.2  # from Adam's first step, which moves every weight by the learning rate, whatever its gradient
 CLIPPED = 0.02  # of max_grad_norm beyond it: bfloat16 rounds the norm, the factor and what it scales, by 0.4 % each
-ADAM = "adamw_torch"  # and its fused kind; others keep their moments more coarsely
+ADAM = ("adamw_torch", "adamw_torch_fused")  # others keep their moments more coarsely
+LARGEST_DECAY = 0.01  # above, a large weight's decay adds visibly to its step
+OF_NO_WHOLE = ("layerwise", "lomo")  # optimizers that have no parameters of their own to count
 SMALLEST_RATE = 1e-6  # below, a weight near 1 in single precision rounds the step itself
 LARGEST_EPSILON = 1e-7  # above, it holds small gradients back
 DRIFT = 1e-6  # relative, of a setting stored as a double
@@ -87,7 +89,7 @@ def _settings(asked: Optimization, facts: dict[str, Any], run: Run, stage: str, 
     if stage == "train" and config.is_file():  # DPO runs without dropout
         wanted["lora_dropout"] = json.loads(config.read_text(encoding="utf-8")).get("lora_dropout")
     known = [key for key in wanted if key in facts]
-    if not known:
+    if not known or any(word in asked.optim for word in OF_NO_WHOLE):
         return []
     other = [key for key in known if not _same(facts[key], wanted[key])]
     why = ", ".join(f"{key} {facts[key]:g}" + (f" instead of {wanted[key]}" if key in other else "") for key in known)
@@ -106,10 +108,8 @@ def _size(
     section 2.1), so its size tells a step that is scaled, doubled or another optimizer's."""
     first = next((step["learning_rate"] for step in steps if step["learning_rate"] > 0), 0.0)
     single = facts["trainable_bytes"] == 4 * (facts["trainable_parameters"] or 0)
-    judged = (
-        asked.optim.startswith(ADAM) and asked.adam_epsilon <= LARGEST_EPSILON and first >= SMALLEST_RATE and single
-    )
-    if not judged or "first_move" not in facts:
+    plain = asked.optim in ADAM and asked.adam_epsilon <= LARGEST_EPSILON and asked.weight_decay <= LARGEST_DECAY
+    if not (plain and single and first >= SMALLEST_RATE and "first_move" in facts):
         return []
     why = f"the first step moved weights by {facts['first_move']:.4g} times the learning rate at most; Adam's by 1"
     return [judge(f"{prefix}step_size", abs(facts["first_move"] - 1), "<=", STEP, "relative distance", place, why)]
