@@ -84,7 +84,7 @@ def test_of_sixty_sabotages_nineteen_in_twenty_are_caught_and_no_honest_run_rais
 def test_no_bound_of_ours_is_nearer_to_the_honest_runs_than_the_rule_says():
     ours = {name: each for name, each in STORED["spreads"].items() if name not in EXPECT_KEYS}
     assert len(ours) >= 15
-    near = {name: round(detection.room(each), 2) for name, each in ours.items()}
+    near = {name: round(each["room"], 2) for name, each in ours.items() if each["room"] is not None}
     assert {name: room for name, room in near.items() if room < detection.ROOM} == {}
 
 
@@ -106,24 +106,29 @@ def test_a_missed_sabotage_is_marked_and_listed():
     assert "| c | x |" in page
 
 
-def test_the_spread_of_a_verdict_is_over_all_controls_and_its_bound_the_strictest():
+def test_the_spread_of_a_verdict_is_over_all_controls_and_its_room_that_of_the_run_nearest_to_its_own_bound():
     runs = [found(verdicts=[verdict(0.2, bound=1.0)]), found(verdicts=[verdict(0.4, bound=0.8)])]
     (spread,) = detection.spreads(runs).values()
 
-    assert (spread["least"], spread["most"], spread["bound"], spread["count"]) == (0.2, 0.4, 0.8, 2)
-    assert detection.room(spread) == pytest.approx(2.0)
+    assert (spread["least"], spread["most"], spread["count"]) == (0.2, 0.4, 2)
+    assert (spread["strictest"], spread["loosest"], spread["room"]) == (0.8, 1.0, pytest.approx(2.0))
+
+
+def test_a_run_is_not_held_to_the_bound_of_another_type_of_weights():
+    runs = [found(verdicts=[verdict(1e-6, bound=1e-3)]), found(verdicts=[verdict(0.02, bound=0.05)])]
+    assert detection.spreads(runs)["v"]["room"] == pytest.approx(2.5)
 
 
 ROOMS = [
     ("<=", 1.0, (0.2, 0.5), "nats", 2.0),
     ("<=", 1.0, (0.2, 1.25), "nats", 0.8),
-    ("<=", 1.0, (0.0, 0.0), "nats", math.inf),
+    ("<=", 1.0, (0.0, 0.0), "nats", None),
     (">", 2.0, (3.0, 9.0), "standard errors", 1.5),
-    (">", 0.0, (0.1, 9.0), "reward", math.inf),
+    (">", 0.0, (0.1, 9.0), "reward", None),
     (">", 0.0, (-0.1, 9.0), "reward", 0.0),
     (">=", 0.9, (0.95, 1.0), "share", 2.0),
     (">=", 0.9, (0.8, 1.0), "share of steps", 0.5),
-    (">=", 0.9, (1.0, 1.0), "share", math.inf),
+    (">=", 0.9, (1.0, 1.0), "share", None),
 ]
 
 
@@ -132,7 +137,7 @@ def test_the_room_of_a_bound_is_how_many_times_as_far_as_the_worst_control_it_go
     compare, bound, measured, unit, room
 ):
     runs = [found(verdicts=[{**verdict(each, bound, compare), "unit": unit}]) for each in measured]
-    assert detection.room(detection.spreads(runs)["v"]) == pytest.approx(room)
+    assert detection.spreads(runs)["v"]["room"] == (None if room is None else pytest.approx(room))
 
 
 def test_what_must_be_equal_has_no_spread():
@@ -152,6 +157,8 @@ def test_results_of_a_few_take_the_places_of_their_old_rows_and_of_no_others():
 
     assert merged["sabotages"] == [caught, old["sabotages"][0]]
     assert (merged["controls"], merged["spreads"]) == (old["controls"], {"v": 1})
+    anew = detection.merge(old, new, honest=True)
+    assert (anew["controls"], anew["spreads"]) == (new["controls"], {"v": 2})
 
 
 # -- the bench and its command -----------------------------------------------------------------------------------------

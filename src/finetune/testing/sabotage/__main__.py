@@ -1,6 +1,7 @@
 """`python -m finetune.testing.sabotage`: carry out sabotages and controls, and write docs/detection.json and .md.
 
-Without names everything runs (20 minutes on two cores). With names, only those do, and the rows of sabotages are replaced.
+Without names everything runs (half an hour on two cores). With names, only those do, and the rows of sabotages are
+replaced. `--honest` carries out all honest runs and replaces them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from finetune.errors import StageError
 from finetune.lookup import did_you_mean
 from finetune.manifest import installed
 from finetune.run import write_json, write_text
-from finetune.testing.sabotage import Sabotage, detection, table
+from finetune.testing.sabotage import Sabotage, detection, ground, table
 from finetune.testing.sabotage.bench import Bench, Found
 from finetune.testing.sabotage.controls import Control, controls
 
@@ -36,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     for module in options.also:
         importlib.import_module(module)
     sabotages, honest_runs = table(), controls()
-    wanted = set(options.names) or {*sabotages, *honest_runs}
+    grounds = ground.GROUNDS if options.honest else ()
+    whole = not options.names and not options.honest
+    wanted = {*options.names, *(honest_runs if options.honest or whole else ()), *(sabotages if whole else ())}
     for name in wanted - {*sabotages, *honest_runs}:
         print(
             f"error: no sabotage or control '{name}'.{did_you_mean(name, [*sabotages, *honest_runs])}", file=sys.stderr
@@ -51,16 +54,16 @@ def main(arguments: list[str] | None = None) -> int:
         mine = [each for name, each in sabotages.items() if name in wanted]
         others = [each for name, each in honest_runs.items() if name in wanted]
         with Bench(Path(options.keep or scratch), keep=bool(options.keep)) as bench:
-            found = _carry_out(bench, mine, others, options.jobs)
+            found = _carry_out(bench, mine, others, grounds, options.jobs)
     document = _document(found, mine, bench, (time.monotonic() - started) / 60)
     if not options.also:
-        _write(Path.cwd(), document, whole=not options.names)
+        _write(Path.cwd(), document, whole=whole, honest=options.honest)
     missed = [run for run in found if run.name in sabotages and not run.caught]
     alarms = [run for run in found if run.name not in sabotages and run.caught]
     for said, runs in (("missed", missed), ("false alarm", alarms)):
         for run in runs:
             print(f"{said}: {run.name} {', '.join(run.failed) or run.refused}")
-    return 1 if missed or alarms or len(found) < len(mine) + len(others) else 0
+    return 1 if missed or alarms or len(found) < len(mine) + len(others) + len(grounds) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,11 +76,14 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time (default: one a core)"
     )
     parser.add_argument("--keep", metavar="DIR", help="leave the runs in this folder")
+    parser.add_argument("--honest", action="store_true", help="all honest runs, and no sabotage that is not named")
     parser.add_argument("--list", action="store_true", help="print the sabotages and do nothing")
     return parser
 
 
-def _carry_out(bench: Bench, sabotages: list[Sabotage], others: list[Control], jobs: int) -> list[Found]:
+def _carry_out(
+    bench: Bench, sabotages: list[Sabotage], others: list[Control], grounds: Iterable[str], jobs: int
+) -> list[Found]:
     """Those that take longest first; a line for each as it ends. One that breaks by itself is told, and left out."""
 
     def told(name: str, job: Callable[[], Found]) -> Found | None:
@@ -90,6 +96,7 @@ def _carry_out(bench: Bench, sabotages: list[Sabotage], others: list[Control], j
         return found
 
     jobs_to_do = [(each.name, partial(bench.control, each.name, each.recipe)) for each in others]
+    jobs_to_do += [(f"ground {name}", partial(bench.ground, name)) for name in grounds]
     jobs_to_do += [(each.name, partial(bench.attempt, each)) for each in sabotages]
     with ThreadPoolExecutor(jobs) as pool:
         return [found for found in pool.map(lambda job: told(*job), jobs_to_do) if found]
@@ -97,7 +104,9 @@ def _carry_out(bench: Bench, sabotages: list[Sabotage], others: list[Control], j
 
 def _document(found: list[Found], sabotages: list[Sabotage], bench: Bench, minutes: float) -> dict[str, Any]:
     by_name = {each.name: each for each in sabotages}
-    honest_runs = [*(each for each in found if each.name not in by_name), *bench.honest.values()]
+    honest_runs = list(
+        {each.name: each for each in (*found, *bench.honest.values()) if each.name not in by_name}.values()
+    )
     return {
         "machine": f"{os.cpu_count()} cores, {platform.system()}",
         "minutes": round(minutes, 1),
@@ -108,9 +117,9 @@ def _document(found: list[Found], sabotages: list[Sabotage], bench: Bench, minut
     }
 
 
-def _write(root: Path, document: dict[str, Any], *, whole: bool) -> None:
+def _write(root: Path, document: dict[str, Any], *, whole: bool, honest: bool) -> None:
     stored = detection.load(root)
-    result = document if whole or not stored else detection.merge(stored, document)
+    result = document if whole or not stored else detection.merge(stored, document, honest=honest)
     write_json(root / detection.RESULTS, result)
     write_text(root / detection.PAGE, detection.render(result))
 

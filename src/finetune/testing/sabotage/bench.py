@@ -78,6 +78,11 @@ class Bench:
         self._clear(directory)
         return found
 
+    def ground(self, name: str) -> Found:
+        """The honest run of a ground, made once."""
+        self._honest(name)
+        return self.honest[name]
+
     def attempt(self, each: Sabotage) -> Found:
         """Carry out a sabotage. Raises StageError where the honest run raises an alarm already, or where it was the
         sabotage itself that broke."""

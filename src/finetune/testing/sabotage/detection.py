@@ -55,59 +55,57 @@ def row(found: Found, each: Sabotage | None = None) -> Document:
 
 
 def spreads(controls: Iterable[Found]) -> dict[str, Document]:
-    """By verdict, over the controls: how many, the least and the most that was measured, and the bound.
+    """By verdict, over the controls: how many, the least and the most that was measured, the bounds from the strictest to
+    the loosest (types of weights and recipes differ in them), and the least room that a run was left by its own.
 
-    Only of verdicts that are held against an amount: what must be equal has no spread. Where recipes differ in the
-    bound, the strictest counts.
+    Only of verdicts that are held against an amount: what must be equal has no spread.
     """
     found: dict[str, Document] = {}
     for control in controls:
         for verdict in control.verdicts:
-            measured, compare = verdict["measured"], verdict["compare"]
-            if (
-                compare == "=="
-                or verdict["name"].startswith(PROMISED)
-                or measured is None
-                or not math.isfinite(measured)
-            ):
+            name, measured, compare, bound = (verdict[key] for key in ("name", "measured", "compare", "bound"))
+            if compare == "==" or name.startswith(PROMISED) or measured is None or not math.isfinite(measured):
                 continue
             here = found.setdefault(
-                verdict["name"],
-                {"compare": compare, "bound": verdict["bound"], "unit": verdict["unit"], "count": 0}
-                | {"least": measured, "most": measured},
+                name,
+                {"compare": compare, "strictest": bound, "loosest": bound, "unit": verdict["unit"], "count": 0}
+                | {"least": measured, "most": measured, "room": None},
             )
-            stricter = max if compare in (">", ">=") else min
-            here["bound"] = stricter(here["bound"], verdict["bound"])
+            stricter, looser = (max, min) if compare in (">", ">=") else (min, max)
+            here["strictest"], here["loosest"] = stricter(here["strictest"], bound), looser(here["loosest"], bound)
             here["count"] += 1
             here["least"], here["most"] = min(here["least"], measured), max(here["most"], measured)
+            left = room(compare, bound, measured, verdict["unit"])
+            here["room"] = min((each for each in (here["room"], left) if each is not None), default=None)
     return dict(sorted(found.items()))
 
 
-def room(spread: Document) -> float:
-    """How many times as far as the worst control a bound lets a measurement go; infinite where every control is ideal.
+def room(compare: str, bound: float, measured: float, unit: str) -> float | None:
+    """How many times as far as what was measured a bound lets a measurement go; None where it is ideal.
 
     Of a share that should be 1 it is what lacks that counts; of a bound of 0 only the side.
     """
-    bound, least, most = spread["bound"], spread["least"], spread["most"]
-    if spread["compare"] in ("<", "<="):
-        return bound / most if most > 0 else math.inf
+    if compare in ("<", "<="):
+        return bound / measured if measured > 0 else None
     if bound <= 0:
-        return math.inf if least > bound else 0.0
-    if spread["unit"].startswith("share") and bound <= 1:
-        return (1 - bound) / (1 - least) if least < 1 else math.inf
-    return least / bound if least != bound else math.inf
+        return None if measured > bound else 0.0
+    if unit.startswith("share") and bound <= 1:
+        return (1 - bound) / (1 - measured) if measured < 1 else None
+    return measured / bound if measured != bound else None
 
 
 def caught(entry: Document) -> bool:
     return bool(entry["failed"] or entry["refused"])
 
 
-def merge(stored: Document, new: Document) -> Document:
+def merge(stored: Document, new: Document, *, honest: bool = False) -> Document:
     """`stored` with the sabotages of `new` in the places of those of the same name; those that are no more are dropped.
-    Controls, their spreads, minutes and versions are those of a whole run."""
+    Controls and their spreads are those of `new` where it has them all (`honest`); minutes and versions are of a whole run.
+    """
     order = list(table())
     rows = {entry["name"]: entry for entry in (*stored["sabotages"], *new["sabotages"]) if entry["name"] in order}
-    return {**stored, "sabotages": sorted(rows.values(), key=lambda entry: order.index(entry["name"]))}
+    taken = {key: new[key] for key in ("controls", "spreads")} if honest else {}
+    return {**stored, **taken, "sabotages": sorted(rows.values(), key=lambda entry: order.index(entry["name"]))}
 
 
 def render(stored: Document) -> str:
@@ -178,21 +176,26 @@ def _controls(controls: list[Document]) -> list[str]:
 
 def _bounds(found: dict[str, Document]) -> list[str]:
     rows = [
-        [f"`{name}`", f"{each['compare']} {each['bound']:.3g}", f"{each['least']:.3g} to {each['most']:.3g}",
-         str(each["count"]), _room(room(each)), "recipe" if name in EXPECT_KEYS else "rule", each["unit"]]
+        [f"`{name}`", _bound(each), f"{each['least']:.3g} to {each['most']:.3g}", str(each["count"]), _room(each["room"]),
+         "recipe" if name in EXPECT_KEYS else "rule", each["unit"]]
         for name, each in found.items()
     ]  # fmt: skip
     rule = (
-        "What the honest runs measured, and the strictest bound that they were held to. *Room*: how many times as far as "
-        "the worst of them the bound lets a measurement go (of a share that should be 1, what lacks counts). The rule "
-        f"where a check chooses its bound: at least {ROOM:g}. A recipe's own `expect` is what its user wants, whatever "
-        "honest runs reach. Bounds of `==` are exact and left out."
+        "What the honest runs measured, and the bounds that they were held to, which differ by recipe and type of weights. "
+        "*Room*: how many times as far as what it measured the bound of a run lets a measurement go (of a share that should "
+        f"be 1, what lacks counts), in the run where it is least. The rule where a check chooses its bound: at least {ROOM:g}. "
+        "A recipe's own `expect` is what its user wants, whatever honest runs reach. Bounds of `==` are exact and left out."
     )
     return [rule, _table(["verdict", "bound", "measured", "runs", "room", "chosen by", "unit"], rows)]
 
 
-def _room(value: float) -> str:
-    return "all ideal" if math.isinf(value) else f"{value:.3g}"
+def _bound(each: Document) -> str:
+    strictest, loosest = f"{each['strictest']:.3g}", f"{each['loosest']:.3g}"
+    return f"{each['compare']} {strictest}" + (f" to {loosest}" if loosest != strictest else "")
+
+
+def _room(value: float | None) -> str:
+    return "all ideal" if value is None else f"{value:.3g}"
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:
