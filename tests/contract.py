@@ -335,6 +335,11 @@ class TrainingContract(InferenceContract):
         values = [value for score in backend.score(trained, [split(row) for row in read(rows)]) for value in score]
         assert done.steps[-1].extra["eval_loss"] == pytest.approx(-sum(values) / len(values), rel=1e-3)
 
+    def test_held_out_rows_are_scored_at_the_end_of_each_epoch(self, backend, job, rows, tmp_path):
+        done = run(backend, job(tmp_path, eval_rows=rows, eval_strategy="epoch"))
+        assert [step.step for step in done.steps if "eval_loss" in step.extra] == [2, 4]
+        assert len(done.steps) == 4
+
     def test_a_step_that_is_evaluated_is_logged(self, backend, job, rows, tmp_path):
         seldom = {"logging_steps": 3, "eval_rows": rows, "eval_strategy": "steps", "eval_steps": 2}
         done = run(backend, job(tmp_path, **seldom))

@@ -104,9 +104,8 @@ class Training:
             for place in row.chosen + row.rejected:
                 self._allocate(place)
         self.model.forget()
-        self.motion = Motion(
-            float(self.options.get("learning_rate", 2e-4)), self._sample(), fresh=False
-        )  # it is no Adam
+        rate = float(self.options.get("learning_rate", 2e-4))
+        self.motion = Motion(rate, self._sample(), fresh=False)  # it is no Adam
 
     # -- shape of the training, as transformers computes it -------------------------------------------------------
 

@@ -8,9 +8,8 @@ from typing import Any
 SAMPLE = 16  # elements of every trained tensor that are compared; all of them would cost as much as the step
 # A step with less than this share of the full rate may round to nothing in half precision, as a schedule's last ones do.
 FULL_ENOUGH = 0.1
-CLIPPED_STEPS = (
-    20  # whose gradients are measured as the optimizer gets them; all steps of a large model would take long
-)
+# Steps whose gradients are measured as the optimizer gets them; all steps of a large model would take long.
+CLIPPED_STEPS = 20
 
 
 class Motion:

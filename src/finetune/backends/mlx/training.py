@@ -26,10 +26,8 @@ from finetune.errors import StageError, UsageError
 from finetune.run import write_json
 from finetune.schedule import learning_rate
 
-OPTIMIZER, STATE = (
-    "optimizer/state.safetensors",
-    "trainer_state.json",
-)  # apart from the weights, which are listed by a glob
+# The optimizer's state lies apart from the weights, which are found by a glob.
+OPTIMIZER, STATE = "optimizer/state.safetensors", "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -155,13 +153,8 @@ class Training:
         gradients = tree_map(lambda each: each / max(1, trained), gradients)
         limit = self.values["max_grad_norm"]
         clipped, norm = optimizers.clip_grad_norm(gradients, limit or math.inf)
-        rate = learning_rate(
-            self.values["lr_scheduler_type"],
-            self.values["learning_rate"],
-            self.values["warmup_steps"],
-            number,
-            self.total,
-        )
+        kind, peak, warmup = (self.values[key] for key in ("lr_scheduler_type", "learning_rate", "warmup_steps"))
+        rate = learning_rate(kind, peak, warmup, number, self.total)
         taken = clipped if limit else gradients
         if len(self.norms) < CLIPPED_STEPS:
             self.norms.append(float(optimizers.clip_grad_norm(taken, math.inf)[1].item()))

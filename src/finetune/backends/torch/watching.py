@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -57,7 +58,7 @@ class Reporter(TrainerCallback):
         self.stopped = False
         self.motion: Motion | None = None
         self.trained: list[torch.Tensor] = []
-        self.logged: Step | None = None  # kept until the next step begins, since its evaluation comes after its log
+        self.logged: Step | None = None  # kept while its evaluation, which comes after its log, is to come
         self.began = time.perf_counter()
 
     def facts(self) -> dict[str, Any]:
@@ -130,6 +131,9 @@ class Reporter(TrainerCallback):
             extra={k: float(v) for k, v in logs.items() if k not in known and isinstance(v, int | float)},
         )
         self.pending.clear()
+        of_an_epoch = args.eval_strategy == "epoch" and math.isclose(state.epoch, round(state.epoch))
+        if not control.should_evaluate and not of_an_epoch:
+            self._hand_out()  # before a checkpoint of this step can be there
         self.began = time.perf_counter()
 
     def on_evaluate(
@@ -138,6 +142,7 @@ class Reporter(TrainerCallback):
         """The held-out loss belongs to the step that was logged just before."""
         if self.logged and metrics and "eval_loss" in metrics:
             self.logged = replace(self.logged, extra={**self.logged.extra, "eval_loss": float(metrics["eval_loss"])})
+        self._hand_out()
         self.began = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
