@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -734,6 +735,17 @@ def test_the_size_of_the_first_step_is_judged_where_it_must_be_the_learning_rate
     train = copied.recipe.train.model_copy(update=otherwise)
     verdicts = verify(copied.recipe.model_copy(update={"train": train}), copied.run, ["optimizer"])
     assert "step_size" not in {verdict.name for verdict in verdicts}
+
+
+def test_one_of_two_processes_takes_half_of_the_rows_in_an_epoch(copied):
+    numbers = [json.loads(line)["row"] for line in (copied.run.path / LABELS).read_text(encoding="utf-8").splitlines()]
+    half = numbers[: len(numbers) // 2]
+    taken = itertools.cycle(half)
+    all_steps("train", lambda n, s: s.update(rows=[next(taken) for _ in s["rows"]]))(copied.run)
+    assert "rows_trained" in failed(copied.recipe, copied.run)
+
+    metrics("train", world_size=2)(copied.run)
+    assert "rows_trained" not in failed(copied.recipe, copied.run)
 
 
 def test_an_unknown_check_is_refused_with_those_that_exist(copied):

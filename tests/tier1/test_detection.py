@@ -107,11 +107,17 @@ def test_a_missed_sabotage_is_marked_and_listed():
 
 
 def test_the_spread_of_a_verdict_is_over_all_controls_and_its_room_that_of_the_run_nearest_to_its_own_bound():
-    runs = [found(verdicts=[verdict(0.2, bound=1.0)]), found(verdicts=[verdict(0.4, bound=0.8)])]
+    runs = [found(verdicts=[verdict(0.4, bound=0.8)]), found(verdicts=[verdict(0.2, bound=1.0)])]
     (spread,) = detection.spreads(runs).values()
 
     assert (spread["least"], spread["most"], spread["count"]) == (0.2, 0.4, 2)
     assert (spread["strictest"], spread["loosest"], spread["room"]) == (0.8, 1.0, pytest.approx(2.0))
+
+
+def test_what_a_stage_refuses_is_caught_and_what_passes_every_verdict_is_not():
+    assert detection.caught(detection.row(found("a", refused="no such file")))
+    assert detection.caught(detection.row(found("a", failed=("x",))))
+    assert not detection.caught(detection.row(found("a")))
 
 
 def test_a_run_is_not_held_to_the_bound_of_another_type_of_weights():
