@@ -26,6 +26,29 @@ def _with_groups(scene: Scene, change: Callable[[dict[str, Any]], Any]) -> None:
     scene.wrap(f"{TRAINER}.create_optimizer", wrapper)
 
 
+def _with_schedule_for(scene: Scene, planned: Callable[[int], int]) -> None:
+    """Lay the schedule out for another number of steps than those that will be taken."""
+
+    def wrapper(original: Any) -> Any:
+        return lambda self, num_training_steps, *a, **more: original(self, planned(num_training_steps), *a, **more)
+
+    scene.wrap(f"{TRAINER}.create_scheduler", wrapper)
+
+
+def _with_dropout(scene: Scene, share: float) -> None:
+    """Have the adapter's layers drop this share, whatever its configuration says."""
+
+    def put(model: Any) -> Any:
+        import torch
+
+        for module in model.modules():
+            if "default" in getattr(module, "lora_dropout", {}):
+                module.lora_dropout["default"] = torch.nn.Dropout(share) if share else torch.nn.Identity()
+        return model
+
+    scene.wrap("peft:get_peft_model", lambda original: lambda *a, **more: put(original(*a, **more)))
+
+
 def _always_constant(original: Any) -> Any:
     return lambda name, *arguments, **more: original("constant", *arguments, **more)
 
@@ -105,11 +128,7 @@ def warmup_left_out(scene: Scene) -> None:
 )
 def schedule_too_fast(scene: Scene) -> None:
     """The schedule goes on with every small batch, so it ends halfway and the rest is trained at nothing."""
-
-    def wrapper(original: Any) -> Any:
-        return lambda self, num_training_steps, *a, **more: original(self, num_training_steps // 2, *a, **more)
-
-    scene.wrap(f"{TRAINER}.create_scheduler", wrapper)
+    _with_schedule_for(scene, lambda steps: steps // 2)
 
 
 @sabotage(
@@ -117,11 +136,7 @@ def schedule_too_fast(scene: Scene) -> None:
 )
 def schedule_of_a_longer_training(scene: Scene) -> None:
     """The schedule is laid out for four times the steps, as where small batches are counted, so it never comes down."""
-
-    def wrapper(original: Any) -> Any:
-        return lambda self, num_training_steps, *a, **more: original(self, 4 * num_training_steps, *a, **more)
-
-    scene.wrap(f"{TRAINER}.create_scheduler", wrapper)
+    _with_schedule_for(scene, lambda steps: 4 * steps)
 
 
 @sabotage(
@@ -171,31 +186,13 @@ def queries_left_out(scene: Scene) -> None:
 def dropout_left_out(scene: Scene) -> None:
     """The recipe and the saved adapter say that a tenth is dropped, and the layers that do it are empty."""
     scene.set("train.lora.lora_dropout", 0.1)
-
-    def empty(model: Any) -> Any:
-        import torch
-
-        for module in model.modules():
-            if "default" in getattr(module, "lora_dropout", {}):
-                module.lora_dropout["default"] = torch.nn.Identity()
-        return model
-
-    scene.wrap("peft:get_peft_model", lambda original: lambda *a, **more: empty(original(*a, **more)))
+    _with_dropout(scene, 0.0)
 
 
 @sabotage("dropout nobody asked for", since="train")
 def dropout_unasked(scene: Scene) -> None:
     """The adapter's layers drop a twentieth, as by a default of another tool, though the recipe says none."""
-
-    def drop(model: Any) -> Any:
-        import torch
-
-        for module in model.modules():
-            if "default" in getattr(module, "lora_dropout", {}):
-                module.lora_dropout["default"] = torch.nn.Dropout(0.05)
-        return model
-
-    scene.wrap("peft:get_peft_model", lambda original: lambda *a, **more: drop(original(*a, **more)))
+    _with_dropout(scene, 0.05)
 
 
 @sabotage(
