@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -375,16 +376,56 @@ def sources(session: nox.Session, row: Cell) -> dict[str, str | None]:
     certificates = pip_settings("cert")
     if certificates and "SSL_CERT_FILE" not in os.environ:
         env["SSL_CERT_FILE"] = certificates[0]
-    wants_cpu = "torch" in row.extras and sys.platform == "linux" and not shutil.which("nvidia-smi")
-    if wants_cpu and "UV_TORCH_BACKEND" not in os.environ and not offers_torch(links):
-        if session.venv_backend == "uv":
-            env["UV_TORCH_BACKEND"] = "cpu"
-        else:
-            session.warn(
-                "no GPU here, but without uv the default build of torch comes with several GB of GPU packages. To avoid"
-                " it: let PIP_FIND_LINKS name a folder with a CPU wheel of torch, or make uv available (pip install uv)"
-            )
+    if "torch" in row.extras and sys.platform == "linux" and not shutil.which("nvidia-smi"):
+        env.update(torch_index(session, links, env))
     return env
+
+
+def torch_index(session: nox.Session, links: list[str], env: dict[str, str | None]) -> dict[str, str | None]:
+    """Where a machine without a GPU gets torch from: PyTorch's index of CPU builds, or the default index.
+
+    FT_TORCH_INDEX=cpu or default decides; without it the CPU builds are taken where uv can reach them.
+    """
+    wish = os.environ.get("FT_TORCH_INDEX", "")
+    if wish not in ("", "cpu", "default"):
+        session.error(f"FT_TORCH_INDEX is '{wish}'; it may be cpu (builds without GPU packages) or default (pip's index)")
+    if not wish and ("UV_TORCH_BACKEND" in os.environ or offers_torch(links)):
+        return {}
+    if wish == "cpu" and session.venv_backend != "uv":
+        session.error("FT_TORCH_INDEX=cpu needs uv (pip install uv), which knows PyTorch's indexes")
+    if session.venv_backend == "uv" and (wish == "cpu" or (not wish and has_cpu_builds(env))):
+        return {"UV_TORCH_BACKEND": "cpu"}
+    why = "as FT_TORCH_INDEX asks" if wish else "since PyTorch's index of CPU builds cannot be reached from here"
+    if session.venv_backend != "uv":
+        why = "since only uv knows PyTorch's index of CPU builds"
+    session.warn(
+        f"torch comes from the default index, {why}: it brings about 3 GB of GPU packages, once, and works on the CPU."
+        " A CPU wheel of torch in a folder that PIP_FIND_LINKS names is taken instead"
+    )
+    return {"UV_TORCH_BACKEND": None}  # an empty one is refused by uv
+
+
+@functools.cache
+def _has_cpu_builds(settings: tuple[tuple[str, str], ...]) -> bool:
+    uv = shutil.which("uv", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+    with tempfile.TemporaryDirectory() as folder:
+        # Asked as the installation will ask: through uv, so with its proxies, certificates and mirrors.
+        command = ["pip", "install", "--dry-run", "--no-deps", "-c", str(CONSTRAINTS), "--target", folder, "torch"]
+        quick = {"UV_TORCH_BACKEND": "cpu", "UV_HTTP_RETRIES": "0", "UV_HTTP_TIMEOUT": "15"}
+        python = ["--python", sys.executable]
+        try:
+            done = subprocess.run(
+                [uv or "uv", *command, *python], env={**os.environ, **dict(settings), **quick}, capture_output=True,
+                timeout=60, check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+    return done.returncode == 0
+
+
+def has_cpu_builds(env: dict[str, str | None]) -> bool:
+    """Whether PyTorch's index of CPU builds can be reached and has the version wanted; asked once a process."""
+    return _has_cpu_builds(tuple((name, value) for name, value in env.items() if value is not None))
 
 
 def find_links() -> list[str]:
