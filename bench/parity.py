@@ -14,9 +14,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from finetune.core.files import read_jsonl, write_json, write_jsonl
 from finetune.pipeline import run_stages
 from finetune.recipe import load_mapping
-from finetune.run import Run, read_jsonl, write_json, write_jsonl
+from finetune.run import Run
 from finetune.testing import questions
 
 EXPORTS = ("gguf:f16", "gguf:q8_0", "gguf:q6_k", "gguf:q5_k_m", "gguf:q4_k_m", "mlx")

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+from finetune.core.files import write_json
 from finetune.pipeline import run_stages
 from finetune.recipe import load_mapping
-from finetune.run import Run, write_json
+from finetune.run import Run
 from finetune.testing.perplexity import EMBEDDED, Perplexity, Scorer, load, measure
 
 TOKENS, TEMPERATURE = 50, 0.7  # as in a spec's `inference` section

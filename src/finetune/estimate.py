@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import tiny
+from finetune.core.files import read_jsonl, read_object
 from finetune.errors import ResourceError, UsageError
 from finetune.memory import available, disk_free, gpus, human
-from finetune.run import Run, read_jsonl, read_object
+from finetune.run import Run
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -320,7 +321,7 @@ def check_resources(recipe: Recipe, run: Run, *, method: str | None = None) -> N
     `method` overrides `train.method`, for experiments that train another way. Does nothing for backends without
     weights, and under FT_IGNORE_ESTIMATE=1.
     """
-    from finetune import evidence
+    from finetune.run import evidence
 
     if ignored(recipe):
         return

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Job, child, get
+from finetune.core.files import write_json
 from finetune.errors import StageError
 from finetune.invariance import trials
 from finetune.memory import PeakMemory
 from finetune.parity.observe import observe
-from finetune.run import write_json
 
 PATHS = ("model", "out", "rows", "adapter", "eval_rows", "resume")
 

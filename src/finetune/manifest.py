@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import __version__, memory
-from finetune.run import now
+from finetune.core.clock import now
 from finetune.secrets import redact
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from typing import Any
 
 from finetune import hub, tiny
 from finetune.console import say
+from finetune.core.files import digest, read_object
 from finetune.data import sources
 from finetune.errors import MissingError, UsageError
 from finetune.lookup import did_you_mean, load, missing_package
 from finetune.recipe.sections import Data, Model
-from finetune.run import digest, read_object
 from finetune.secrets import redact, remember
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.console import say
+from finetune.core.files import digest, write_text
 from finetune.errors import FinetuneError, MissingError, UsageError
 from finetune.recipe import Recipe, dump, load
-from finetune.run import Report, Run, write_text
-from finetune.stages import Stage, execute, fingerprint, inputs, plan
+from finetune.run import Report, Run, evidence, layout, seal
+from finetune.run.directory import RECIPE
+from finetune.run.restore import restore
+from finetune.stages import BY_NAME, TRAININGS, Stage, execute, fingerprint, inputs, outdated, plan, reason
 from finetune.training import checkpoint_step, checkpoints, is_checkpoint
 
 Moment = Literal["start", "done", "kept"]
@@ -43,13 +46,15 @@ def chosen(recipe: Recipe, only: Iterable[str] | None = None) -> list[Stage]:
     return stages
 
 
-def preview(recipe: Recipe, run: Run, only: Iterable[str] | None = None, *, force: bool = False) -> list[Planned]:
+def preview(
+    recipe: Recipe, run: Run, only: Iterable[str] | None = None, *, force: bool = False, retrain: bool = False
+) -> list[Planned]:
     """What `run_stages` would do, and why. Reads the run, writes nothing."""
     names = None if only is None else list(only)
     planned: list[Planned] = []
     for stage in chosen(recipe, names):
         rerun = [before.stage for before in planned if before.runs and before.stage in stage.needs]
-        why = _why(stage, recipe, run, rerun, force and (names is None or stage.name in names))
+        why = _why(stage, recipe, run, rerun, force and (names is None or stage.name in names), retrain)
         planned.append(Planned(stage=stage.name, runs=bool(why), why=why or "up to date"))
     return planned
 
@@ -61,14 +66,16 @@ def run_stages(
     *,
     force: bool = False,
     resume: Path | None = None,
+    retrain: bool = False,
     listener: Listener = lambda moment, stage, report: None,
 ) -> list[Report]:
     """Run the stages whose inputs have changed and return the reports of all of them.
 
     `only` names stages (what they need runs too); `force` runs them (all, without `only`) again whatever was done;
     `resume` is the checkpoint that the last stage named in `only` starts from; without one, a training that was stopped
-    goes on from its newest, unless `force`. The run is locked meanwhile and gets the
-    recipe and the manifest. Raises LockedError, ResourceError, and whatever a stage raises, which becomes an event.
+    goes on from its newest, unless `force`; `retrain` does a finished training anew that other code or libraries made. The
+    run is locked meanwhile, gets the recipe and the manifest, and is sealed at the end, whatever that is. Raises LockedError,
+    ResourceError, and whatever a stage raises, which becomes an event.
     """
     from finetune.estimate import check_start
 
@@ -76,35 +83,70 @@ def run_stages(
     stages = chosen(recipe, names)
     reports = []
     with run.locked():
-        planned = preview(recipe, run, names, force=force)
-        if any(step.runs and step.stage in ("train", "align") for step in planned):
+        if force and names is None:
+            run.forget_log()
+        for said in restore(run, BY_NAME):
+            say(said)
+        planned = preview(recipe, run, names, force=force, retrain=retrain)
+        if any(step.runs and step.stage in TRAININGS for step in planned):
             check_start(recipe, run.path)
         store(recipe, run)
-        for stage in stages:
-            named = names is None or stage.name in names
-            resumed = resume if names and stage.name == names[-1] else None
-            if resumed is None and not (force and named):
-                resumed = left_off(stage, recipe, run)
-            run.resume = resumed
-            try:
-                report, ran = execute(
-                    stage,
-                    recipe,
-                    run,
-                    force=(force and named) or resumed is not None,
-                    on_start=lambda stage: listener("start", stage, None),
-                )
-            except KeyboardInterrupt as error:
-                run.event("stage_interrupted", stage=stage.name, message=str(error))
-                raise
-            except Exception as error:
-                run.event("stage_failed", stage=stage.name, error=type(error).__name__, message=str(error))
-                raise
-            finally:
-                run.resume = None
-            listener("done" if ran else "kept", stage, report)
-            reports.append(report)
+        try:
+            for stage in stages:
+                named = names is None or stage.name in names
+                resumed = resume if names and stage.name == names[-1] else None
+                if resumed is None and not (force and named):
+                    resumed = left_off(stage, recipe, run)
+                anew = (force and named) or resumed is not None
+                report, ran = _one(stage, recipe, run, listener, resume=resumed, force=anew, retrain=retrain)
+                listener("done" if ran else "kept", stage, report)
+                reports.append(report)
+        finally:
+            _describe(recipe, run)
+            seal.close(run)
     return reports
+
+
+def _one(
+    stage: Stage,
+    recipe: Recipe,
+    run: Run,
+    listener: Listener,
+    *,
+    resume: Path | None,
+    force: bool,
+    retrain: bool,
+) -> tuple[Report, bool]:
+    """One stage, with an event of how it ended where that is not its end."""
+    run.resume = resume
+    try:
+        return execute(
+            stage, recipe, run, force=force, retrain=retrain, on_start=lambda stage: listener("start", stage, None)
+        )
+    except KeyboardInterrupt as error:
+        run.event("stage_interrupted", stage=stage.name, message=str(error))
+        raise
+    except Exception as error:
+        run.event("stage_failed", stage=stage.name, error=type(error).__name__, message=str(error))
+        raise
+    finally:
+        run.resume = None
+
+
+def _describe(recipe: Recipe, run: Run) -> None:
+    """What the manifest says of the run's stages: digests of data and model, and trainings kept from other code."""
+    model = evidence.maybe(run, layout.MODEL)
+    kept = {
+        name: changes
+        for name in TRAININGS
+        if (done := run.report(name)) and (changes := outdated(BY_NAME[name], recipe, done))
+    }
+    seal.update_manifest(
+        run,
+        data=evidence.maybe(run, layout.SOURCES) or {},
+        model={name: facts["sha256"] for name, facts in model["files"].items()} if model else {},
+        kept=kept,
+    )
 
 
 def left_off(stage: Stage, recipe: Recipe, run: Run) -> Path | None:
@@ -128,11 +170,12 @@ def store(recipe: Recipe, run: Run) -> None:
     """Write the recipe and the manifest into the run; a recipe that replaces another one is an event."""
     from finetune.manifest import collect
 
-    path, text = run.path / "recipe.yaml", dump(recipe)
+    path, text = run.path / RECIPE, dump(recipe)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        run.event("recipe", replaced=path.is_file(), name=recipe.name)
+        replaced = path.is_file()
         write_text(path, text)
-    run.update_manifest(**collect(recipe))
+        run.event("recipe", replaced=replaced, name=recipe.name, sha256=digest(path))
+    seal.update_manifest(run, **collect(recipe))
 
 
 def checkpoint(recipe: Recipe, run: Run, stage: str, wanted: str) -> Path:
@@ -159,23 +202,21 @@ def checkpoint(recipe: Recipe, run: Run, stage: str, wanted: str) -> Path:
     raise UsageError(f"{wanted} is not a checkpoint: it holds no trainer_state.json.{exist}")
 
 
-def _why(stage: Stage, recipe: Recipe, run: Run, rerun: list[str], forced: bool) -> str:
+def _why(stage: Stage, recipe: Recipe, run: Run, rerun: list[str], forced: bool, retrain: bool) -> str:
     """Why a stage would run; empty when it is up to date."""
-    done = run.report(stage.name)
     if forced:
         return "forced"
-    if done is None:
-        failed = run.events("stage_started", stage=stage.name)
-        return "did not finish the last time" if failed else "has not run yet"
-    if rerun:
+    if rerun and stage.name not in TRAININGS:
         return f"'{rerun[0]}' runs before it"
-    gone = [name for name in done.artifacts if not (run.path / name).exists()]
-    if gone:
-        return f"{gone[0]} is gone"
-    if fingerprint(stage, recipe, run) == done.fingerprint:
+    found = reason(stage, recipe, run, retrain=retrain)
+    if found is None:
         return ""
+    if not found.news:
+        return "did not finish the last time" if run.events("stage_started", stage=stage.name) else found.why
+    if found.why != "changed":
+        return found.why
     changes = _changes(stage, recipe, run)
-    return f"changed: {', '.join(changes)}" if changes else "its data, an earlier stage or finetune's version changed"
+    return f"changed: {', '.join(changes)}" if changes else "its data or an earlier stage changed"
 
 
 def _changes(stage: Stage, recipe: Recipe, run: Run) -> list[str]:

@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
 from finetune.backends import Job, get
 from finetune.console import progress, say
+from finetune.core.files import write_json
 from finetune.errors import FinetuneError, Interrupted, StageError, UsageError
 from finetune.interruption import stop_requests
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Optimization
-from finetune.run import Run, write_json
+from finetune.run import Run, evidence
 
 # How torch (whose zip writer knows no errno) and safetensors say that a file could not be written.
 UNWRITTEN = ("inline_container", "pytorchstreamwriter", "no space left", "file too large", "os error 28")

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from finetune.checks import verify
+from finetune.core.files import write_text
 from finetune.pipeline import run_directory, run_stages
 from finetune.report import compare, files
-from finetune.run import Run, write_text
+from finetune.run import Run
 from support.town import build, edit_json, edit_rows, recipe
 
 SCREENSHOTS = Path(__file__).parents[2] / "reports" / "screenshots"

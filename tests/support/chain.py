@@ -11,9 +11,10 @@ from typing import Any
 
 from finetune import experiment
 from finetune.checks.parity import check
+from finetune.core.files import write_jsonl
 from finetune.pipeline import run_stages
 from finetune.recipe import Recipe, load_mapping
-from finetune.run import Run, write_jsonl
+from finetune.run import Run
 from finetune.stages import compare
 from finetune.testing import questions
 

@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
+from finetune.core.files import read_jsonl
 from finetune.recipe import Recipe, load_mapping
 from finetune.recipe.profiles import merge
-from finetune.run import Run, read_jsonl
+from finetune.run import Run
 
 # Where a row is observed, and the tier that does it.
 TIERS = {

@@ -9,8 +9,8 @@ import random
 import re
 from pathlib import Path
 
+from finetune.core.files import write_jsonl
 from finetune.data.sources import SHIPPED
-from finetune.run import write_jsonl
 
 FOLDER = SHIPPED / "stories"
 TRAIN, HELDOUT = 360, 20

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends.fake_model import make_model
+from finetune.core.files import read_jsonl, write_json, write_jsonl
 from finetune.recipe import Recipe
-from finetune.run import Run, read_jsonl, write_json, write_jsonl
+from finetune.run import Run
 from finetune.testing.sabotage import scene
 
 CAPITALS = {

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from finetune import checks
 from finetune.checks import judge, loss, verify, worst
+from finetune.core.files import write_json, write_jsonl, write_text
 from finetune.errors import UsageError
 from finetune.recipe.sections import Train
-from finetune.run import Run, write_json, write_jsonl, write_text
+from finetune.run import Run
 from support.town import MIB, Rows, as_if_written_so, edit_json, edit_rows, write_memory
 
 EVENTS, LABELS, ANSWERS = "events.jsonl", "prepare/train.jsonl", "evaluate/answers.jsonl"

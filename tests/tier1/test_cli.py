@@ -17,8 +17,9 @@ from finetune import console, errors, stages
 from finetune.checks import judge
 from finetune.cli import COMMANDS, cli
 from finetune.commands.options import EXAMPLES, examples
+from finetune.core.files import write_json, write_jsonl, write_text
 from finetune.recipe import Recipe, load
-from finetune.run import Run, write_json, write_jsonl, write_text
+from finetune.run import Run
 
 TOKEN = "hf_" + "secretvalue" * 3
 WHY = "the mean of the last steps was held against the mean of the first ones, " * 3

@@ -10,11 +10,12 @@ import pytest
 
 from finetune import estimate as module
 from finetune import models
+from finetune.core.files import write_json, write_jsonl
 from finetune.errors import ResourceError, UsageError
 from finetune.estimate import EMBEDDED, MIB, estimate, guard, model_config, shape
 from finetune.recipe import Recipe, load_mapping
 from finetune.recipe.sections import Align, Lora, Train
-from finetune.run import Run, write_json, write_jsonl
+from finetune.run import Run
 
 SMOLLM2 = EMBEDDED["smollm2-135m"]
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}

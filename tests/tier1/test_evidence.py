@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from finetune import evidence
+from finetune.core.files import write_json
 from finetune.errors import MissingError
-from finetune.run import Run, write_json
+from finetune.run import Run, evidence
 from support.town import edit_json
 
 

@@ -13,13 +13,13 @@ import pytest
 
 from finetune.backends.fake_model import make_model
 from finetune.checks import as_dict, judge
+from finetune.core.files import digest
 from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.export import Exported, Source, exporter, parse
 from finetune.export import card as cards
 from finetune.export.bundle import LARGE, export, rehearse, set_verdicts, verify_manifest
 from finetune.licenses import front_matter
 from finetune.recipe.yaml import parse as parse_yaml
-from finetune.run import digest
 
 TOKEN = "hf_" + "abcdefgh" * 3
 WORDS = "Licence: do as you like.\n"

@@ -18,12 +18,13 @@ import finetune
 from finetune import checks, doctor, stages
 from finetune.checks import judge
 from finetune.cli import cli
+from finetune.core.files import write_text
 from finetune.errors import MissingError
 from finetune.export import FORMATS
 from finetune.export import bundle as bundles
 from finetune.pipeline import run_stages
 from finetune.recipe import dump, load
-from finetune.run import Run, write_text
+from finetune.run import Run
 from support.town import recipe as town_recipe
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from finetune import models
 from finetune.backends.fake_model import make_model
+from finetune.core.files import digest
 from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.recipe import load_mapping
-from finetune.run import Run, digest
+from finetune.run import Run
 from finetune.stages import BY_NAME, execute, fetch
 
 

@@ -13,11 +13,12 @@ from tests.support import town
 
 from finetune.checks import Verdict, results
 from finetune.cli import cli, guarded
+from finetune.core.files import digest, write_json, write_text
 from finetune.errors import StageError
 from finetune.invariance import MEASURED, NAMES, shrink
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import dump
-from finetune.run import Run, digest, write_json, write_text
+from finetune.run import Run
 
 LOSSES = [3.0, 2.5, 2.0]
 ROWS = [[2, 0, 1], [1, 2, 0], [0, 1, 2]]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from finetune.checks import Verdict, leaks, verify
+from finetune.core.files import read_jsonl, write_jsonl
 from finetune.data import formats, sources
 from finetune.data.formats import Example
 from finetune.recipe import Recipe
 from finetune.recipe import load as load_recipe
-from finetune.run import read_jsonl, write_jsonl
 from support.town import HELDOUT
 
 EXAMPLES = Path(load_recipe.__code__.co_filename).parents[1] / "examples"

@@ -16,10 +16,10 @@ from contract import CONVERSATIONS, write_rows
 from finetune.backends import CONSTANTS, Job, get, ollama_api
 from finetune.backends import ollama as backend_module
 from finetune.backends.ollama import OllamaBackend, unavailable
+from finetune.core.files import digest
 from finetune.data.templates import ChatTemplate
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.export import gotemplate, modelfile
-from finetune.run import digest
 from support.chat_templates import CHATML_TURNS, LIKE
 from support.ollama import Letters, OllamaContract, serve, write_gguf
 

@@ -17,12 +17,13 @@ from finetune import experiment
 from finetune.backends import get
 from finetune.checks import verify
 from finetune.checks.parity import check
+from finetune.core.files import write_json
 from finetune.errors import StageError
 from finetune.parity import hop, material, stored
 from finetune.parity.bounds import _TABLE, bits, bounds
 from finetune.parity.divergence import divergence, gap, top
 from finetune.recipe.exports import FORMATS
-from finetune.run import Run, write_json
+from finetune.run import Run
 from finetune.stages import compare
 from support.town import edit_json
 

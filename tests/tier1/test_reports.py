@@ -22,9 +22,10 @@ from click.testing import CliRunner, Result
 from finetune import secrets
 from finetune.checks import verify
 from finetune.cli import cli
+from finetune.core.files import write_json, write_text
 from finetune.recipe import dump
 from finetune.report import charts, compare, curves, files, html, junit, markdown, summary, terminal, wording
-from finetune.run import Report, Run, write_json, write_text
+from finetune.run import Report, Run
 from support.town import edit_json, edit_rows, only_training
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text(encoding="utf-8"))

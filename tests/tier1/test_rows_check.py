@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from finetune.checks import results
+from finetune.core.files import read_jsonl, write_jsonl
 from finetune.pipeline import run_directory, run_stages
-from finetune.run import read_jsonl, write_jsonl
 from support import town
 
 

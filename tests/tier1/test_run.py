@@ -15,8 +15,9 @@ import pytest
 
 from finetune import run as run_module
 from finetune import secrets
+from finetune.core.files import digest, read_jsonl, write_json, write_jsonl, write_text
 from finetune.errors import LockedError, MissingError, StageError, UsageError
-from finetune.run import Report, Run, digest, read_jsonl, write_json, write_jsonl, write_text
+from finetune.run import Report, Run
 
 ODD = {"text": "line\u2028separator \x85 \x0b\x1c tab\t \ud83d half 😀", "number": 1.5, "nothing": None}
 
@@ -63,7 +64,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file_whole(tmp_path):
     code = textwrap.dedent(
         f"""
         from pathlib import Path
-        from finetune.run import write_json
+        from finetune.core.files import write_json
         print("on", flush=True)
         while True:
             write_json(Path({str(target)!r}), {{"version": 1, "rows": list(range(20000))}})

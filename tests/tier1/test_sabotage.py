@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from finetune.backends import child
+from finetune.core.files import digest, write_jsonl
 from finetune.pipeline import preview, run_directory, run_stages
-from finetune.run import digest, write_jsonl
 from finetune.stages import BY_NAME, fingerprint
 from finetune.testing import sabotage
 from finetune.testing.sabotage import ground, starting, warm

@@ -13,8 +13,8 @@ import pytest
 from finetune.backends import TensorFacts
 from finetune.backends.fake import FakeBackend
 from finetune.checks import parameters, preference, saved, verify
+from finetune.core.files import write_json
 from finetune.recipe.sections import Align, Lora
-from finetune.run import write_json
 from support.town import edit_json
 
 

@@ -14,12 +14,13 @@ from click.testing import CliRunner, Result
 
 from finetune.backends import child
 from finetune.cli import cli
+from finetune.core.files import write_json
 from finetune.errors import MissingError, StageError
 from finetune.lookup import load
 from finetune.pipeline import run_stages
 from finetune.recipe import Recipe
 from finetune.recipe import load as load_recipe
-from finetune.run import Run, write_json
+from finetune.run import Run
 from finetune.serving import SERVERS, base_url, bind, serving
 from finetune.serving.models import Found, exported, final, from_checkpoint, whole
 from finetune.serving.requests import Refused, checked

@@ -9,8 +9,8 @@ import pytest
 from finetune.backends import Generation
 from finetune.backends.fake_model import FakeTokenizer
 from finetune.checks.serving import check
+from finetune.core.files import write_json
 from finetune.errors import UsageError
-from finetune.run import write_json
 from finetune.serving import experiment
 from finetune.serving.experiment import Asked
 

@@ -10,10 +10,11 @@ import jsonschema
 import psutil
 import pytest
 
+from finetune.core.files import write_json
 from finetune.errors import MissingError, UsageError
 from finetune.recipe import yaml
 from finetune.recipe.sections import Expect
-from finetune.run import Report, Run, write_json
+from finetune.run import Report, Run
 from finetune.testing.spec.execute import Outcome, Served, command, execute
 from finetune.testing.spec.judge import EXPECT_KEYS, judge
 from finetune.testing.spec.load import Case, SpecError, load

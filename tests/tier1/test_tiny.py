@@ -10,11 +10,12 @@ import pytest
 
 from finetune import estimate, models, stages, tiny
 from finetune.commands.validate import faults_of, model_kind
+from finetune.core.files import write_jsonl
 from finetune.errors import UsageError
 from finetune.export.card import base_name
 from finetune.recipe import load_mapping
 from finetune.recipe.sections import Data, Model
-from finetune.run import Run, write_jsonl
+from finetune.run import Run
 
 STORIES = "tiny:llama?hidden_size=128&num_hidden_layers=3&vocab_size=1000"
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from finetune import evidence
 from finetune.backends import get
 from finetune.backends.fake_model import FakeTokenizer
 from finetune.checks import CHECKS, verify
+from finetune.core.files import digest, write_jsonl
 from finetune.errors import DataError, Interrupted, StageError, UsageError
 from finetune.pipeline import checkpoint, preview, run_directory, run_stages
 from finetune.recipe import Recipe
-from finetune.run import Run, digest, write_jsonl
+from finetune.run import Run, evidence
 from finetune.stages import STAGES, plan
 from support.town import CAPITALS, build, facts, only_training, recipe
 

@@ -21,13 +21,13 @@ from typing import Any
 
 import pytest
 
-from finetune import evidence
 from finetune.backends import get
 from finetune.backends.fake_model import make_model
+from finetune.core.files import digest, write_jsonl
 from finetune.errors import FinetuneError
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import load_mapping
-from finetune.run import digest, write_jsonl
+from finetune.run import evidence
 from support import hub, options
 from support.options import Row, of_tier
 

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from finetune import evidence
 from finetune.backends import get
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import dump
+from finetune.run import evidence
 
 STEPS = 150
 

@@ -11,9 +11,9 @@ import pytest
 
 from finetune.backends import child
 from finetune.checks import Verdict, results
+from finetune.core.files import write_text
 from finetune.invariance import measure, shrink, trials
 from finetune.pipeline import run_directory, run_stages
-from finetune.run import write_text
 
 CHANGES = "finetune.testing.sabotage.invariances"
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from finetune import evidence
 from finetune.backends import Job, get
 from finetune.backends.torch.loading import load_model
 from finetune.backends.torch.sft import make_trainer
 from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.checks import CHECKS, verify
+from finetune.core.files import read_jsonl
 from finetune.data.templates import ChatTemplate
 from finetune.pipeline import preview
-from finetune.run import read_jsonl
+from finetune.run import evidence
 from finetune.stages import STAGES
 from finetune.testing.validator import TrainingSuccessValidator
 

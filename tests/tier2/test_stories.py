@@ -6,13 +6,14 @@ import json
 
 import pytest
 
-from finetune import estimate, evidence, models
+from finetune import estimate, models
 from finetune.backends import get
 from finetune.checks import results
 from finetune.commands.options import example
+from finetune.core.files import digest
 from finetune.pipeline import run_stages
 from finetune.recipe import load
-from finetune.run import Run, digest
+from finetune.run import Run, evidence
 
 STEPS = 60
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from finetune.answers import is_correct
+from finetune.core.files import digest, read_jsonl
 from finetune.report import summary
-from finetune.run import Run, digest, read_jsonl
+from finetune.run import Run
 
 REPORTS = Path(__file__).parents[2] / "reports"
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from finetune.evidence import fetched
 
 from finetune.backends import get
+from finetune.core.files import read_jsonl
 from finetune.errors import MissingError
-from finetune.evidence import fetched
 from finetune.pipeline import run_stages
 from finetune.recipe.sections import Template
-from finetune.run import Run, read_jsonl
+from finetune.run import Run
 from finetune.serving import bind, check_installed, serving
 from finetune.serving.models import final, whole
 from finetune.stages import BY_NAME, execute

@@ -32,9 +32,9 @@ from finetune.backends.fake_model import (
     save_model,
 )
 from finetune.backends.motion import Motion
+from finetune.core.files import read_jsonl
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import trackers
-from finetune.run import read_jsonl
 
 # ("A", module, slot, bucket), ("B", topic, tail, slot); in full training ("T", topic, tail, token), ("E", last, token).
 Parameter = tuple[Any, ...]

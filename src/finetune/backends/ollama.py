@@ -17,9 +17,9 @@ from typing import Any
 
 from finetune.backends import Constant, Generation, InferenceOnly, Tokenizer
 from finetune.backends.ollama_api import Client, Refused
+from finetune.core.files import digest
 from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.export import modelfile
-from finetune.run import digest
 
 RENDERS = (0, 11, 5)  # the first version that tells the prompt it renders
 # Greedy, whatever the Modelfile or the server's version has for a default.

@@ -1,36 +1,57 @@
-"""Checks: `check(recipe, run) -> list of Verdicts`, from what is on disk alone. No evidence is a failed check."""
+"""Checks: what they owe for a recipe, and the verdicts that they make of what is on disk alone.
+
+A check is one or more parts (`Part`): a function from recipe and run to verdicts, and one that names the verdicts which it
+owes for a recipe. What is owed and not delivered, for whatever reason, is a refuted verdict: no evidence is a failed check.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from finetune.errors import UsageError
+from finetune.core.clock import now
+from finetune.errors import FinetuneError, UsageError, first_line
 from finetune.lookup import did_you_mean, load
-from finetune.run import Run, now, write_json
+from finetune.run import Run
 
 if TYPE_CHECKING:  # the command line reads this table for its help, and pydantic would cost it its start-up time
     from finetune.recipe import Recipe
 
+Outcome = Literal["proved", "refuted", "not examined"]
+PROVED: Outcome = "proved"
+REFUTED: Outcome = "refuted"
+NOT_EXAMINED: Outcome = "not examined"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one check found. `measured` is None when the evidence is missing, and then `passed` is False.
+    """What one check found. `measured` is None where nothing was measured: refuted, where that was owed; not examined,
+    where the recipe gives nothing to examine.
 
     `bound` is the number that `measured` is held against, `compare` says how (`>=`, `<=`, `==`, `>`, `<`).
-    `evidence` is the path inside the run directory, `why` one sentence.
+    `evidence` is the path inside the run directory, `why` one sentence; `remedy` is what to do about it, where it is not
+    proved.
     """
 
     name: str
-    passed: bool
+    outcome: Outcome
     measured: float | None
     compare: str
     bound: float
     unit: str
     evidence: str
     why: str
+    remedy: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome == PROVED
+
+    @property
+    def refuted(self) -> bool:
+        return self.outcome == REFUTED
 
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
@@ -43,16 +64,23 @@ _HOLDS: dict[str, Callable[[float, float], bool]] = {
 
 
 def judge(name: str, measured: float | None, compare: str, bound: float, unit: str, evidence: str, why: str) -> Verdict:
-    """A verdict from a measurement: passed when `measured compare bound` holds. None and NaN never pass."""
-    passed = measured is not None and _HOLDS[compare](measured, bound)
+    """A verdict from a measurement: proved when `measured compare bound` holds. None and NaN never prove anything."""
+    holds = measured is not None and _HOLDS[compare](measured, bound)
     return Verdict(
-        name=name, passed=passed, measured=measured, compare=compare, bound=bound, unit=unit, evidence=evidence, why=why
-    )
+        name=name, outcome=PROVED if holds else REFUTED, measured=measured, compare=compare, bound=bound, unit=unit,
+        evidence=evidence, why=why,
+    )  # fmt: skip
 
 
 def missing(name: str, compare: str, bound: float, unit: str, evidence: str, why: str) -> Verdict:
-    """The verdict where there is nothing to measure: failed."""
+    """The verdict where there is nothing to measure, and there should be: refuted."""
     return judge(name, None, compare, bound, unit, evidence, f"no evidence: {why}")
+
+
+def not_examined(name: str, compare: str, bound: float, unit: str, evidence: str, why: str, remedy: str) -> Verdict:
+    """The verdict where the recipe gives nothing to examine; `remedy` is the line to add."""
+    verdict = judge(name, None, compare, bound, unit, evidence, why)
+    return replace(verdict, outcome=NOT_EXAMINED, remedy=remedy)
 
 
 def worst(values: Iterable[float]) -> float:
@@ -68,11 +96,21 @@ def short(text: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of a check: its verdicts, and the names of those that it owes for a recipe. Parts are run one by one, so
+    that a damaged file costs the verdicts that stand on it and no others."""
+
+    check: Callable[[Recipe, Run], list[Verdict]]
+    owes: Callable[[Recipe], Iterable[str]]
+    evidence: str  # what its verdicts stand on first: where to look when it delivers nothing
+
+
+@dataclass(frozen=True, kw_only=True)
 class Check:
-    """One row of the table; `wanted` says whether the recipe calls for it."""
+    """One row of the table; `parts` refers to a tuple of `Part`, `wanted` says whether the recipe calls for it."""
 
     name: str
-    run: str
+    parts: str
     help: str
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     training: bool = True  # about the trained model itself, not about what was made of it
@@ -93,93 +131,98 @@ def _asks(recipe: Recipe) -> bool:
 
 CHECKS: tuple[Check, ...] = (
     Check(
+        name="seal",
+        parts="finetune.checks.seal:PARTS",
+        help="Nothing that the run left was changed since: events, reports, recipe, every file.",
+    ),
+    Check(
         name="labels",
-        run="finetune.checks.labels:check",
+        parts="finetune.checks.labels:PARTS",
         help="Every row trains its answer, all of it, and nothing else; the end-of-turn token carries a label.",
         wanted=_trains,
     ),
     Check(
         name="rows",
-        run="finetune.checks.rows:check",
+        parts="finetune.checks.rows:PARTS",
         help="Every row of the data is prepared and trained, with the tokens it has, for as long as asked.",
         wanted=_trains,
     ),
     Check(
         name="loss",
-        run="finetune.checks.loss:check",
+        parts="finetune.checks.loss:PARTS",
         help="The loss fell, beats a model that learned nothing, and is the loss of the answers, scored again.",
         wanted=_trains,
     ),
     Check(
         name="parameters",
-        run="finetune.checks.parameters:check",
+        parts="finetune.checks.parameters:PARTS",
         help="LoRA tensors changed, B is non-zero in every target module, frozen weights are bit-identical.",
         wanted=_trains,
     ),
     Check(
         name="optimizer",
-        run="finetune.checks.optimizer:check",
+        parts="finetune.checks.optimizer:PARTS",
         help="Every step had the learning rate, optimizer and clipping that the recipe asks for, and moved the weights.",
         wanted=lambda recipe: recipe.train is not None or recipe.align is not None,
     ),
     Check(
         name="questions",
-        run="finetune.checks.questions:check",
+        parts="finetune.checks.questions:PARTS",
         help="Questions are all asked, as in training, judged strictly, and nothing of them was trained.",
         wanted=_asks,
     ),
     Check(
         name="learning",
-        run="finetune.checks.learning:check",
+        parts="finetune.checks.learning:PARTS",
         help="Probes improve in words and in probability, as trained and paraphrased, net of untrained controls.",
         wanted=lambda recipe: recipe.evaluate.probes is not None,
     ),
     Check(
         name="retention",
-        run="finetune.checks.retention:check",
+        parts="finetune.checks.retention:PARTS",
         help="Control questions stay answered and held-out text stays as likely as it was.",
         wanted=lambda recipe: recipe.evaluate.controls is not None or recipe.evaluate.heldout is not None,
     ),
     Check(
         name="preference",
-        run="finetune.checks.preference:check",
+        parts="finetune.checks.preference:PARTS",
         help="Pairs are the data's, DPO starts where it must, margins grow, rewards are those scored afresh.",
         wanted=lambda recipe: recipe.align is not None,
     ),
     Check(
         name="artifacts",
-        run="finetune.checks.artifacts:check",
+        parts="finetune.checks.artifacts:PARTS",
         help="Digests match, what is saved is what was trained, and a fresh process answers the same.",
         training=False,
     ),
     Check(
         name="memory",
-        run="finetune.checks.memory:check",
+        parts="finetune.checks.memory:PARTS",
         help="LoRA needs less training state than full fine-tuning, both measured in processes of their own.",
         wanted=lambda recipe: _lora(recipe) and recipe.expect.memory_reduction_min is not None,
     ),
     Check(
         name="resume",
-        run="finetune.checks.resume:check",
+        parts="finetune.checks.resume:PARTS",
         help="Interrupted and resumed equals uninterrupted: every loss, every weight.",
         wanted=lambda recipe: _trains(recipe) and recipe.expect.resume,
     ),
     Check(
         name="serving",
-        run="finetune.checks.serving:check",
+        parts="finetune.checks.serving:PARTS",
         help="The server answers as the model was evaluated, and does what a request says: stop, length, sampling.",
         wanted=lambda recipe: recipe.expect.serving,
         training=False,
     ),
     Check(
         name="invariance",
-        run="finetune.checks.invariance:check",
+        parts="finetune.checks.invariance:PARTS",
         help="Accumulation, checkpointing, packing, padding and merging change nothing; the seed fixes the order.",
         wanted=lambda recipe: _trains(recipe) and recipe.expect.invariance,
     ),
     Check(
         name="parity",
-        run="finetune.checks.parity:check",
+        parts="finetune.checks.parity:PARTS",
         help="The merged model and every export prompt, predict, answer and stop as the model they were made from.",
         wanted=lambda recipe: bool(recipe.export),
         training=False,
@@ -190,8 +233,13 @@ BY_NAME = {check.name: check for check in CHECKS}
 
 def verify(recipe: Recipe, run: Run, only: Iterable[str] | None = None) -> list[Verdict]:
     """Run the checks that the recipe calls for (or `only` those named) and store their verdicts in the run."""
+    from finetune.core.files import digest
+    from finetune.run import evidence, layout, seal
+
     verdicts = results(recipe, run, only)
-    write_json(run.path / "verdicts.json", as_dict(verdicts))
+    path = evidence.write(run, layout.VERDICTS, as_dict(verdicts))  # type: ignore[arg-type]
+    run.event("verified", passed=passed(verdicts), sha256=digest(path))
+    seal.close(run)
     return verdicts
 
 
@@ -202,13 +250,45 @@ def results(recipe: Recipe, run: Run, only: Iterable[str] | None = None, *, trai
     for name in names:
         if name not in BY_NAME:
             raise UsageError(f"unknown check '{name}'.{did_you_mean(name, BY_NAME)} Known: {', '.join(BY_NAME)}.")
-    return [verdict for name in names for verdict in load(BY_NAME[name].run)(recipe, run)]
+    from finetune.checks.remedies import with_remedy
+
+    return [with_remedy(verdict) for name in names for verdict in _carried_out(BY_NAME[name], recipe, run)]
+
+
+def owed(check: Check, recipe: Recipe) -> list[str]:
+    """The names of the verdicts that a check owes for a recipe."""
+    return [name for part in load(check.parts) for name in part.owes(recipe)]
+
+
+def _carried_out(check: Check, recipe: Recipe, run: Run) -> list[Verdict]:
+    return [verdict for part in load(check.parts) for verdict in _of_part(part, recipe, run)]
+
+
+def _of_part(part: Part, recipe: Recipe, run: Run) -> list[Verdict]:
+    """The verdicts of one part; those that it owes and does not deliver are refuted."""
+    owed, why = list(part.owes(recipe)), "the check said nothing of it"
+    try:
+        given = part.check(recipe, run)
+    except FinetuneError as error:
+        given, why = [], first_line(error)
+    except Exception as error:
+        # Evidence that no reader refused and no check understands: that is what was found, whoever's fault it is.
+        given, why = [], f"{part.evidence} makes no sense to the check ({type(error).__name__}: {first_line(error)})"
+    there = {verdict.name for verdict in given}
+    return [*given, *(missing(name, "==", 1, "verdict", part.evidence, why) for name in owed if name not in there)]
+
+
+def passed(verdicts: Iterable[Verdict]) -> bool:
+    """Whether something was proved and nothing refuted."""
+    outcomes = {verdict.outcome for verdict in verdicts}
+    return PROVED in outcomes and REFUTED not in outcomes
 
 
 def as_dict(verdicts: list[Verdict]) -> dict[str, Any]:
-    """Verdicts as stored: `passed` for all of them, and each."""
+    """Verdicts as stored: `passed` for all of them, and each (None: not examined)."""
+    said = {PROVED: True, REFUTED: False, NOT_EXAMINED: None}
     return {
         "time": now(),
-        "passed": bool(verdicts) and all(verdict.passed for verdict in verdicts),
-        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "passed": passed(verdicts),
+        "verdicts": [{**asdict(verdict), "passed": said[verdict.outcome]} for verdict in verdicts],
     }

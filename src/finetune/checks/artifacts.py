@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finetune import evidence
 from finetune.checks import Verdict, judge, missing, saved, worst
+from finetune.core.files import digest
 from finetune.errors import MissingError
 from finetune.recipe import Recipe
-from finetune.run import Report, Run, digest
+from finetune.run import Report, Run, evidence
 from finetune.stages import BY_NAME, plan
 
 MODELS = ("train", "align", "merge", "export")  # stages that make a model which later ones speak of

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from finetune import evidence
 from finetune.backends import Tokenizer, get
 from finetune.checks import Verdict, judge, missing
 from finetune.checks.rows import rendering
@@ -13,7 +12,7 @@ from finetune.data import encode, formats, sources, templates
 from finetune.data.encode import IGNORED
 from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence
 
 ROWS = "prepare/train.jsonl"
 SEPARATOR = "\x1e"  # between the answers of one conversation

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from finetune import evidence
 from finetune.answers import normalize
 from finetune.checks import Verdict, judge
 from finetune.data import formats, sources
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence
 
 EVIDENCE = "prepare/train.jsonl"
 QUESTION_WORDS = 5  # a shorter question may stand in another text by chance

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune import evidence
 from finetune.checks import Verdict, judge, missing
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence
 
 ANSWERS = "evaluate/answers.jsonl"
 

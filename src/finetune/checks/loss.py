@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
 from finetune.checks import Verdict, judge, missing
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence
 
 EVENTS = "events.jsonl"
 ROWS = "evaluate/rows.json"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finetune import evidence
 from finetune.checks import Verdict, judge, missing, worst
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Optimization
-from finetune.run import Run
+from finetune.run import Run, evidence
 from finetune.schedule import learning_rate
 
 EVENTS = "events.jsonl"

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune import evidence
 from finetune.backends import TensorFacts, get
 from finetune.checks import Verdict, judge, missing
+from finetune.core.files import digest
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
-from finetune.run import Run, digest
+from finetune.run import Run, evidence
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 EFFECT = 1e-3  # nats a token: far above the rounding of two runs of the same model, far below any learning

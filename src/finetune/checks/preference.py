@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from finetune import evidence
 from finetune.checks import Verdict, judge, missing, worst
 from finetune.checks.artifacts import DRIFT
 from finetune.checks.loss import window
@@ -16,7 +15,7 @@ from finetune.data import checks, formats, sources
 from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Align
-from finetune.run import Run
+from finetune.run import Run, evidence
 
 Gain = dict[str, float]
 Tokens = dict[str, int]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finetune import evidence
 from finetune.answers import is_correct, normalize
 from finetune.checks import Verdict, judge, leaks, missing
 from finetune.checks.rows import rendering
+from finetune.core.files import read_jsonl
 from finetune.data import encode, formats, sources
 from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
-from finetune.run import Run, read_jsonl
+from finetune.run import Run, evidence
 
 ANSWERS = "evaluate/answers.jsonl"
 GREEDY = "evaluate/greedy.json"

@@ -6,14 +6,13 @@ import json
 import math
 from typing import Any
 
-from finetune import evidence
 from finetune.backends import get
 from finetune.checks import Verdict, judge, missing, worst
 from finetune.checks.artifacts import DRIFT, FRESH
 from finetune.data import sources
 from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence
 
 ANSWERS = "evaluate/answers.jsonl"
 HELDOUT = "evaluate/heldout.json"

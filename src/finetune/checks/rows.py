@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from finetune import evidence
 from finetune.backends import Tokenizer, get
 from finetune.checks import Verdict, judge, missing
 from finetune.data import encode, formats, sources, templates
 from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence
 
 ROWS = "prepare/train.jsonl"
 HELD_OUT = "prepare/eval.jsonl"

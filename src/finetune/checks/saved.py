@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
 from finetune.backends import TensorFacts, Tokenizer, get
 from finetune.checks import Verdict, judge, missing
+from finetune.core.files import read_jsonl, read_object
 from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Lora
-from finetune.run import Report, Run, read_jsonl, read_object
+from finetune.run import Report, Run, evidence
 from finetune.training import checkpoint_step, checkpoints
 
 # What an adapter's configuration says about how its tensors act; which layers have some, 'lora_coverage' tells.

@@ -93,7 +93,7 @@ def _write_into(run: Run, texts: dict[str, str], tell: Callable[[str], None]) ->
 
 
 def _write_page(path: Path, text: str, tell: Callable[[str], None]) -> None:
-    from finetune.run import write_text
+    from finetune.core.files import write_text
 
     if path.is_dir():
         raise UsageError(f"{path} is a directory; name a file with --out FILE")

@@ -17,11 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune import __version__
+from finetune.core.files import digest, read_object, write_json, write_text
 from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.export import Exported, Source
 from finetune.export import card as cards
 from finetune.memory import disk_free, human
-from finetune.run import digest, read_object, write_json, write_text
 from finetune.secrets import redact
 
 MANIFEST = "manifest.json"

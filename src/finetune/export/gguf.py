@@ -19,9 +19,9 @@ from typing import Any
 
 from finetune import errors, memory
 from finetune.backends import child
+from finetune.core.files import read_object
 from finetune.errors import MissingError, ResourceError, StageError
 from finetune.export import Exported, Source
-from finetune.run import read_object
 
 PACKAGES = {
     "torch": "torch",

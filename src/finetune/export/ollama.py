@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune import gguf_header
+from finetune.core.files import read_object, write_text
 from finetune.data.templates import ChatTemplate
 from finetune.errors import StageError, UsageError
 from finetune.export import Exported, Source, gotemplate, modelfile
-from finetune.run import read_object, write_text
 
 # Ollama reserves memory for the whole context when it loads a model, and this much is its own default.
 NUM_CTX = 4096

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
 from finetune.backends import Job, get
+from finetune.core.files import digest, write_json, write_jsonl
 from finetune.errors import UsageError
 from finetune.experiment import in_fresh_process, train_request
 from finetune.invariance import MEASURED, shrink
 from finetune.recipe import Recipe
-from finetune.run import Run, digest, write_json, write_jsonl
+from finetune.run import Run, evidence
 from finetune.training import sft_job
 
 BATCH = 8  # of shrink.ROWS rows, so the last window of every epoch is short

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from finetune.core.files import read_object
 from finetune.errors import MissingError, StageError, first_line
 from finetune.lookup import missing_package
-from finetune.run import read_object
 
 LAYERS, HEADS, KV_HEADS = 2, 4, 2
 INITIALIZER_RANGE = 0.1  # at the usual 0.02, attention is nearly uniform, and what it attends to hardly shows

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
 from finetune.backends import Tokenizer, get
 from finetune.data import encode, templates
 from finetune.errors import UsageError
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence
 
 FILE = "compare/material.json"
 QUESTIONS = 48

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from finetune.core.files import read_object
 from finetune.lookup import load
-from finetune.run import read_object
 
 
 def weight_bytes(model: Path) -> int | None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune import __version__
+from finetune.core.clock import now
 from finetune.report import html, summary, wording
 from finetune.report.charts import chart, points
-from finetune.run import Run, now
+from finetune.run import Run
 
 KEPT = ("name", "run", "passed", "conclusion", "verified", "outdated", "stopped")
 _MISSING = "absent"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from finetune.core.files import write_text
 from finetune.report import html, junit, markdown, summary
-from finetune.run import Run, write_text
+from finetune.run import Run
 
 HTML = "report.html"
 

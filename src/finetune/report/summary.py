@@ -9,14 +9,16 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune import __version__, evidence
+from finetune import __version__
 from finetune.answers import is_correct
+from finetune.core.clock import now
+from finetune.core.files import read_jsonl
 from finetune.errors import FinetuneError
 from finetune.recipe import load
 from finetune.recipe.yaml import parse
 from finetune.report import wording
 from finetune.report.curves import curve
-from finetune.run import Report, Run, now, read_jsonl
+from finetune.run import Report, Run, evidence
 from finetune.secrets import redact
 from finetune.stages import STAGES
 

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune import evidence, gguf_header
+from finetune import gguf_header
 from finetune.backends import child
 from finetune.lookup import load
+from finetune.run import evidence
 from finetune.serving import proxy
 
 if TYPE_CHECKING:

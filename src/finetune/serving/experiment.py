@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
 from finetune.backends import Generation, Tokenizer, get
 from finetune.data import encode, templates
 from finetune.errors import StageError, UsageError, first_line
 from finetune.parity import material
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence
 from finetune.serving import check_installed, serving
 
 BACKEND = "torch"  # whose server it is: the one that runs the model as it was trained

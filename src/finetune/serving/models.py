@@ -8,12 +8,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import evidence
 from finetune.backends import get
+from finetune.core.files import digest
 from finetune.errors import MissingError, UsageError
 from finetune.recipe import Recipe
 from finetune.recipe.exports import FORMATS, parse
-from finetune.run import Run, digest
+from finetune.run import Run, evidence
 
 TRAININGS = ("train", "align")
 

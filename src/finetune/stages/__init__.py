@@ -14,10 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import __version__, tiny
-from finetune.errors import UsageError
+from finetune import tiny
+from finetune.console import say
+from finetune.core.clock import now
+from finetune.core.files import digest, sync_tree
+from finetune.errors import FinetuneError, StageError, UsageError, first_line
 from finetune.lookup import load
-from finetune.run import Report, Run, digest, now
+from finetune.run import Report, Run, seal
+from finetune.run.report import digest_in, left_by
 
 if TYPE_CHECKING:  # the command line reads this table for its help, and pydantic would cost it its start-up time
     from finetune.recipe import Recipe
@@ -123,6 +127,7 @@ STAGES: tuple[Stage, ...] = (
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
+TRAININGS = ("train", "align")  # what takes a night: finished, they are kept though code or libraries have changed
 
 
 def plan(recipe: Recipe, only: Iterable[str] | None = None) -> list[Stage]:
@@ -156,14 +161,68 @@ def inputs(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 
 
 def fingerprint(stage: Stage, recipe: Recipe, run: Run) -> str:
-    """A digest of all that a stage's outcome depends on: its sections, its data files, what the stages before it left,
-    our version."""
+    """A digest of all data that a stage's outcome depends on: its sections, its data files, what the stages before it left.
+
+    What computes it, code and libraries, is the report's `made_with`.
+    """
+    before = {need: report.artifacts for need in stage.needs if (report := run.report(need))}
+    return _digest([inputs(stage, recipe), _data(stage, recipe), before])
+
+
+def asked(stage: Stage, recipe: Recipe, run: Run) -> str:
+    """A digest of what a training was asked for, whatever code carried it out: the sections and data files of all stages up
+    to it, the base model's files, and the training that it goes on from."""
+    from finetune.run import evidence, layout
+
+    stages = plan(recipe, [stage.name])
+    model = evidence.maybe(run, layout.MODEL)
+    files = {name: facts["sha256"] for name, facts in model["files"].items()} if model else {}
+    before = {need: report.artifacts for need in stage.needs if need in TRAININGS and (report := run.report(need))}
+    return _digest([[[inputs(each, recipe), _data(each, recipe)] for each in stages], files, before])
+
+
+def _data(stage: Stage, recipe: Recipe) -> dict[str, str]:
     from finetune.data.sources import local_files
 
-    files = {str(path): digest(path) for path in local_files(recipe, stage.name)}
-    before = {need: [report.fingerprint, report.artifacts] for need in stage.needs if (report := run.report(need))}
-    text = json.dumps([__version__, inputs(stage, recipe), files, before], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return {str(path): digest(path) for path in local_files(recipe, stage.name)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a stage has to run: one phrase, and whether it had finished before, so that the phrase is news."""
+
+    why: str
+    news: bool = True
+
+
+def reason(stage: Stage, recipe: Recipe, run: Run, *, retrain: bool = False) -> Reason | None:
+    """Why a stage has to run; None where it finished with the same data, code and libraries, and what it left is there as
+    it left it. A training that was asked for the same is kept whatever code made it, unless `retrain`; see `outdated`."""
+    try:
+        done = run.report(stage.name)
+    except FinetuneError as error:
+        return Reason(first_line(error))
+    if done is None:
+        return Reason("has not run yet", news=False)
+    if found := seal.changed(run, done):
+        return Reason(str(found[0]))
+    if not seal.is_as_recorded(run, f"{stage.name}/report.json"):
+        return Reason(f"{stage.name}/report.json was changed after it was written")
+    if stage.name in TRAININGS and not retrain and done.asked == asked(stage, recipe, run):
+        return None
+    if done.fingerprint != fingerprint(stage, recipe, run):
+        return Reason("changed")
+    changes = outdated(stage, recipe, done)
+    return Reason(", ".join(changes)) if changes else None
+
+
+def outdated(stage: Stage, recipe: Recipe, done: Report) -> list[str]:
+    """What has changed since in the code and the libraries that made a stage's result, a phrase each."""
+    return []
 
 
 def execute(
@@ -172,15 +231,18 @@ def execute(
     run: Run,
     *,
     force: bool = False,
+    retrain: bool = False,
     on_start: Callable[[Stage], None] = lambda stage: None,
 ) -> tuple[Report, bool]:
     """The stage's report, and whether it ran now. One that finished with the same inputs is not run again."""
-    mark = fingerprint(stage, recipe, run)
-    done = run.report(stage.name)
-    if done and done.fingerprint == mark and not force and all((run.path / name).exists() for name in done.artifacts):
-        return done, False
+    why = reason(stage, recipe, run, retrain=retrain)
+    if why is None and not force:
+        return run.require(stage.name), False
     from finetune.memory import PeakMemory
 
+    if why and why.news and not force:
+        say(f"{stage.name} runs again: {why.why}")
+    mark = fingerprint(stage, recipe, run)
     run.forget(stage.name)
     on_start(stage)
     run.event("stage_started", stage=stage.name, fingerprint=mark)
@@ -191,19 +253,29 @@ def execute(
             result = load(stage.run)(recipe, run)
     finally:
         run.force = False
+    sync_tree(run.stage_dir(stage.name))
+    files = left_by(stage.name, run.path)
     report = Report(
         stage=stage.name,
         fingerprint=mark,
+        asked=asked(stage, recipe, run) if stage.name in TRAININGS else None,
         started=started,
         seconds=round(time.perf_counter() - begin, 3),
         metrics=result.get("metrics", {}),
-        artifacts={name: digest(run.path / name) for name in _names(result.get("artifacts", []), run)},
+        artifacts={name: _listed(name, files) for name in _names(result.get("artifacts", []), run)},
         peak={"process": memory.peak, **result.get("peak", {})},
         notes=result.get("notes", []),
+        files=files,
     )
     run.write_report(report)
-    run.event("stage_finished", stage=stage.name, seconds=report.seconds)
     return report, True
+
+
+def _listed(name: str, files: Mapping[str, str]) -> str:
+    found = digest_in(dict(files), name)
+    if found is None:
+        raise StageError(f"a stage says that it left {name}, and there is no file")
+    return found
 
 
 def _names(paths: Iterable[str | Path], run: Run) -> list[str]:

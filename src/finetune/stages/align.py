@@ -6,12 +6,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from finetune import evidence
 from finetune.backends import Job, get
+from finetune.core.files import write_json
 from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Lora
-from finetune.run import Run, write_json
+from finetune.run import Run, evidence
 from finetune.stages import Result
 from finetune.training import checkpoint_step, checkpoints, clear, execute_job, job_options
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__, evidence, memory
+from finetune import __version__, memory
 from finetune.backends import get
 from finetune.console import progress
+from finetune.core.files import write_json
 from finetune.experiment import in_fresh_process
 from finetune.lookup import load
 from finetune.parity import hop, material, stored
 from finetune.recipe import Recipe
-from finetune.run import Run, write_json
+from finetune.run import Run, evidence
 from finetune.stages import Result
 
 FOLDER = "compare"

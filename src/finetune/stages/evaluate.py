@@ -9,14 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
 from finetune.answers import is_correct
 from finetune.backends import Backend, Tokenizer, get
 from finetune.console import progress
+from finetune.core.files import write_json, write_jsonl
 from finetune.data import encode, sources, templates
 from finetune.errors import DataError
 from finetune.recipe import Recipe
-from finetune.run import Run, write_json, write_jsonl
+from finetune.run import Run, evidence
 from finetune.stages import Result
 
 ANSWERS = "evaluate/answers.jsonl"

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__, evidence
+from finetune import __version__
 from finetune.console import progress
+from finetune.core.files import digest, write_json
 from finetune.errors import StageError
 from finetune.export import Source, Target, exporter, targets
 from finetune.recipe import Recipe, dump
-from finetune.run import Run, digest, write_json
+from finetune.run import Run, evidence
 from finetune.stages import Result
 
 FILE = "export/exports.json"

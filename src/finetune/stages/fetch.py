@@ -14,9 +14,10 @@ from typing import Any
 
 from finetune import hub, licenses, models
 from finetune.console import say
+from finetune.core.files import digest, read_object, write_json, write_text
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import Recipe
-from finetune.run import Run, digest, read_object, write_json, write_text
+from finetune.run import Run
 from finetune.stages import Result
 
 _SKIPPED = (".md", ".gitattributes", ".png", ".jpg")

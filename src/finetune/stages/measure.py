@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
 from finetune.backends import Job, get
 from finetune.console import progress
+from finetune.core.files import write_json, write_jsonl
 from finetune.data import encode, sources, templates
 from finetune.errors import StageError
 from finetune.estimate import check_resources, estimate
 from finetune.experiment import in_fresh_process, score_request, train_request
 from finetune.invariance import measure as invariance
 from finetune.recipe import Recipe
-from finetune.run import Run, write_json, write_jsonl
+from finetune.run import Run, evidence
 from finetune.serving import experiment as serving
 from finetune.stages import Result
 from finetune.training import checkpoints, sft_job

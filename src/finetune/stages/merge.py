@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 
-from finetune import evidence
 from finetune.backends import get
 from finetune.errors import ResourceError, StageError
 from finetune.memory import disk_free
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence
 from finetune.stages import Result
 
 

@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
 from finetune.backends import Tokenizer, get
 from finetune.console import say
+from finetune.core.files import digest, read_object, write_json, write_jsonl, write_text
 from finetune.data import checks, encode, formats, sources, templates
 from finetune.errors import StageError, UsageError
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Data
-from finetune.run import Run, digest, read_object, write_json, write_jsonl, write_text
+from finetune.run import Run, evidence
 from finetune.stages import Result
 
 ROWS = "prepare/train.jsonl"

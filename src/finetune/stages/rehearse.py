@@ -6,12 +6,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from finetune import evidence
 from finetune.console import progress
+from finetune.core.files import write_json
 from finetune.errors import FinetuneError, MissingError, UsageError
 from finetune.export import exporter, targets
 from finetune.recipe import Recipe
-from finetune.run import Run, write_json
+from finetune.run import Run, evidence
 from finetune.stages import Result
 
 FILE = "rehearse/exports.json"

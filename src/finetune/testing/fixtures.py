@@ -183,8 +183,8 @@ def _recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
 
 def _input(recipe: Recipe) -> list[Any]:
     """All that a run's outcome depends on: the recipe but for its place, and the content of its data files."""
+    from finetune.core.files import digest
     from finetune.data.sources import local_files
-    from finetune.run import digest
 
     files = {path: digest(path) for stage in ("prepare", "evaluate") for path in local_files(recipe, stage)}
     values = recipe.model_dump(mode="json", exclude={"output_dir": True, "model": {"token"}})
@@ -194,9 +194,9 @@ def _input(recipe: Recipe) -> list[Any]:
 def _run(recipe: Recipe, run: Run) -> None:
     """Run and verify a recipe. What fails is written into the run, so that no other test tries the same again."""
     from finetune.checks import verify
+    from finetune.core.files import write_text
     from finetune.errors import FinetuneError
     from finetune.pipeline import run_stages
-    from finetune.run import write_text
 
     try:
         run_stages(recipe, run)

@@ -96,9 +96,8 @@ def check_convergence(losses: Iterable[float] | Run, max_initial: float | None =
     Raises AssertionError with what was measured and its bound. `max_initial` bounds the first loss (nats):
     ln(vocabulary) is what a guess costs, and a broken mask falls too.
     """
-    from finetune import evidence
     from finetune.checks.loss import fall
-    from finetune.run import Run
+    from finetune.run import Run, evidence
     from finetune.testing import validator
 
     steps = evidence.steps(losses, "train") if isinstance(losses, Run) else None

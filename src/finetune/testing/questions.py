@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.answers import is_correct, normalize
-from finetune.run import write_jsonl
+from finetune.core.files import write_jsonl
 
 Row = dict[str, Any]
 

@@ -12,8 +12,8 @@ from finetune.backends.mlx.config import stored_for_mlx
 from finetune.backends.mlx.runtime import mx
 from finetune.backends.mlx.tensors import stored
 from finetune.backends.torch.tokenizer import HFTokenizer
+from finetune.core.files import read_object, write_json
 from finetune.errors import StageError, UsageError
-from finetune.run import read_object, write_json
 
 INDEX = "model.safetensors.index.json"
 # Architectures whose linear weights transformers stores as (inputs, outputs), and the modules' names.

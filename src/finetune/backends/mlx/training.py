@@ -22,8 +22,8 @@ from finetune.backends.mlx.loading import device_of, load_model
 from finetune.backends.mlx.runtime import mx, nn, on, optimizers, tree_flatten, tree_map, tree_unflatten
 from finetune.backends.mlx.tensors import raw, stored
 from finetune.backends.motion import CLIPPED_STEPS, SAMPLE, Motion
+from finetune.core.files import write_json
 from finetune.errors import StageError, UsageError
-from finetune.run import write_json
 from finetune.schedule import learning_rate
 
 # The optimizer's state lies apart from the weights, which are found by a glob.

@@ -17,9 +17,9 @@ from typing import Any
 
 from finetune.backends import Job
 from finetune.console import say
+from finetune.core.files import write_text
 from finetune.errors import FinetuneError, StageError, UsageError, first_line
 from finetune.recipe import trackers
-from finetune.run import write_text
 
 PROJECT = "finetune"
 _FIX = {"wandb": "Set WANDB_MODE=offline to send it later", "mlflow": "Unset MLFLOW_TRACKING_URI to keep it in the run"}

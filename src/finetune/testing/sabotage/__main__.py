@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune.core.files import write_json, write_text
 from finetune.errors import StageError
 from finetune.lookup import did_you_mean
 from finetune.manifest import installed
-from finetune.run import write_json, write_text
 from finetune.testing.sabotage import Sabotage, detection, ground, table
 from finetune.testing.sabotage.bench import Bench, Found
 from finetune.testing.sabotage.controls import Control, controls

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.run import Run, read_jsonl, write_jsonl
+from finetune.core.files import read_jsonl, write_jsonl
+from finetune.run import Run
 from finetune.testing.sabotage import sabotage
 from finetune.testing.sabotage.scene import Scene
 

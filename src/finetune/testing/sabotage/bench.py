@@ -17,10 +17,11 @@ from typing import Any
 
 from finetune import models
 from finetune.backends import child
+from finetune.core.files import write_text
 from finetune.errors import StageError
 from finetune.recipe import yaml
 from finetune.report.summary import verdicts
-from finetune.run import Run, write_text
+from finetune.run import Run
 from finetune.stages import STAGES
 from finetune.testing.sabotage import Sabotage, ground, starting, warm
 from finetune.testing.sabotage.scene import Scene, as_if_written_so

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.run import read_jsonl, write_jsonl
+from finetune.core.files import read_jsonl, write_jsonl
 from finetune.testing.sabotage import sabotage
 from finetune.testing.sabotage.scene import Scene
 

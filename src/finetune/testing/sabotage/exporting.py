@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.run import Run, digest, write_json
+from finetune.core.files import digest, write_json
+from finetune.run import Run
 from finetune.testing.sabotage import sabotage
 from finetune.testing.sabotage.files import Gguf, rewrite_gguf, rewrite_json, rewrite_weights
 from finetune.testing.sabotage.merging import OTHER_TEMPLATE

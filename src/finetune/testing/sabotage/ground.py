@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from finetune import models
 from finetune.backends import child
+from finetune.core.files import write_jsonl, write_text
 from finetune.errors import StageError
 from finetune.manifest import installed
 from finetune.recipe import yaml
-from finetune.run import write_jsonl, write_text
 from finetune.testing import questions
 
 VOCABULARY = 1000

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.run import Run, write_json
+from finetune.core.files import write_json
+from finetune.run import Run
 from finetune.testing.sabotage import sabotage
 from finetune.testing.sabotage.scene import Scene
 

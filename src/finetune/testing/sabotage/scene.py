@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.run import Run, digest, write_json
+from finetune.core.files import digest, write_json
+from finetune.run import Run
 from finetune.testing.sabotage.ground import put
 
 Wrapper = Callable[[Any], Any]

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import evidence
 from finetune.checks import CHECKS
+from finetune.core.files import write_text
 from finetune.errors import FinetuneError, UsageError
 from finetune.estimate import MIB
 from finetune.recipe import Recipe, dump, load, yaml
 from finetune.report.summary import reports, verdicts
 from finetune.report.terminal import number
-from finetune.run import Run, write_text
+from finetune.run import Run, evidence
 from finetune.testing.spec import load as specs
 from finetune.testing.spec.judge import EXPECT_KEYS, HEADROOM
 from finetune.testing.spec.load import repository

@@ -1,0 +1,137 @@
+"""Files written whole or not at all, and read by name: digests, JSON, JSONL.
+
+Everything that is written goes through `redact`, so no secret lands in a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import StageError
+from finetune.secrets import redact
+
+RACY = 2_000_000_000  # nanoseconds: the grain of the coarsest clock of a file system in use (FAT)
+_digests: dict[tuple[int, ...], str] = {}
+PARTIAL = ".partial"  # how the neighbour ends that a file is written into first
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a directory: of its sorted relative names and their digests."""
+    return digest_of(digests(path)) if path.is_dir() else _file_digest(path)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """The SHA-256 of every file below a directory, by its path relative to it, sorted as paths are."""
+    return {
+        file.relative_to(directory).as_posix(): _file_digest(file)
+        for file in sorted(path for path in directory.rglob("*") if path.is_file())
+    }
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """The digest of a directory whose files have these digests, by relative path (see `digests`)."""
+    total = hashlib.sha256()
+    for name in sorted(files, key=lambda name: Path(name).parts):
+        total.update(f"{name}\0{files[name]}\n".encode())
+    return total.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    """Known again by what the system says of the file, so that a run's weights are read once a process. A file that was
+    changed just now may be changed again within the clock's grain, and is read each time (git calls such files racy)."""
+    about = path.stat()
+    key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+    if key not in _digests:
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) < RACY:
+            return found
+        _digests[key] = found
+    return _digests[key]
+
+
+def encode(text: str) -> bytes:
+    """UTF-8; half of a surrogate pair, which has none, as JSON calls it (`\\ud83d`)."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: into a neighbour first, synced, then renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(encode(redact(text)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where the system can sync folders (POSIX)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Have every file below a directory on the disk, whoever wrote it, and then their names."""
+    for path in [directory, *directory.rglob("*")]:
+        if path.is_dir():
+            sync_folder(path)
+        elif not path.is_symlink():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def clear_partials(directory: Path) -> None:
+    """Remove what killed writers left below a directory. Whoever calls this is the only one who writes there."""
+    for path in directory.rglob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that others wrote (a model's config). Raises StageError where it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StageError(f"{path} is not JSON ({error}); get the model again") from None
+    if not isinstance(value, dict):
+        raise StageError(f"{path} holds no JSON object; get the model again")
+    return value
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects in a JSONL file. A last line cut short by a killed writer is left out."""
+    # Not splitlines(): it also breaks at U+2028 and its like, which JSON strings may hold.
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line.decode("utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            if number != len(lines):
+                why = error.msg if isinstance(error, json.JSONDecodeError) else error.reason
+                raise StageError(f"{path}:{number}: not JSON ({why}); the file was changed by hand") from None
+    return rows

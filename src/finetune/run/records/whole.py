@@ -1,0 +1,194 @@
+"""Records of the run as a whole: its manifest, its verdicts, the report that every stage leaves."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
+
+from finetune.run.records import record
+
+
+@record
+class Gpu(TypedDict):
+    name: str
+    memory_bytes: int
+
+
+@record
+class Seeds(TypedDict):
+    seed: int
+    data_seed: int
+
+
+@record
+class Git(TypedDict):
+    sha: str
+    dirty: bool
+
+
+@record
+class Seal(TypedDict):
+    """What a run was when the last command on it ended: the lines of the log, the digest of the last one, and of every
+    file that no stage left (what stages leave is in their reports, whose digests are in the log)."""
+
+    lines: int
+    last: str
+    files: dict[str, str]
+
+
+@record
+class Manifest(TypedDict):
+    """On what, with what and from what a run was made. `digest` is that of all the rest (`finetune.run.seal`)."""
+
+    time: str
+    command: str
+    directory: str
+    finetune: str
+    python: str
+    packages: dict[str, str]
+    platform: str
+    cpu: str
+    cores: int | None
+    threads: dict[str, str]
+    memory_bytes: int
+    gpus: list[Gpu]
+    seeds: dict[str, Seeds]
+    git: Git | None
+    data: NotRequired[dict[str, str]]  # from `prepare` on
+    model: NotRequired[dict[str, str]]  # from `fetch` on
+    kept: NotRequired[dict[str, list[str]]]  # trainings made with other code or libraries, and what differs
+    schema: NotRequired[int]  # version 0.1 wrote none, nor a seal
+    seal: NotRequired[Seal]
+    digest: NotRequired[str]
+
+
+@record
+class StoredVerdict(TypedDict):
+    name: str
+    passed: bool | None
+    measured: float | None
+    compare: str
+    bound: float | None
+    unit: str
+    evidence: str
+    why: str
+    outcome: NotRequired[str]  # version 0.1 had two, which `passed` tells
+    remedy: NotRequired[str]
+
+
+@record
+class StoredVerdicts(TypedDict):
+    time: str
+    passed: bool
+    verdicts: list[StoredVerdict]
+    cause: NotRequired[str]
+
+
+class _Report(TypedDict):
+    """What every stage's report says; see `finetune.run.report.Report`."""
+
+    stage: str
+    fingerprint: str
+    started: str
+    seconds: float
+    artifacts: dict[str, str]
+    peak: dict[str, int]
+    notes: list[str]
+    asked: NotRequired[str | None]  # these four are not there in a run of version 0.1
+    files: NotRequired[dict[str, str]]
+    made_with: NotRequired[dict[str, Any]]
+    schema: NotRequired[int]
+
+
+@record
+class FetchMetrics(TypedDict):
+    bytes: int
+    seconds: float
+    parameters: NotRequired[int]  # of safetensors only
+
+
+@record
+class PrepareMetrics(TypedDict):
+    """Entropies are in nats a token; what is not there was not asked for (rows of SFT, pairs)."""
+
+    vocab_size: int
+    template_sha256: str
+    rows: NotRequired[int]
+    eval_rows: NotRequired[int]
+    tokens: NotRequired[int]
+    trained_tokens: NotRequired[int]
+    trained_tokens_min: NotRequired[int]
+    longest_row: NotRequired[int]
+    lost_answer_tokens: NotRequired[int]
+    unigram_entropy: NotRequired[float]
+    uniform_entropy: NotRequired[float]
+    preference_rows: NotRequired[int]
+
+
+@record
+class TrainMetrics(TypedDict):
+    """What a backend says of a training (see `Backend.train`), and what its steps add up to."""
+
+    trainable_parameters: int
+    frozen_parameters: int
+    weight_bytes: int
+    trainable_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    frozen_sha256_before: str
+    frozen_sha256_after: str
+    world_size: int
+    device: NotRequired[str]  # the fake backend has none
+    steps: int
+    planned_steps: int
+    stopped: bool
+    resumed_from: int | None
+    steps_without_effect: int
+    first_move: NotRequired[float]  # a resumed optimizer has a past, and no first step
+    clipped_norm: NotRequired[float]  # where gradients are clipped
+    optimized_parameters: NotRequired[int]
+    weight_decay: NotRequired[float]
+    adam_beta1: NotRequired[float]  # an Adam's
+    adam_beta2: NotRequired[float]
+    adam_epsilon: NotRequired[float]
+    lora_dropout: NotRequired[float]
+    first_loss: float
+    last_loss: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float | None
+    seconds_per_step: float
+
+
+@record
+class CountMetrics(TypedDict, total=False):
+    bytes: int
+    exports: int
+    hops: int
+    experiments: list[str]
+
+
+@record
+class FetchReport(_Report):
+    metrics: FetchMetrics
+
+
+@record
+class PrepareReport(_Report):
+    metrics: PrepareMetrics
+
+
+@record
+class TrainReport(_Report):
+    metrics: TrainMetrics
+
+
+@record
+class EvaluateReport(_Report):
+    metrics: dict[str, float]  # a share or a perplexity, by kind of question and phase
+
+
+@record
+class CountReport(_Report):
+    metrics: CountMetrics

@@ -1,0 +1,48 @@
+"""What one stage did, and the digests of all that it left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.core.files import digest_of, digests
+
+SCHEMA = 1  # of a stage's report; 0 stands for those of version 0.1, which say none and list no files
+FILE = "report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one stage did. `artifacts` maps paths inside the run directory to their SHA-256, `files` every file of the
+    stage's folder to its own, whether it is a part of an artifact or not.
+
+    `peak` holds bytes: `process` (resident set), and `device` where there is one. `seconds` is wall time. `made_with` is
+    what computed it: modules by digest, libraries by version, Python (see `finetune.code`).
+    """
+
+    stage: str
+    fingerprint: str
+    started: str
+    seconds: float
+    metrics: dict[str, Any] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    peak: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    asked: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    made_with: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+def left_by(stage: str, root: Path) -> dict[str, str]:
+    """Every file in the folder of a stage but its report, by path inside the run, with its SHA-256."""
+    return {f"{stage}/{name}": sha for name, sha in digests(root / stage).items() if name != FILE}
+
+
+def digest_in(files: dict[str, str], name: str) -> str | None:
+    """The digest of an artifact, a file or a folder, made of those of `files`; None where it has no file there."""
+    if name in files:
+        return files[name]
+    within = {path.removeprefix(f"{name}/"): sha for path, sha in files.items() if path.startswith(f"{name}/")}
+    return digest_of(within) if within else None

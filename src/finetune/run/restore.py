@@ -1,0 +1,69 @@
+"""A run whose log or manifest was damaged or changed, made fit to go on with: what can be told from elsewhere is told again,
+what was there is set aside, and both are said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from finetune.errors import FinetuneError
+from finetune.run import evidence, layout, seal
+from finetune.run.directory import EVENTS, MANIFEST, Run
+from finetune.run.report import Report
+
+ASIDE = "damaged"  # how a file ends that was set aside
+
+
+def restore(run: Run, stages: Iterable[str]) -> list[str]:
+    """Set a log aside that cannot be read or is not what was sealed, and write one of what the stages' reports and the
+    trainers' own logs say; likewise a manifest. Returns a sentence for each; none for a sound run."""
+    said = []
+    try:
+        manifest = run.manifest()
+        why = "" if seal.own(manifest) else "was changed after it was written"
+    except FinetuneError as error:
+        manifest, why = {}, str(error)
+    if why:
+        manifest = {}
+        said.append(f"{MANIFEST} {why}: it is made again (what was there: {_aside(run, MANIFEST)})")
+    try:
+        fault = next(seal.log_faults(manifest, run.log()), None)
+    except FinetuneError as error:
+        fault = seal.Found(file=EVENTS, why=str(error))
+    if fault:
+        reports = [report for stage in stages if (report := _sound(run, stage))]
+        name = _aside(run, EVENTS)
+        run.event("log_restored", why=str(fault), aside=name)
+        for report in reports:
+            _tell_again(run, report)
+        said.append(f"{fault}: the log is made again from reports and trainer logs (what was there: {name})")
+        if manifest.get("seal"):
+            seal.update_manifest(run, seal={"lines": 0, "last": "", "files": manifest["seal"]["files"]})
+    return said
+
+
+def _aside(run: Run, name: str) -> str:
+    number = 1
+    while (run.path / f"{name}.{number}.{ASIDE}").exists():
+        number += 1
+    os.replace(run.path / name, run.path / f"{name}.{number}.{ASIDE}")
+    return f"{name}.{number}.{ASIDE}"
+
+
+def _sound(run: Run, stage: str) -> Report | None:
+    """The report of a stage that left what it says; one of any other is left to be found when the stage's turn comes."""
+    try:
+        report = run.report(stage)
+    except FinetuneError:
+        return None
+    return report if report and not seal.changed(run, report) else None
+
+
+def _tell_again(run: Run, report: Report) -> None:
+    run.event("stage_started", stage=report.stage, fingerprint=report.fingerprint)
+    logs = {"train": layout.TRAIN_LOGS, "align": layout.ALIGN_LOGS}.get(report.stage)
+    if logs:
+        run.event("training", stage=report.stage, resumed_from=None)
+        for step in evidence.read(run, logs):
+            run.event("step", stage=report.stage, **{key: value for key, value in step.items() if key != "time"})
+    run.write_report(report)

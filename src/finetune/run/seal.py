@@ -1,0 +1,212 @@
+"""A run sealed: whatever is changed after it was written is named.
+
+- The log is a chain (`finetune.run.log`): each line holds the digest of the one before.
+- The log holds the digests of the recipe, of every stage's report and of the verdicts, as they were written.
+- A report holds the digest of every file that its stage left.
+- The manifest holds, when a command ends, how long the log is and how it ends, the digests of the files that are left
+  (the reports to look at), and its own digest.
+
+Paths are relative to the run, so that a run may be copied and moved. A seal is never made again over a change: where the
+log is not what was sealed, it stays as it is, and `verify` says so until the run is done anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.core.files import digest, digests, write_json
+from finetune.errors import FinetuneError, first_line
+from finetune.run.directory import EVENTS, LOCK, MANIFEST, RECIPE, VERDICTS, Run
+from finetune.run.log import Line, broken, is_chained
+from finetune.run.report import FILE as REPORT
+from finetune.run.report import Report, digest_in
+
+SCHEMA = 1  # of the manifest
+WRITTEN = {RECIPE: "recipe", VERDICTS: "verified"}  # files whose digest an event holds, under `sha256`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One thing that is not as it was sealed: the file inside the run (with a line of the log), and what is wrong."""
+
+    file: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.why}"
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def update_manifest(run: Run, **values: Any) -> None:
+    """Change what the manifest says, and its digest with it; its seal stays what it was."""
+    try:
+        before = run.manifest()
+    except FinetuneError:
+        before = {}  # damaged: what it says is collected anew
+    _store(run, {**before, **values})
+
+
+def close(run: Run) -> None:
+    """Seal a run as it is, at the end of a command that wrote into it. Not where the log is not what was sealed before."""
+    lines = run.log()
+    manifest = run.manifest()
+    if list(log_faults(manifest, lines)) or not own(manifest):
+        return
+    there = {name: sha for name, sha in digests(run.path).items() if name not in (MANIFEST, EVENTS, LOCK)}
+    rest = {name: sha for name, sha in there.items() if _is_of_no_stage(name)}
+    last = lines[-1].digest if lines else ""
+    _store(run, {**manifest, "seal": {"lines": len(lines), "last": last, "files": rest}})
+
+
+def _store(run: Run, manifest: dict[str, Any]) -> None:
+    rest = {"schema": SCHEMA, **{key: value for key, value in manifest.items() if key != "digest"}}
+    # What is written may be another text (a secret is left out), so the digest is of what is read back.
+    path = run.path / MANIFEST
+    write_json(path, rest)
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**stored, "digest": digest_of_manifest(stored)})
+
+
+def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but this digest, as JSON with sorted keys."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def own(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is as it was written; one of version 0.1 cannot tell."""
+    return "schema" not in manifest or manifest.get("digest") == digest_of_manifest(manifest)
+
+
+def _is_of_no_stage(name: str) -> bool:
+    from finetune.run.layout import REPORTS
+
+    return name not in WRITTEN and name.partition("/")[0] not in REPORTS
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def is_sealed(run: Run) -> bool:
+    """Whether this run was made by a version that seals; those of 0.1 did not."""
+    try:
+        return "schema" in run.manifest() or is_chained(run.log())
+    except FinetuneError:
+        return True
+
+
+def faults(run: Run) -> list[Found]:
+    """All that is not as it was sealed, but for what stages left (see `Report.files` and `changed`)."""
+    try:
+        lines = run.log()
+    except FinetuneError as error:
+        return [Found(file=EVENTS, why=f"cannot be read: {first_line(error)}")]
+    if not (run.path / MANIFEST).is_file():
+        return [Found(file=MANIFEST, why="is not there"), *_chain(lines)]
+    try:
+        manifest = run.manifest()
+    except FinetuneError as error:
+        return [Found(file=MANIFEST, why=f"cannot be read: {first_line(error)}"), *_chain(lines)]
+    found = [] if own(manifest) else [Found(file=MANIFEST, why="was changed after it was written")]
+    found += log_faults(manifest, lines)
+    found += _written(run, lines)
+    return [*found, *_rest(run, manifest, lines)]
+
+
+def log_faults(manifest: Mapping[str, Any], lines: list[Line]) -> Iterator[Found]:
+    """Where the chain of the log breaks, and where it is not what the manifest sealed."""
+    yield from _chain(lines)
+    seal = manifest.get("seal")
+    if not seal or not seal["lines"]:
+        return
+    if len(lines) < seal["lines"]:
+        yield Found(file=EVENTS, why=f"has {len(lines)} lines, and had {seal['lines']}: the end is gone")
+    elif lines[seal["lines"] - 1].digest != seal["last"]:
+        yield Found(file=f"{EVENTS}:{seal['lines']}", why="was changed after the run was sealed")
+
+
+def _chain(lines: list[Line]) -> Iterator[Found]:
+    if line := broken(lines):
+        before = max(1, line.number - 1)
+        yield Found(file=f"{EVENTS}:{before}", why="was changed, or a line after it was taken out or put in")
+
+
+def _written(run: Run, lines: list[Line]) -> Iterator[Found]:
+    """Files whose digest the log holds: the recipe, the verdicts, the reports of the stages."""
+    for name, sha in recorded(lines).items():
+        path = run.path / name
+        if not path.is_file():
+            if not name.endswith(f"/{REPORT}"):  # that of a stage is taken away before the stage runs again
+                yield Found(file=name, why="is gone")
+        elif digest(path) != sha:
+            yield Found(file=name, why="was changed after it was written")
+
+
+def recorded(lines: list[Line]) -> dict[str, str]:
+    """The digests that the log holds of files inside the run, by path: the last of each."""
+    found: dict[str, str] = {}
+    for line in lines:
+        event = line.event
+        if event["event"] == "stage_finished" and "report" in event:
+            found[f"{event['stage']}/{REPORT}"] = event["report"]
+        for name, kind in WRITTEN.items():
+            if event["event"] == kind and "sha256" in event:
+                found[name] = event["sha256"]
+    return found
+
+
+def is_as_recorded(run: Run, name: str) -> bool:
+    """Whether a file is the one whose digest the log holds; True where it holds none, as logs of version 0.1."""
+    sha = recorded(run.log()).get(name)
+    return sha is None or digest(run.path / name) == sha
+
+
+def _rest(run: Run, manifest: Mapping[str, Any], lines: list[Line]) -> Iterator[Found]:
+    """The files of no stage. Where the log went on after the seal, a command was killed, and they may be newer."""
+    seal = manifest.get("seal")
+    if not seal or len(lines) > seal["lines"]:
+        return
+    for name, sha in seal["files"].items():
+        path = run.path / name
+        if not path.is_file():
+            yield Found(file=name, why="is gone")
+        elif digest(path) != sha:
+            yield Found(file=name, why="was changed after the run was sealed")
+
+
+def changed(run: Run, report: Report) -> list[Found]:
+    """What a stage left that is not as it left it: files changed, gone, or there that it did not write."""
+    there = {f"{report.stage}/{name}": sha for name, sha in digests(run.path / report.stage).items() if name != REPORT}
+    if not report.files:  # of version 0.1, which listed artifacts alone
+        return [*_artifacts(report, there)]
+    found = [
+        Found(file=name, why="is gone" if name not in there else "was changed after it was written")
+        for name, sha in report.files.items()
+        if there.get(name) != sha
+    ]
+    found += [Found(file=name, why="was not written by this stage") for name in there if name not in report.files]
+    return found or [*_artifacts(report, there)]
+
+
+def _artifacts(report: Report, there: dict[str, str]) -> Iterator[Found]:
+    for name, sha in report.artifacts.items():
+        now = digest_in(there, name)
+        if now != sha:
+            yield Found(file=name, why="is gone" if now is None else "was changed after it was written")
+
+
+def intact(run: Run, path: Path) -> bool:
+    """Whether a file or folder inside the run is as its stage left it; False where no stage speaks of it."""
+    name = path.resolve().relative_to(run.path).as_posix()
+    report = run.report(name.partition("/")[0])
+    if report is None:
+        return False
+    listed = digest_in(report.files, name) or report.artifacts.get(name)
+    return listed is not None and path.exists() and digest(path) == listed
