@@ -23,7 +23,8 @@ PATHS = ("model", "out", "rows", "adapter", "eval_rows", "resume")
 
 
 def in_fresh_process(request: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Run `request` in a new Python process and return its answer. Raises StageError with its last words."""
+    """Run `request` in a new Python process and return its answer. Raises StageError with its last words; the request is
+    left in `file` then, and taken away otherwise."""
     write_json(file, request)
     done = subprocess.run(
         child.command("finetune.experiment", str(file)),
@@ -35,6 +36,7 @@ def in_fresh_process(request: dict[str, Any], file: Path) -> dict[str, Any]:
     if done.returncode != 0:
         tail = done.stderr.strip().splitlines()[-1:] or ["no output"]
         raise StageError(f"the experiment {file.name} failed in its own process (exit {done.returncode}): {tail[0]}")
+    file.unlink(missing_ok=True)
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 

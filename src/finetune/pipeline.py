@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,9 +102,12 @@ def run_stages(
                 report, ran = _one(stage, recipe, run, listener, resume=resumed, force=anew, retrain=retrain)
                 listener("done" if ran else "kept", stage, report)
                 reports.append(report)
-        finally:
-            _describe(recipe, run)
-            seal.close(run)
+        except BaseException:
+            with suppress(OSError, FinetuneError):  # what failed first is what is told
+                seal.close(run)
+            raise
+        _describe(recipe, run)
+        seal.close(run)
     return reports
 
 
@@ -206,9 +210,12 @@ def _why(stage: Stage, recipe: Recipe, run: Run, rerun: list[str], forced: bool,
     """Why a stage would run; empty when it is up to date."""
     if forced:
         return "forced"
-    if rerun and stage.name not in TRAININGS:
+    if rerun and (stage.name not in TRAININGS or rerun[0] in TRAININGS):
         return f"'{rerun[0]}' runs before it"
-    found = reason(stage, recipe, run, retrain=retrain)
+    try:
+        found = reason(stage, recipe, run, retrain=retrain)
+    except FinetuneError:  # what it stands on is damaged
+        return f"'{rerun[0]}' runs before it" if rerun else "what it needs is damaged"
     if found is None:
         return ""
     if not found.news:

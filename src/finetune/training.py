@@ -13,12 +13,11 @@ from typing import Any
 
 from finetune.backends import Job, get
 from finetune.console import progress, say
-from finetune.core.files import write_json
 from finetune.errors import FinetuneError, Interrupted, StageError, UsageError
 from finetune.interruption import stop_requests
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Optimization
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
 
 # How torch (whose zip writer knows no errno) and safetensors say that a file could not be written.
 UNWRITTEN = ("inline_container", "pytorchstreamwriter", "no space left", "file too large", "os error 28")
@@ -90,9 +89,7 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
     taken = evidence.steps(run, stage)
     if not taken:
         raise StageError(f"the stage '{stage}' ended without a single logged step; see {run.events_path}")
-    write_json(
-        job.out / "trainer_logs.json", [{k: v for k, v in s.items() if k not in ("event", "stage")} for s in taken]
-    )
+    logs = evidence.write(run, layout.TRAIN_LOGS if stage == "train" else layout.ALIGN_LOGS, taken)
     result = job.out / ("adapter" if job.method == "lora" else "model")
     _publish(job.out, result, recipe, stage)
     peak = {"device": facts.pop("device_peak_bytes")} if "device_peak_bytes" in facts else {}
@@ -106,7 +103,7 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
             "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
             "seconds_per_step": round(seconds / max(1, facts["steps"] - begun), 3),
         },
-        "artifacts": [result, job.out / "trainer_logs.json", *[p for p in [job.out / "initial"] if p.is_dir()]],
+        "artifacts": [result, logs, *[p for p in [job.out / "initial"] if p.is_dir()]],
         "peak": peak,
     }
 
@@ -137,19 +134,19 @@ def sft_job(recipe: Recipe, run: Run, out: Path) -> Job:
             f"model.path {found['path']} is an adapter, and 'train.method: full' would leave it out. Use 'lora', or "
             "merge it first (finetune merge) and name the merged model"
         )
-    held_out = run.path / "prepare" / "eval.jsonl"
+    held_out = run.path / layout.EVAL_ROWS.path
     return Job(
         objective="sft",
         method=train.method,
         model=Path(found["base"]),
         adapter=Path(found["adapter"]) if found["adapter"] else None,
         out=out,
-        rows=evidence.required(run, "prepare/train.jsonl", "prepare"),
+        rows=evidence.required(run, layout.TRAIN_ROWS),
         eval_rows=held_out if held_out.is_file() else None,
         options=job_options(train),
         lora=train.lora.model_dump(mode="json") if train.method == "lora" else None,
         resume=run.resume,
-        chat_template=(run.path / "prepare" / "chat_template.jinja").read_text(encoding="utf-8"),
+        chat_template=evidence.chat_template(run),
         settings=evidence.model_settings(recipe),
     )
 

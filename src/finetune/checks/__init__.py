@@ -18,6 +18,7 @@ from finetune.run import Run
 
 if TYPE_CHECKING:  # the command line reads this table for its help, and pydantic would cost it its start-up time
     from finetune.recipe import Recipe
+    from finetune.run.records.whole import StoredVerdicts
 
 Outcome = Literal["proved", "refuted", "not examined"]
 PROVED: Outcome = "proved"
@@ -134,6 +135,7 @@ CHECKS: tuple[Check, ...] = (
         name="seal",
         parts="finetune.checks.seal:PARTS",
         help="Nothing that the run left was changed since: events, reports, recipe, every file.",
+        training=False,
     ),
     Check(
         name="labels",
@@ -237,7 +239,7 @@ def verify(recipe: Recipe, run: Run, only: Iterable[str] | None = None) -> list[
     from finetune.run import evidence, layout, seal
 
     verdicts = results(recipe, run, only)
-    path = evidence.write(run, layout.VERDICTS, as_dict(verdicts))  # type: ignore[arg-type]
+    path = evidence.write(run, layout.VERDICTS, as_dict(verdicts))
     run.event("verified", passed=passed(verdicts), sha256=digest(path))
     seal.close(run)
     return verdicts
@@ -284,11 +286,11 @@ def passed(verdicts: Iterable[Verdict]) -> bool:
     return PROVED in outcomes and REFUTED not in outcomes
 
 
-def as_dict(verdicts: list[Verdict]) -> dict[str, Any]:
+def as_dict(verdicts: list[Verdict]) -> StoredVerdicts:
     """Verdicts as stored: `passed` for all of them, and each (None: not examined)."""
     said = {PROVED: True, REFUTED: False, NOT_EXAMINED: None}
     return {
         "time": now(),
         "passed": passed(verdicts),
-        "verdicts": [{**asdict(verdict), "passed": said[verdict.outcome]} for verdict in verdicts],
+        "verdicts": [{**asdict(verdict), "passed": said[verdict.outcome]} for verdict in verdicts],  # type: ignore[typeddict-item]
     }

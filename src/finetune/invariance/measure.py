@@ -14,7 +14,7 @@ from finetune.errors import UsageError
 from finetune.experiment import in_fresh_process, train_request
 from finetune.invariance import MEASURED, shrink
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
 from finetune.training import sft_job
 
 BATCH = 8  # of shrink.ROWS rows, so the last window of every epoch is short
@@ -91,7 +91,7 @@ class Bench:
         self.settings = {**job.settings, "dtype": "float32", "device": "cpu"}
         if self.settings.get("attn_implementation") == "flash_attention_2":
             self.settings["attn_implementation"] = None  # there is none in float32, nor on a CPU
-        self.rows = shrink.rows(evidence.read_rows(run, "prepare/train.jsonl", "prepare"))
+        self.rows = shrink.rows([{**row} for row in evidence.rows(run, layout.TRAIN_ROWS)])
         pad = get(recipe.backend).tokenizer(self.model).eos_ids[0]
         self.files = {"rows": work / "rows.jsonl", "padded": work / "padded.jsonl"}
         write_jsonl(self.files["rows"], self.rows)

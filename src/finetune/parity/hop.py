@@ -10,13 +10,14 @@ from typing import Any
 from finetune.answers import is_correct
 from finetune.parity.divergence import divergence, gap, top
 from finetune.parity.observe import pairs
+from finetune.run.records.compared import Material
 
 AROUND = 4  # ids shown on either side of a first difference
 
 Decode = Callable[[list[int]], str]
 
 
-def prompts(material: dict[str, Any], found: dict[str, Any], decode: Decode) -> dict[str, Any]:
+def prompts(material: Material, found: dict[str, Any], decode: Decode) -> dict[str, Any]:
     """Conversations rendered and texts tokenized: how many came out as the same ids, and the first that did not."""
     expected = [(each["name"], each["ids"]) for each in material["conversations"]]
     seen: list[tuple[str, Any, Any]] = [
@@ -37,7 +38,7 @@ def prompts(material: dict[str, Any], found: dict[str, Any], decode: Decode) -> 
     }
 
 
-def vocabulary(material: dict[str, Any], found: dict[str, Any], decode: Decode) -> dict[str, Any]:
+def vocabulary(material: Material, found: dict[str, Any], decode: Decode) -> dict[str, Any]:
     """Every token of the vocabulary in a text: how many come out as the same ids, and the first that does not."""
     both = [(text["ids"], got) for text, got in zip(material["vocabulary"], found["vocabulary"], strict=True)]
     first = next((pair for pair in both if pair[0] != pair[1]), None)
@@ -93,7 +94,7 @@ def _kind(expected: list[int], got: list[int], decode: Decode) -> str:
 
 
 def distributions(
-    material: dict[str, Any], answers: list[list[int]], reference: Path, candidate: Path, decode: Decode
+    material: Material, answers: list[list[int]], reference: Path, candidate: Path, decode: Decode
 ) -> dict[str, Any]:
     """KL divergence over texts and training rows (`mean`, `max`, `top1`), over the answers apart, and its worst place."""
     asked = pairs(material, answers)
@@ -129,7 +130,7 @@ def _tops(position: int, reference: Path, candidate: Path, decode: Decode) -> di
 
 
 def greedy(
-    material: dict[str, Any],
+    material: Material,
     expected: dict[str, Any],
     found: dict[str, Any],
     files: tuple[Path, Path] | None,
@@ -174,7 +175,7 @@ def greedy(
     return result
 
 
-def _answer_places(material: dict[str, Any], expected: dict[str, Any]) -> dict[int, range]:
+def _answer_places(material: Material, expected: dict[str, Any]) -> dict[int, range]:
     """By question, the rows of the distributions that belong to its answer; only where the model before gave just that
     answer, so that both were scored after the same tokens."""
     answers = expected["answers"]
@@ -206,7 +207,7 @@ def _next(answer: dict[str, Any], at: int, decode: Decode) -> str:
     return "(end of turn)" if answer["finish"] == "stop" else "(cut off)"
 
 
-def stop(material: dict[str, Any], expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def stop(material: Material, expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Of the answers that ended by themselves, how many still do; and the first text that a special token leaked into."""
     ended = [i for i, answer in enumerate(expected["generated"]) if answer["finish"] == "stop"]
     still = [i for i in ended if found["generated"][i]["finish"] == "stop"]
@@ -228,21 +229,22 @@ def stop(material: dict[str, Any], expected: dict[str, Any], found: dict[str, An
     }
 
 
-def learned(material: dict[str, Any], expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def learned(material: Material, expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Of the probes that the model before answers rightly, how many this one does."""
     known, kept, lost = 0, 0, []
     for question, before, after in zip(material["questions"], expected["generated"], found["generated"], strict=True):
-        if question["set"] != "probes" or not is_correct(before["text"], question["answer"], question["match"]):
+        answer, match = question["answer"], question["match"]
+        if question["set"] != "probes" or answer is None or not is_correct(before["text"], answer, match):
             continue
         known += 1
-        if is_correct(after["text"], question["answer"], question["match"]):
+        if is_correct(after["text"], answer, match):
             kept += 1
         else:
             lost.append({"prompt": question["prompt"], "expected": before["text"], "found": after["text"]})
     return {"known": known, "kept": kept, "lost": lost[:5]}
 
 
-def served(found: dict[str, Any], material: dict[str, Any]) -> dict[str, Any] | None:
+def served(found: dict[str, Any], material: Material) -> dict[str, Any] | None:
     """The runtime's own server, asked with messages, against the same runtime given ids."""
     if found["served"] is None:
         return None

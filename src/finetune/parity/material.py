@@ -9,9 +9,9 @@ from finetune.backends import Tokenizer, get
 from finetune.data import encode, templates
 from finetune.errors import UsageError
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records import compared, trained
 
-FILE = "compare/material.json"
 QUESTIONS = 48
 ROWS = 6
 ROW_TOKENS = 96
@@ -58,7 +58,7 @@ CONVERSATIONS: dict[str, tuple[dict[str, str], ...]] = {
 }
 
 
-def build(recipe: Recipe, run: Run, model: Path) -> dict[str, Any]:
+def build(recipe: Recipe, run: Run, model: Path) -> compared.Material:
     """The material as plain data.
 
     `conversations` (name, messages, ids or None where the template refuses it), `texts` and `odd_texts` (text, ids),
@@ -68,7 +68,7 @@ def build(recipe: Recipe, run: Run, model: Path) -> dict[str, Any]:
     prepared with: the base.
     """
     tokenizer = get(recipe.backend).tokenizer(model)
-    source = evidence.required(run, "prepare/chat_template.jinja", "prepare").read_text(encoding="utf-8")
+    source = evidence.chat_template(run)
     render: dict[str, Any] = {
         "tokenizer": tokenizer,
         "template": templates.ChatTemplate(name="run", source=source),
@@ -104,11 +104,13 @@ def _words(tokenizer: Tokenizer) -> list[str]:
 
 def _ends(run: Run, tokenizer: Tokenizer) -> list[int]:
     """The end-of-turn ids that stand last in what was trained."""
-    last = {row["labels"][-1] if "labels" in row else row["chosen_ids"][-1] for row in _stored_rows(run)}
+    last = {row["labels"][-1] for row in _trained(run)} or {pair["chosen_ids"][-1] for pair in _pairs(run)}
     return sorted(last & set(tokenizer.eos_ids)) or list(tokenizer.eos_ids[:1])
 
 
-def _conversation(name: str, messages: tuple[dict[str, str], ...], recipe: Recipe, render: Any) -> dict[str, Any]:
+def _conversation(
+    name: str, messages: tuple[dict[str, str], ...], recipe: Recipe, render: Any
+) -> compared.Conversation:
     full = templates.with_system(messages, recipe.template.system)
     try:
         ids = encode.prompt_ids(full, **{**render, "system": None})
@@ -124,33 +126,43 @@ def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return ids
 
 
-def _stored_rows(run: Run) -> list[dict[str, Any]]:
-    for name in ("prepare/train.jsonl", "prepare/preferences.jsonl"):
-        if (run.path / name).is_file():
-            return evidence.read_rows(run, name, "prepare")
-    return []
+def _trained(run: Run) -> list[trained.Row]:
+    return evidence.maybe_rows(run, layout.TRAIN_ROWS)
+
+
+def _pairs(run: Run) -> list[trained.Pair]:
+    """The pairs of a run that trains nothing before it aligns."""
+    return [] if evidence.there(run, layout.TRAIN_ROWS) else evidence.maybe_rows(run, layout.PAIRS)
 
 
 def _rows(run: Run) -> list[list[int]]:
     """The first training rows (of pairs, their prompts), each cut to ROW_TOKENS."""
-    return [(row.get("input_ids") or row["prompt_ids"])[:ROW_TOKENS] for row in _stored_rows(run)[:ROWS]]
+    ids = [row["input_ids"] for row in _trained(run)] or [pair["prompt_ids"] for pair in _pairs(run)]
+    return [each[:ROW_TOKENS] for each in ids[:ROWS]]
 
 
-def _questions(run: Run, render: dict[str, Any]) -> list[dict[str, Any]]:
+def _questions(run: Run, render: dict[str, Any]) -> list[compared.Inquiry]:
     """What `evaluate` asked; where that is little, the prompts of training rows too, which have no right answer here."""
-    keys = ("set", "id", "prompt", "answer", "match")
-    asked = [{key: row[key] for key in keys} for row in evidence.read_rows(run, "evaluate/answers.jsonl", "evaluate")]
-    for question in asked[:QUESTIONS]:
-        messages = templates.with_system([{"role": "user", "content": question["prompt"]}], render["system"])
-        question |= {"messages": list(messages), "ids": encode.prompt_ids(messages, **{**render, "system": None})}
-    for row in _stored_rows(run)[: max(0, ENOUGH - len(asked))]:
-        ids = row.get("prompt_ids") or row["input_ids"][: _first_trained(row["labels"])]
+    asked: list[compared.Inquiry] = []
+    for row in evidence.rows(run, layout.ANSWERS)[:QUESTIONS]:
+        messages = templates.with_system([{"role": "user", "content": row["prompt"]}], render["system"])
+        ids = encode.prompt_ids(messages, **{**render, "system": None})
+        asked.append(
+            {
+                "set": row["set"], "id": row["id"], "prompt": row["prompt"], "answer": row["answer"],
+                "match": row["match"], "messages": [dict(message) for message in messages], "ids": ids,
+            }
+        )  # fmt: skip
+    prompts = [(row["row"], row["input_ids"][: _first_trained(row["labels"])]) for row in _trained(run)]
+    prompts = prompts or [(pair["row"], pair["prompt_ids"]) for pair in _pairs(run)]
+    for number, ids in prompts[: max(0, ENOUGH - len(asked))]:
         if ids:
             prompt = render["tokenizer"].decode(ids)
-            asked.append(
-                {"set": "rows", "id": str(row["row"]), "prompt": prompt, "answer": None, "match": None}
-                | {"messages": None, "ids": ids}
-            )
+            known: compared.Inquiry = {
+                "set": "rows", "id": str(number), "prompt": prompt, "answer": None, "match": None, "messages": None,
+                "ids": ids,
+            }  # fmt: skip
+            asked.append(known)
     return asked[:QUESTIONS]
 
 

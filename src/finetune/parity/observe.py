@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.backends import Backend, Serves, get
 from finetune.parity import stored
+from finetune.run.records.compared import Material
 
 SHORT = 4  # tokens, too few to time
 
@@ -60,7 +61,7 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def pairs(material: dict[str, Any], answers: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+def pairs(material: Material, answers: list[list[int]]) -> list[tuple[list[int], list[int]]]:
     """(context, target) of every wanted position: the texts, the rows, then the answers; see `spans`."""
     whole = [*(text["ids"] for text in material["texts"]), *material["rows"]]
     asked = [(question["ids"], answer) for question, answer in zip(material["questions"], answers, strict=True)]

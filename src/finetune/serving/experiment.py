@@ -15,7 +15,8 @@ from finetune.data import encode, templates
 from finetune.errors import StageError, UsageError, first_line
 from finetune.parity import material
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records.evaluated import Question
 from finetune.serving import check_installed, serving
 
 BACKEND = "torch"  # whose server it is: the one that runs the model as it was trained
@@ -48,8 +49,8 @@ def measure(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     if recipe.backend != BACKEND:
         raise UsageError(f"expect.serving asks the server of the backend '{BACKEND}', not of '{recipe.backend}'")
     check_installed(BACKEND)
-    tokenizer = get(recipe.backend).tokenizer(run.path / "merge" / "model")
-    source = evidence.required(run, "prepare/chat_template.jinja", "prepare").read_text(encoding="utf-8")
+    tokenizer = get(recipe.backend).tokenizer(run.path / layout.MERGED.path)
+    source = evidence.chat_template(run)
     render: dict[str, Any] = {
         "tokenizer": tokenizer,
         "template": templates.ChatTemplate(name="run", source=source),
@@ -96,7 +97,7 @@ def measure(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
 
 
 def _asked(recipe: Recipe, run: Run, render: dict[str, Any]) -> list[Asked]:
-    questions = _chosen(evidence.read_rows(run, "evaluate/answers.jsonl", "evaluate"), recipe.evaluate.max_new_tokens)
+    questions = _chosen(evidence.maybe_rows(run, layout.ANSWERS), recipe.evaluate.max_new_tokens)
     requests: list[tuple[str, Messages, int, dict[str, Any] | None]] = [
         (a["prompt"], [{"role": "user", "content": a["prompt"]}], recipe.evaluate.max_new_tokens, _final(a))
         for a in questions
@@ -113,7 +114,7 @@ def _asked(recipe: Recipe, run: Run, render: dict[str, Any]) -> list[Asked]:
         except UsageError:  # the template has no such conversation
             continue
     backend = get(recipe.backend)
-    handle = backend.load(run.path / "merge" / "model", None, **evidence.model_settings(recipe))
+    handle = backend.load(run.path / layout.MERGED.path, None, **evidence.model_settings(recipe))
     asked = []
     for (name, messages, most, known), ids in rendered:
         (again,) = backend.generate(handle, [ids], max_new_tokens=most)
@@ -128,15 +129,15 @@ def _asked(recipe: Recipe, run: Run, render: dict[str, Any]) -> list[Asked]:
     return asked
 
 
-def _final(answer: dict[str, Any]) -> dict[str, Any]:
+def _final(answer: Question) -> dict[str, Any]:
     return dict(list(answer["phases"].values())[-1])
 
 
-def _chosen(answers: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+def _chosen(answers: list[Question], most: int) -> list[Question]:
     """A few questions of every set: before others those that the last training answers otherwise, and that end well before
     the last token (of an end as the last one, servers say 'length')."""
 
-    def order(answer: dict[str, Any]) -> tuple[bool, bool]:
+    def order(answer: Question) -> tuple[bool, bool]:
         *before, final = answer["phases"].values()
         ended = final["finish"] == "stop" and 0 < len(final["ids"]) < most - 1
         return not ended, bool(before) and before[-1]["text"] == final["text"]

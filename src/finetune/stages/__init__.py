@@ -34,7 +34,8 @@ Result = dict[str, Any]
 class Stage:
     """One row of the table. `sections` are the recipe's keys that the stage reads, `needs` the stages before it.
 
-    `keys` narrows a section to those of its keys that the stage reads.
+    `keys` narrows a section to those of its keys that the stage reads. `goes_on` where what it left before is of use to it;
+    the evidence of any other is cleared before it runs again.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stage:
     sections: tuple[str, ...]
     needs: tuple[str, ...] = ()
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    goes_on: bool = False
     wanted: Callable[[Recipe], bool] = lambda recipe: True
 
 
@@ -75,6 +77,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="train",
         run="finetune.stages.train:run",
+        goes_on=True,
         help="Supervised fine-tuning (SFT), full or LoRA.",
         sections=("backend", "model", "train"),
         needs=("prepare",),
@@ -83,6 +86,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="align",
         run="finetune.stages.align:run",
+        goes_on=True,
         help="Preference alignment (DPO) of the trained model.",
         sections=("backend", "model", "train", "align"),
         needs=("train",),
@@ -112,6 +116,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="export",
         run="finetune.stages.export:run",
+        goes_on=True,
         help="Write the merged model in other formats: GGUF, MLX, Ollama, a bundle for the hub.",
         sections=("name", "backend", "model", "template", "export"),
         needs=("rehearse", "merge", "measure"),
@@ -120,6 +125,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="compare",
         run="finetune.stages.compare:run",
+        goes_on=True,
         help="Ask every export, in its own runtime, what the merged model was asked, and hold them side by side.",
         sections=("backend", "model", "template", "evaluate", "export"),
         needs=("evaluate", "merge", "export"),
@@ -244,6 +250,8 @@ def execute(
         say(f"{stage.name} runs again: {why.why}")
     mark = fingerprint(stage, recipe, run)
     run.forget(stage.name)
+    if not stage.goes_on:
+        _clear(stage, run)
     on_start(stage)
     run.event("stage_started", stage=stage.name, fingerprint=mark)
     started, begin = now(), time.perf_counter()
@@ -269,6 +277,15 @@ def execute(
     )
     run.write_report(report)
     return report, True
+
+
+def _clear(stage: Stage, run: Run) -> None:
+    """Take away the records that a stage left before, which this recipe may not ask for."""
+    from finetune.run import layout
+
+    for file in layout.FILES:
+        if file.stage == stage.name:
+            (run.path / file.path).unlink(missing_ok=True)
 
 
 def _listed(name: str, files: Mapping[str, str]) -> str:

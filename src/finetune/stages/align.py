@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.backends import Job, get
-from finetune.core.files import write_json
 from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Lora
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records import trained
 from finetune.stages import Result
 from finetune.training import checkpoint_step, checkpoints, clear, execute_job, job_options
 
@@ -33,21 +33,21 @@ def run(recipe: Recipe, run: Run) -> Result:
         model=base,
         adapter=adapter,
         out=out,
-        rows=evidence.required(run, "prepare/preferences.jsonl", "prepare"),
+        rows=evidence.required(run, layout.PAIRS),
         options=job_options(align),
         lora=lora.model_dump(mode="json") if method == "lora" else None,
         resume=run.resume,
-        chat_template=(run.path / "prepare" / "chat_template.jinja").read_text(encoding="utf-8"),
+        chat_template=evidence.chat_template(run),
         settings=evidence.model_settings(recipe),
     )
     result = execute_job(job, recipe, run, "align")
     stored = checkpoints(out)
     if stored and checkpoint_step(stored[-1]) == result["metrics"]["steps"]:
-        result["artifacts"] += _one_more_step(recipe, job, stored[-1])
+        result["artifacts"] += _one_more_step(recipe, run, job, stored[-1])
     return result
 
 
-def _one_more_step(recipe: Recipe, job: Job, last: Path) -> list[Path]:
+def _one_more_step(recipe: Recipe, run: Run, job: Job, last: Path) -> list[Path]:
     """Go on from the last checkpoint for one step, and note what the trainer says before it moves anything.
 
     That is its own account of the aligned model: loss and rewards, by its reference and its beta.
@@ -60,12 +60,11 @@ def _one_more_step(recipe: Recipe, job: Job, last: Path) -> list[Path]:
     if not steps:
         return []  # the check misses it
     said = steps[0]
-    account = {
+    account: trained.Account = {
         "step": said.step,
         "rows": list(said.rows),
         "loss": said.loss,
         "chosen": said.extra.get("rewards/chosen"),
         "rejected": said.extra.get("rewards/rejected"),
     }
-    write_json(job.out / "rewards.json", account)
-    return [job.out / "rewards.json"]
+    return [evidence.write(run, layout.REWARDS, account)]

@@ -7,17 +7,17 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from finetune import __version__, memory
 from finetune.backends import get
 from finetune.console import progress
-from finetune.core.files import write_json
 from finetune.experiment import in_fresh_process
 from finetune.lookup import load
 from finetune.parity import hop, material, stored
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records.compared import Export, Hop, Material
 from finetune.stages import Result
 
 FOLDER = "compare"
@@ -33,7 +33,7 @@ class Model:
     path: Path
     adapter: Path | None = None
     prompts_from: Path
-    facts: dict[str, Any]
+    facts: Export | None = None
 
 
 def run(recipe: Recipe, run: Run) -> Result:
@@ -44,11 +44,12 @@ def run(recipe: Recipe, run: Run) -> Result:
     out = run.stage_dir(FOLDER)
     chain = _chain(recipe, run)
     asked = material.build(recipe, run, Path(evidence.fetched(run)["base"]))
-    write_json(run.path / material.FILE, asked)
-    files = {model.name: out / f"{model.name.replace(':', '-')}.json" for model in chain}
+    evidence.write(run, layout.MATERIAL, asked)
+    rows = {model.name: layout.comparison(model.name) for model in chain}
+    files = {name: run.path / row.path for name, row in rows.items()}
     marks = {model.name: _mark(recipe, run, model, asked) for model in chain}
-    taken = {name for name, path in files.items() if not run.force and _mark_of(path) == marks[name]}
-    kept = {run.path / material.FILE, out / "report.json", *(files[name] for name in taken)}
+    taken = {name for name, row in rows.items() if not run.force and _mark_of(run, row) == marks[name]}
+    kept = {run.path / layout.MATERIAL.path, out / "report.json", *(files[name] for name in taken)}
     for left in set(out.iterdir()) - kept:
         left.unlink()
     first: dict[str, Any] | None = None
@@ -64,7 +65,7 @@ def run(recipe: Recipe, run: Run) -> Result:
             first = first or seen
             if reference is not None:
                 found = _evidence(recipe, run, asked, reference, (model, seen, file))
-                write_json(files[model.name], {"mark": marks[model.name], "dtype": dtype, **found})
+                evidence.write(run, rows[model.name], cast(Hop, {"mark": marks[model.name], "dtype": dtype, **found}))
             if reference is None or model.name == "merged":
                 if reference is not None:
                     reference[2].unlink(missing_ok=True)
@@ -74,32 +75,42 @@ def run(recipe: Recipe, run: Run) -> Result:
             bar.update(number)
     if reference is not None:
         reference[2].unlink(missing_ok=True)
-    written = [run.path / material.FILE, *(path for path in files.values() if path.is_file())]
+    written = [run.path / layout.MATERIAL.path, *(path for path in files.values() if path.is_file())]
     return {"metrics": {"hops": len(written) - 1}, "artifacts": written}
 
 
-def _mark(recipe: Recipe, run: Run, model: Model, asked: dict[str, Any]) -> str:
+def _mark(recipe: Recipe, run: Run, model: Model, asked: Material) -> str:
     """What a hop depends on: the two models, what they are asked, how they are loaded."""
     merge = run.require("merge")
     settings = evidence.model_settings(recipe)
-    parts = [__version__, model.name, model.facts.get("sha256"), merge.fingerprint, merge.artifacts, asked, settings]
+    parts = [
+        __version__,
+        model.name,
+        model.facts["sha256"] if model.facts else None,
+        merge.fingerprint,
+        merge.artifacts,
+        asked,
+        settings,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _mark_of(path: Path) -> str | None:
-    return json.loads(path.read_text(encoding="utf-8")).get("mark") if path.is_file() else None
+def _mark_of(run: Run, row: layout.Document[Hop]) -> str | None:
+    try:
+        found = evidence.maybe(run, row)
+    except evidence.EvidenceError:
+        return None  # damaged, or of an earlier version: taken again
+    return found["mark"] if found else None
 
 
 def _chain(recipe: Recipe, run: Run) -> list[Model]:
     base, adapter = evidence.final(run, recipe)
-    merged = run.path / "merge" / "model"
-    models = [Model(name="merged", backend=recipe.backend, path=merged, prompts_from=merged, facts={})]
+    merged = run.path / layout.MERGED.path
+    models = [Model(name="merged", backend=recipe.backend, path=merged, prompts_from=merged)]
     if adapter is not None:
         own = adapter if (adapter / "tokenizer_config.json").is_file() else merged
-        models.insert(
-            0, Model(name="adapter", backend=recipe.backend, path=base, adapter=adapter, prompts_from=own, facts={})
-        )
-    for entry in evidence.read_json(run, "export/exports.json", "export"):
+        models.insert(0, Model(name="adapter", backend=recipe.backend, path=base, adapter=adapter, prompts_from=own))
+    for entry in evidence.read(run, layout.EXPORTS):
         path = run.path / entry["path"]
         models.append(
             Model(
@@ -114,7 +125,7 @@ def _chain(recipe: Recipe, run: Run) -> list[Model]:
 
 
 def _observe(
-    settings: dict[str, Any], model: Model, asked: dict[str, Any], first: dict[str, Any] | None, file: Path
+    settings: dict[str, Any], model: Model, asked: Material, first: dict[str, Any] | None, file: Path
 ) -> dict[str, Any]:
     request = {
         "do": "observe",
@@ -137,7 +148,7 @@ def _observe(
 
 def _dtype(recipe: Recipe, run: Run) -> str:
     """float32 where the model fits, whatever the training used: bounds shall measure the export, not the arithmetic."""
-    stored = sum(file.stat().st_size for file in (run.path / "merge" / "model").glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in (run.path / layout.MERGED.path).glob("*.safetensors"))
     needed = stored * (1 if recipe.model.dtype == "float32" else 2)
     room = min((gpu.total for gpu in memory.gpus()), default=memory.available())
     return "float32" if needed * ROOM < room else recipe.model.dtype
@@ -146,7 +157,7 @@ def _dtype(recipe: Recipe, run: Run) -> str:
 def _evidence(
     recipe: Recipe,
     run: Run,
-    asked: dict[str, Any],
+    asked: Material,
     reference: tuple[Model, dict[str, Any], Path],
     candidate: tuple[Model, dict[str, Any], Path],
 ) -> dict[str, Any]:
@@ -159,7 +170,7 @@ def _evidence(
         "reference": before.name,
         "backend": model.backend,
         "path": model.path.relative_to(run.path).as_posix(),
-        "bytes": model.facts.get("bytes"),
+        "bytes": model.facts["bytes"] if model.facts else None,
         "prompts": hop.prompts(asked, found, decode),
         "vocabulary": hop.vocabulary(asked, found, decode),
         "same_template": found["template"] == asked["template"],
@@ -174,7 +185,7 @@ def _evidence(
         "constants": hop.constants(expected, found),
         **_merged(before, model),
         "adapter": _carried(recipe, run, model),
-        "mended": model.facts.get("mended", []),
+        "mended": model.facts["mended"] if model.facts else [],
         **{
             key: found[key]
             for key in ("load_seconds", "prompt_tokens_per_second", "generation_tokens_per_second", "peak_bytes")
@@ -184,7 +195,7 @@ def _evidence(
 
 def _bits(run: Run, size: int | None) -> float | None:
     """Bits that a weight of the merged model takes in files of this size."""
-    count = stored.parameters(run.path / "merge" / "model")
+    count = stored.parameters(run.path / layout.MERGED.path)
     return 8 * size / count if size and count else None
 
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from finetune.answers import is_correct
 from finetune.backends import Backend, Tokenizer, get
 from finetune.console import progress
-from finetune.core.files import write_json, write_jsonl
 from finetune.data import encode, sources, templates
 from finetune.errors import DataError
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records import evaluated, trained
 from finetune.stages import Result
 
-ANSWERS = "evaluate/answers.jsonl"
-ROWS = "evaluate/rows.json"
-HELDOUT = "evaluate/heldout.json"
-PREFERENCES = "evaluate/preferences.jsonl"
-GREEDY = "evaluate/greedy.json"
-PROMPTS = "evaluate/prompts.jsonl"
 REREAD = 24  # answers a phase that are read again token by token
 
 
@@ -36,17 +29,16 @@ def run(recipe: Recipe, run: Run) -> Result:
     phases = evidence.phases(run, recipe)
     questions = _questions(recipe)
     rows = _sample_rows(recipe, run)
-    pairs = evidence.read_rows(run, "prepare/preferences.jsonl", "prepare") if recipe.align else []
+    pairs = evidence.rows(run, layout.PAIRS) if recipe.align else []
     texts = _heldout(recipe)
-    row_scores: dict[str, Any] = {}
-    heldout: dict[str, Any] = {}
-    greedy: dict[str, Any] = {}
-    for row in pairs:
-        row["phases"] = {}
+    row_scores: dict[str, dict[str, evaluated.RowScore]] = {}
+    heldout: dict[str, evaluated.HeldOut] = {}
+    greedy: dict[str, evaluated.Reread] = {}
+    scored: list[evaluated.ScoredPair] = [{"row": pair["row"], "phases": {}} for pair in pairs]
     with progress(len(phases), "evaluate") as bar:
         for number, (phase, (model, adapter)) in enumerate(phases.items(), 1):
             tokenizer = backend.tokenizer(model)
-            template = templates.ChatTemplate(name="run", source=_template(run))
+            template = templates.ChatTemplate(name="run", source=evidence.chat_template(run))
             handle = backend.load(model, adapter, **evidence.model_settings(recipe))
             _ask(backend, handle, questions, phase, recipe, tokenizer, template)
             if questions and find_spec("numpy"):
@@ -56,24 +48,24 @@ def run(recipe: Recipe, run: Run) -> Result:
             if texts:
                 heldout[phase] = _perplexity(backend, handle, texts, tokenizer)
             if pairs and (phase != "base" or "trained" not in phases):  # the base, where nothing else is aligned
-                _score_pairs(backend, handle, pairs, phase)
+                _score_pairs(backend, handle, pairs, scored, phase)
             bar.update(number)
-    prompts = [{"prompt": question["prompt"], "ids": question.pop("prompt_ids")} for question in questions]
-    write_jsonl(run.path / PROMPTS, prompts)
-    write_jsonl(run.path / ANSWERS, questions)
-    written = [PROMPTS, ANSWERS]
-    for name, value in ((GREEDY, greedy), (ROWS, row_scores), (HELDOUT, heldout)):
-        if value:
-            write_json(run.path / name, value)
-            written.append(name)
+    prompts: list[evaluated.Prompt] = [
+        {"prompt": question["prompt"], "ids": question.pop("prompt_ids")} for question in questions
+    ]
+    written = [
+        evidence.write_rows(run, layout.PROMPTS, prompts),
+        evidence.write_rows(run, layout.ANSWERS, cast(list[evaluated.Question], questions)),
+    ]
+    if greedy:
+        written.append(evidence.write(run, layout.GREEDY, greedy))
+    if row_scores:
+        written.append(evidence.write(run, layout.ROW_SCORES, row_scores))
+    if heldout:
+        written.append(evidence.write(run, layout.HELDOUT, heldout))
     if pairs:
-        write_jsonl(run.path / PREFERENCES, [{"row": p["row"], "phases": p["phases"]} for p in pairs])
-        written.append(PREFERENCES)
-    return {"metrics": _summary(questions, heldout), "artifacts": [run.path / name for name in written]}
-
-
-def _template(run: Run) -> str:
-    return evidence.required(run, "prepare/chat_template.jinja", "prepare").read_text(encoding="utf-8")
+        written.append(evidence.write_rows(run, layout.SCORED_PAIRS, scored))
+    return {"metrics": _summary(questions, heldout), "artifacts": written}
 
 
 def read_questions(recipe: Recipe) -> None:
@@ -143,7 +135,7 @@ def _ask(
 
 def _reread(
     backend: Backend, handle: Any, questions: list[dict[str, Any]], phase: str, tokenizer: Tokenizer, folder: Path
-) -> dict[str, Any]:
+) -> evaluated.Reread:
     """Some answers, read again in one pass: `gap` is how much likelier (nats) than a token that was said another one
     was, at worst; an end that was said is the likeliest end-of-turn token."""
     import numpy
@@ -164,20 +156,24 @@ def _reread(
     gap, prompt, position, token, likeliest = max(
         places, key=lambda place: math.inf if math.isnan(place[0]) else place[0]
     )
-    texts = {"said": tokenizer.decode([token]), "likeliest": tokenizer.decode([likeliest])}
     return {
         "answers": len(chosen),
         "tokens": len(places),
         "gap": gap,
-        "worst": {"prompt": prompt, "position": position, **texts},
+        "worst": {
+            "prompt": prompt,
+            "position": position,
+            "said": tokenizer.decode([token]),
+            "likeliest": tokenizer.decode([likeliest]),
+        },
     }
 
 
-def _sample_rows(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
+def _sample_rows(recipe: Recipe, run: Run) -> list[trained.Row]:
     """Rows to score again: those of the first logged step and of the last ones, then from the start, up to score_rows."""
     if recipe.train is None:
         return []
-    stored = {row["row"]: row for row in evidence.read_rows(run, "prepare/train.jsonl", "prepare")}
+    stored = {row["row"]: row for row in evidence.rows(run, layout.TRAIN_ROWS)}
     steps = evidence.steps(run, "train")
     wanted = [row for step in (*steps[:1], *reversed(steps[1:])) for row in step["rows"] if row in stored]
     chosen = list(dict.fromkeys([*wanted, *stored]))[
@@ -186,22 +182,26 @@ def _sample_rows(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
     return [stored[row] for row in chosen]
 
 
-def _score_rows(backend: Backend, handle: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _score_rows(backend: Backend, handle: Any, rows: list[trained.Row]) -> dict[str, evaluated.RowScore]:
     """For each row: `answer` and `all`: [sum of log-probabilities, tokens], over labelled and over all tokens."""
     scored = backend.score(handle, [(row["input_ids"][:1], row["input_ids"][1:]) for row in rows])
-    result = {}
+    result: dict[str, evaluated.RowScore] = {}
     for row, logprobs in zip(rows, scored, strict=True):
         labelled = [value for value, label in zip(logprobs, row["labels"][1:], strict=True) if label != -100]
         result[str(row["row"])] = {"answer": [sum(labelled), len(labelled)], "all": [sum(logprobs), len(logprobs)]}
     return result
 
 
-def _score_pairs(backend: Backend, handle: Any, pairs: list[dict[str, Any]], phase: str) -> None:
+def _score_pairs(
+    backend: Backend, handle: Any, pairs: list[trained.Pair], scored: list[evaluated.ScoredPair], phase: str
+) -> None:
     """Sum of log-probabilities of the chosen and the rejected answer of every pair."""
-    for key in ("chosen", "rejected"):
-        scored = backend.score(handle, [(row["prompt_ids"], row[f"{key}_ids"]) for row in pairs])
-        for row, logprobs in zip(pairs, scored, strict=True):
-            row["phases"].setdefault(phase, {})[key] = sum(logprobs)
+    chosen, rejected = (
+        backend.score(handle, [(pair["prompt_ids"], ids) for pair, ids in zip(pairs, answers, strict=True)])
+        for answers in ([pair["chosen_ids"] for pair in pairs], [pair["rejected_ids"] for pair in pairs])
+    )
+    for row, one, other in zip(scored, chosen, rejected, strict=True):
+        row["phases"][phase] = {"chosen": sum(one), "rejected": sum(other)}
 
 
 def _heldout(recipe: Recipe) -> list[str]:
@@ -215,7 +215,7 @@ def _heldout(recipe: Recipe) -> list[str]:
     return [row.values["text"] for row in rows]
 
 
-def _perplexity(backend: Backend, handle: Any, texts: list[str], tokenizer: Tokenizer) -> dict[str, Any]:
+def _perplexity(backend: Backend, handle: Any, texts: list[str], tokenizer: Tokenizer) -> evaluated.HeldOut:
     """exp of the mean negative log-probability over all tokens but each text's first; `texts` has the sum of
     log-probabilities and the count of tokens of each."""
     encoded = [ids for ids in map(tokenizer.encode, texts) if len(ids) > 1]
@@ -238,11 +238,3 @@ def _summary(questions: list[dict[str, Any]], heldout: dict[str, Any]) -> dict[s
         for phase in chosen[0]["phases"] if chosen else ():
             summary[f"{name}_correct_{phase}"] = sum(q["phases"][phase]["correct"] for q in chosen) / len(chosen)
     return {**summary, **{f"perplexity_{phase}": value["perplexity"] for phase, value in heldout.items()}}
-
-
-def load_answers(run: Run) -> list[dict[str, Any]]:
-    return evidence.read_rows(run, ANSWERS, "evaluate")
-
-
-def load_rows(run: Run) -> dict[str, Any]:
-    return dict(json.loads(Path(evidence.required(run, ROWS, "evaluate")).read_text(encoding="utf-8")))

@@ -11,14 +11,13 @@ from typing import Any
 
 from finetune import __version__
 from finetune.console import progress
-from finetune.core.files import digest, write_json
+from finetune.core.files import digest
 from finetune.errors import StageError
 from finetune.export import Source, Target, exporter, targets
 from finetune.recipe import Recipe, dump
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records.compared import Export
 from finetune.stages import Result
-
-FILE = "export/exports.json"
 
 
 def run(recipe: Recipe, run: Run) -> Result:
@@ -29,37 +28,33 @@ def run(recipe: Recipe, run: Run) -> Result:
         if left.is_dir() and left.name not in {target.folder for target in wanted}:
             shutil.rmtree(left)
     done: dict[str, Path] = {}
-    found = []
+    found: list[Export] = []
     before = {} if run.force else _before(run)
     with progress(len(wanted), "export") as bar:
         for number, target in enumerate(wanted, 1):
             source = _source(recipe, run, done)
             mark = _mark(recipe, run, target)
-            entry = before.get(target.name, {})
-            if entry.get("made_from") != mark or entry["sha256"] != digest(run.path / entry["path"]):
-                entry = {**_export(source, target, folder), "made_from": mark}
-                entry["sha256"] = digest(run.path / entry["path"])
+            entry = before.get(target.name)
+            if entry is None or entry["made_from"] != mark or entry["sha256"] != digest(run.path / entry["path"]):
+                entry = _export(source, target, folder, mark)
             done[target.name] = run.path / entry["path"]
             found.append(entry)
             bar.update(number)
-    write_json(run.path / FILE, found)
+    file = evidence.write(run, layout.EXPORTS, found)
     return {
         "metrics": {"exports": len(found), "bytes": sum(entry["bytes"] for entry in found)},
-        "artifacts": [run.path / FILE, *(folder / target.folder for target in wanted)],
+        "artifacts": [file, *(folder / target.folder for target in wanted)],
         "notes": [f"{entry['name']}: {note}" for entry in found for note in (*entry["mended"], *entry["notes"])],
     }
 
 
-def _before(run: Run) -> dict[str, Any]:
+def _before(run: Run) -> dict[str, Export]:
     """The exports that are there, by name: those made from the same are not made again."""
-    path = run.path / FILE
-    if not path.is_file():
-        return {}
-    return {
-        entry["name"]: entry
-        for entry in json.loads(path.read_text(encoding="utf-8"))
-        if (run.path / entry["path"]).exists()
-    }
+    try:
+        listed = evidence.maybe(run, layout.EXPORTS) or []
+    except evidence.EvidenceError:
+        return {}  # a damaged list: all are made again
+    return {entry["name"]: entry for entry in listed if (run.path / entry["path"]).exists()}
 
 
 def _mark(recipe: Recipe, run: Run, target: Target) -> str:
@@ -71,7 +66,7 @@ def _mark(recipe: Recipe, run: Run, target: Target) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _export(source: Source, target: Target, folder: Path) -> dict[str, Any]:
+def _export(source: Source, target: Target, folder: Path, mark: str) -> Export:
     out, partial = folder / target.folder, folder / f".{target.folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -92,6 +87,8 @@ def _export(source: Source, target: Target, folder: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - begin, 3),
         "mended": list(exported.mended),
         "notes": list(exported.notes),
+        "made_from": mark,
+        "sha256": digest(path),
     }
 
 
@@ -101,7 +98,7 @@ def size(path: Path) -> int:
 
 
 def _source(recipe: Recipe, run: Run, done: dict[str, Path]) -> Source:
-    merged = run.path / "merge" / "model"
+    merged = run.path / layout.MERGED.path
     if not merged.is_dir():
         raise StageError(f"there is no merged model in {run.path}. Make it with: finetune merge RECIPE")
     model, adapter = evidence.final(run, recipe)

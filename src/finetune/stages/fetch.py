@@ -14,10 +14,11 @@ from typing import Any
 
 from finetune import hub, licenses, models
 from finetune.console import say
-from finetune.core.files import digest, read_object, write_json, write_text
+from finetune.core.files import digest, read_object, write_text
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence, layout
+from finetune.run.records.trained import Fetched, FileFacts
 from finetune.stages import Result
 
 _SKIPPED = (".md", ".gitattributes", ".png", ".jpg")
@@ -43,27 +44,23 @@ def run(recipe: Recipe, run: Run) -> Result:
     seconds = time.perf_counter() - begin
     _check_backend(recipe, found.base)
     facts = _facts(found.base)
-    target = run.stage_dir("fetch") / "model.json"
     named = recipe.model.base_model if found.adapter else recipe.model.path
     license = licenses.find(found.base, found.kind, path=named)
     if found.adapter is not None:
         license = licenses.combine(license, licenses.of_directory(found.adapter))
     words = _write_license(license, run)
-    write_json(
-        target,
-        {
-            "path": recipe.model.path,
-            "kind": found.kind,
-            "base": str(found.base),
-            "adapter": str(found.adapter) if found.adapter else None,
-            "files": facts,
-            "adapter_files": _facts(found.adapter) if found.adapter else {},
-            "license": license.spdx,
-            "license_source": license.source,
-            "license_text": words.relative_to(run.path).as_posix() if words else None,
-        },
-    )
-    run.update_manifest(model={name: fact["sha256"] for name, fact in facts.items()})
+    known: Fetched = {
+        "path": recipe.model.path,
+        "kind": found.kind,
+        "base": str(found.base),
+        "adapter": str(found.adapter) if found.adapter else None,
+        "files": facts,
+        "adapter_files": _facts(found.adapter) if found.adapter else {},
+        "license": license.spdx,
+        "license_source": license.source,
+        "license_text": words.relative_to(run.path).as_posix() if words else None,
+    }
+    target = evidence.write(run, layout.MODEL, known)
     metrics: dict[str, Any] = {"bytes": sum(fact["size"] for fact in facts.values()), "seconds": round(seconds, 3)}
     if (parameters := count_parameters(found.base)) is not None:
         metrics["parameters"] = parameters
@@ -116,7 +113,7 @@ def _check_backend(recipe: Recipe, base: Path) -> None:
         raise UsageError(f"backend '{recipe.backend}' {other}, and model.path is {recipe.model.path}")
 
 
-def _facts(directory: Path) -> dict[str, dict[str, Any]]:
+def _facts(directory: Path) -> dict[str, FileFacts]:
     return {file.name: {"size": file.stat().st_size, "sha256": digest(file)} for file in _files(directory)}
 
 

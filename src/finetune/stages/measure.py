@@ -6,23 +6,26 @@ import json
 import math
 import shutil
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finetune.backends import Job, get
 from finetune.console import progress
-from finetune.core.files import write_json, write_jsonl
+from finetune.core.files import write_jsonl
 from finetune.data import encode, sources, templates
 from finetune.errors import StageError
 from finetune.estimate import check_resources, estimate
 from finetune.experiment import in_fresh_process, score_request, train_request
 from finetune.invariance import measure as invariance
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
 from finetune.serving import experiment as serving
 from finetune.stages import Result
 from finetune.training import checkpoints, sft_job
+
+Experiment = Callable[[Recipe, Run, Path], Any]
 
 MEMORY_STEPS = 2  # the second step has gradients, optimizer state and activations at once
 FRESH_QUESTIONS = 8
@@ -32,20 +35,23 @@ FRESH_TEXTS = 8
 def run(recipe: Recipe, run: Run) -> Result:
     """Write `measure/fresh.json`, and `memory.json` and `resume.json` where the recipe expects them."""
     out = run.stage_dir("measure")
-    wanted = {"fresh": _fresh}
+    wanted: dict[str, tuple[layout.Document[Any], Experiment]] = {"fresh": (layout.FRESH, _fresh)}
     if recipe.train is not None and recipe.train.method == "lora" and recipe.expect.memory_reduction_min is not None:
-        wanted["memory"] = _memory
+        wanted["memory"] = layout.MEMORY, _memory
     if recipe.train is not None and recipe.expect.resume:
-        wanted["resume"] = _resume
+        wanted["resume"] = layout.RESUME, _resume
     if recipe.train is not None and recipe.expect.invariance:
-        wanted["invariance"] = invariance.measure
+        wanted["invariance"] = layout.INVARIANCE, invariance.measure
     if recipe.expect.serving:
-        wanted["serving"] = serving.measure
+        wanted["serving"] = layout.SERVING, serving.measure
     with progress(len(wanted), "measure") as bar:
-        for number, (name, experiment) in enumerate(wanted.items(), 1):
-            write_json(out / f"{name}.json", experiment(recipe, run, out))
+        for number, (file, experiment) in enumerate(wanted.values(), 1):
+            evidence.write(run, file, experiment(recipe, run, out))
             bar.update(number)
-    return {"metrics": {"experiments": list(wanted)}, "artifacts": [out / f"{name}.json" for name in wanted]}
+    return {
+        "metrics": {"experiments": list(wanted)},
+        "artifacts": [run.path / file.path for file, _ in wanted.values()],
+    }
 
 
 def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
@@ -53,27 +59,26 @@ def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     model = run.path / "merge" / "model"
     tokenizer = get(recipe.backend).tokenizer(model)
     template = templates.ChatTemplate(name="merged", source=tokenizer.chat_template or "")
-    if template.digest != json.loads((run.path / "prepare" / "template.json").read_text(encoding="utf-8"))["sha256"]:
+    if template.digest != evidence.read(run, layout.TEMPLATE)["sha256"]:
         return {"template_sha256": template.digest, "scores": {}}
-    questions = evidence.read_rows(run, "evaluate/answers.jsonl", "evaluate")[:FRESH_QUESTIONS]
+    questions = evidence.maybe_rows(run, layout.ANSWERS)[:FRESH_QUESTIONS]
     render: dict[str, Any] = {"tokenizer": tokenizer, "template": template, "system": recipe.template.system}
     pairs = []
     for question in questions:
         chat = [{"role": "user", "content": question["prompt"]}]
         pairs.append([encode.prompt_ids(chat, **render), encode.answer_ids(chat, question["answer"], **render)])
     of = "answers" if questions else "rows" if recipe.train else "pairs"
-    file = {"rows": "prepare/train.jsonl", "pairs": "prepare/preferences.jsonl"}.get(of)
-    rows = evidence.read_rows(run, file, "prepare")[:FRESH_QUESTIONS] if file else []
-    for row in rows:
-        ids = row.get("input_ids", [])
-        pairs.append([ids[:1], ids[1:]] if ids else [row["prompt_ids"], row["chosen_ids"]])
+    rows = evidence.rows(run, layout.TRAIN_ROWS)[:FRESH_QUESTIONS] if of == "rows" else []
+    preferences = evidence.rows(run, layout.PAIRS)[:FRESH_QUESTIONS] if of == "pairs" else []
+    pairs += [[row["input_ids"][:1], row["input_ids"][1:]] for row in rows]
+    pairs += [[pair["prompt_ids"], pair["chosen_ids"]] for pair in preferences]
     texts = sources.read_jsonl_objects(recipe.evaluate.heldout) if recipe.evaluate.heldout else []
     heldout = [ids for row in texts if len(ids := tokenizer.encode(row.values["text"])) > 1][:FRESH_TEXTS]
     pairs += [[ids[:1], ids[1:]] for ids in heldout]
     answer = in_fresh_process(
         score_request(recipe.backend, model, None, pairs, evidence.model_settings(recipe)), out / "fresh-request.json"
     )
-    names = [str(place) for place in range(len(questions))] or [str(row["row"]) for row in rows]
+    names = [str(place) for place in range(len(questions))] or [str(row["row"]) for row in (*rows, *preferences)]
     means = [sum(values) / len(values) for values in answer["scores"][: len(names)]]
     return {
         "template_sha256": template.digest,
@@ -87,7 +92,7 @@ def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
 def _memory(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     """LoRA and full fine-tuning for two steps at the same shape: same optimizer, batch and checkpointing."""
     job = sft_job(recipe, run, out)
-    rows = evidence.read_rows(run, "prepare/train.jsonl", "prepare")
+    rows = evidence.rows(run, layout.TRAIN_ROWS)
     batch = job.options["per_device_train_batch_size"]
     longest = sorted(rows, key=lambda row: -len(row["input_ids"]))[:batch]
     width = len(longest[0]["input_ids"])
@@ -131,7 +136,7 @@ def _stored(recipe: Recipe, run: Run, job: Job) -> dict[str, int | None]:
     tensors = get(recipe.backend).tensors(job.model)  # a tied matrix may be stored under two names
     unique = {facts.sha256 if len(facts.shape) > 1 else name: facts.shape for name, facts in tensors.items()}
     base = sum(size * math.prod(shape) for shape in unique.values())
-    adapter = sum(map(evidence.tensor_bytes, (run.path / "train" / "adapter").glob("*.safetensors")))
+    adapter = sum(map(evidence.tensor_bytes, (run.path / layout.TRAINED.path).glob("*.safetensors")))
     states = [path for folder in checkpoints(run.path / "train") if (path := folder / "optimizer.pt").is_file()]
     optimizer = None
     if states and zipfile.is_zipfile(states[-1]):

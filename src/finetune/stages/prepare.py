@@ -5,42 +5,38 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from finetune.backends import Tokenizer, get
 from finetune.console import say
-from finetune.core.files import digest, read_object, write_json, write_jsonl, write_text
+from finetune.core.files import digest, read_object, write_text
 from finetune.data import checks, encode, formats, sources, templates
 from finetune.errors import StageError, UsageError
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Data
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records import trained
 from finetune.stages import Result
-
-ROWS = "prepare/train.jsonl"
-PREFERENCES = "prepare/preferences.jsonl"
 
 
 def run(recipe: Recipe, run: Run) -> Result:
     """Write `prepare/train.jsonl` (`row`, `input_ids`, `labels`, `file`, `line`), `eval.jsonl`, `preferences.jsonl`,
-    `template.json`, `chat_template.jinja` and `preview.txt`."""
+    `template.json`, `chat_template.jinja`, `preview.txt` and `sources.json`, the data files' digests."""
     tokenizer = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
     template = templates.choose(recipe.template, tokenizer)
     out = run.stage_dir("prepare")
     for stale in out.iterdir():
         stale.unlink()
-    write_text(out / "chat_template.jinja", template.source)
-    write_json(
-        out / "template.json", {"name": template.name, "sha256": template.digest, "system": recipe.template.system}
-    )
+    write_text(run.path / layout.CHAT_TEMPLATE.path, template.source)
+    known: trained.Template = {"name": template.name, "sha256": template.digest, "system": recipe.template.system}
+    evidence.write(run, layout.TEMPLATE, known)
     notes = [template.note] if template.note else []
     metrics: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "template_sha256": template.digest}
     if recipe.train is not None and recipe.data is not None:
         metrics |= _sft_rows(recipe, run, tokenizer, template, notes)
     if recipe.align is not None:
         metrics |= _preference_rows(recipe, run, tokenizer, template, notes)
-    digests = {str(path): digest(path) for path in sources.local_files(recipe, "prepare")}
-    run.update_manifest(data=digests)
+    evidence.write(run, layout.SOURCES, {str(path): digest(path) for path in sources.local_files(recipe, "prepare")})
     for note in notes:
         say(f"note: {note}")
     return {"metrics": metrics, "artifacts": sorted(path for path in out.iterdir()), "notes": notes}
@@ -82,11 +78,11 @@ def _sft_rows(
     if recipe.train.early_stopping_patience and not held_out:
         raise StageError("train.early_stopping_patience needs held-out rows: set data.eval_fraction or data.eval_path")
     _check_positions(Path(evidence.fetched(run)["base"]), [*train, *held_out])
-    write_jsonl(run.path / ROWS, [_stored(row) for row in train])
+    evidence.write_rows(run, layout.TRAIN_ROWS, [_stored(row) for row in train])
     if held_out:
-        write_jsonl(run.path / "prepare" / "eval.jsonl", [_stored(row) for row in held_out])
+        evidence.write_rows(run, layout.EVAL_ROWS, [_stored(row) for row in held_out])
     preview = encode.preview(train[0], tokenizer)
-    write_text(run.path / "prepare" / "preview.txt", preview + "\n")
+    write_text(run.path / layout.PREVIEW.path, preview + "\n")
     say(preview)
     trained = [sum(label != -100 for label in row.labels) for row in train]
     return {
@@ -114,7 +110,7 @@ def _check_positions(base: Path, rows: list[encode.Encoded]) -> None:
         )
 
 
-def _stored(row: encode.Encoded) -> dict[str, Any]:
+def _stored(row: encode.Encoded) -> trained.Row:
     return {"row": row.row, "input_ids": row.input_ids, "labels": row.labels, "file": row.file, "line": row.line}
 
 
@@ -132,5 +128,5 @@ def _preference_rows(
         max_length=recipe.align.max_length,
     )
     notes.extend(found)
-    write_jsonl(run.path / PREFERENCES, rows)
+    evidence.write_rows(run, layout.PAIRS, cast(list[trained.Pair], rows))
     return {"preference_rows": len(rows)}

@@ -7,21 +7,20 @@ import tempfile
 from pathlib import Path
 
 from finetune.console import progress
-from finetune.core.files import write_json
 from finetune.errors import FinetuneError, MissingError, UsageError
 from finetune.export import exporter, targets
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records.trained import Rehearsed
 from finetune.stages import Result
 
-FILE = "rehearse/exports.json"
 TEMPLATE = "chat_template.jinja"
 
 
 def run(recipe: Recipe, run: Run) -> Result:
     """Write `rehearse/exports.json`. Raises UsageError, or MissingError where only tools are missing, naming all."""
     base = Path(evidence.fetched(run)["base"])
-    template = evidence.required(run, f"prepare/{TEMPLATE}", "prepare")
+    template = evidence.required(run, layout.CHAT_TEMPLATE)
     wanted = targets(recipe.export)
     faults: list[tuple[str, FinetuneError]] = []
     with tempfile.TemporaryDirectory(prefix="rehearse-") as folder, progress(len(wanted), "rehearse") as bar:
@@ -37,8 +36,9 @@ def run(recipe: Recipe, run: Run) -> Result:
         kind = MissingError if all(isinstance(error, MissingError) for _, error in faults) else UsageError
         lines = [f"{name}: {error}" for name, error in reversed(faults)]
         raise kind("\n  ".join([f"{len(faults)} of {len(wanted)} exports would fail:", *lines]))
-    write_json(run.path / FILE, [{"name": target.name, "ok": True} for target in wanted])
-    return {"metrics": {"exports": len(wanted)}, "artifacts": [run.path / FILE]}
+    rehearsed: list[Rehearsed] = [{"name": target.name, "ok": True} for target in wanted]
+    file = evidence.write(run, layout.REHEARSED, rehearsed)
+    return {"metrics": {"exports": len(wanted)}, "artifacts": [file]}
 
 
 def _as_merged(base: Path, template: Path, folder: Path) -> Path:
