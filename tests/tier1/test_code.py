@@ -246,9 +246,11 @@ def test_a_package_s_own_file_imports_relative_to_itself() -> None:
 
 
 def test_the_table_of_a_door_names_nothing_and_its_functions_do() -> None:
-    source = b"TABLE = {'a': 'finetune.a:b'}\ndef f():\n    return load('finetune.c:d')"
+    source = (
+        b"TABLE = {'a': 'finetune.a:b'}\ndef f():\n    return load('finetune.c:d')\ng = lambda: load('finetune.e:f')"
+    )
 
-    assert scan(source, "finetune.x", is_package=False, is_door=True).calls == ("finetune.c:d",)
+    assert scan(source, "finetune.x", is_package=False, is_door=True).calls == ("finetune.c:d", "finetune.e:f")
 
 
 def test_of_a_package_above_only_what_importing_it_imports_counts(tmp_path: Path) -> None:
