@@ -26,7 +26,7 @@ def _place(recipe: Recipe) -> str:
 
 def _before_and_after(recipe: Recipe, run: Run) -> tuple[Tensors, Tensors]:
     """The tensors that are trained, as they were before the first step and as they are stored."""
-    before = run.path / layout.INITIAL.path if is_lora(recipe) else evidence.phases(run, recipe)["base"][0]
+    before = run.path / layout.INITIAL.path if is_lora(recipe) else Path(evidence.fetched(run)["base"])
     return tensors(recipe, before), tensors(recipe, run.path / _place(recipe))
 
 

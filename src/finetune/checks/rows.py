@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from finetune.backends import Tokenizer, get
 from finetune.checks import Verdict, judge
@@ -37,7 +38,7 @@ def examples_again(data: Data | None) -> list[formats.Example]:
 
 def rendering(recipe: Recipe, run: Run) -> tuple[Tokenizer, templates.ChatTemplate]:
     """The tokenizer of the base and the chat template that the run was prepared with."""
-    tokenizer = get(recipe.backend).tokenizer(evidence.phases(run, recipe)["base"][0])
+    tokenizer = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
     return tokenizer, templates.ChatTemplate(name="run", source=evidence.chat_template(run))
 
 
