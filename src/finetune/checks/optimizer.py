@@ -76,8 +76,8 @@ def _wanted(recipe: Recipe, run: Run, training: Training) -> dict[str, float | N
     wanted = {key: getattr(asked, key) for key in keys}
     facts = training.facts(run)
     wanted["optimized_parameters"] = facts["trainable_parameters"]
-    if training.stage == "train" and is_lora(recipe) and not _took_none(facts):  # DPO runs without dropout
-        wanted["lora_dropout"] = _dropout(recipe, run)
+    if is_lora(recipe) and not _took_none(facts):  # DPO runs without dropout
+        wanted["lora_dropout"] = _dropout(recipe, run) if training.stage == "train" else 0.0
     return wanted
 
 
