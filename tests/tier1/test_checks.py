@@ -71,8 +71,11 @@ def steps_of(stage: str, change: Callable[[Rows], Rows | None]) -> Broken:
         told = [{key: value for key, value in step.items() if key not in ("event", "stage", "prev")} for step in taken]
         write_json(run.path / stage / "trainer_logs.json", told)
         if told:
+            count = json.loads((run.path / stage / "report.json").read_text())["metrics"]["steps"]
             sums = {key: sum(step[key] for step in told) for key in ("tokens", "trained_tokens")}
-            metrics(stage, first_loss=told[0]["loss"], last_loss=told[-1]["loss"], **sums)(run)
+            seconds = sum(step["seconds"] for step in told)
+            speed = {"tokens_per_second": sums["tokens"] / seconds, "seconds_per_step": seconds / count}
+            metrics(stage, first_loss=told[0]["loss"], last_loss=told[-1]["loss"], **sums, **speed)(run)
 
     return do
 
@@ -541,9 +544,9 @@ BREAKS = [
     Break("a margin that the trainer's own log has otherwise",
           trained_log(lambda log: log[2].update({"rewards/margins": 0.5}), "align"), "dpo_log_as_trained"),
     Break("no log of the trainer's own", gone("train/trainer_logs.json"), "log_as_trained artifacts_intact"),
-    Break("a step that nobody logged", steps_of("train", lambda steps: steps[:5] + steps[6:]), "log_as_trained report_as_logged"),
+    Break("a step that nobody logged", steps_of("train", lambda steps: steps[:5] + steps[6:]), "log_as_trained"),
     Break("a step logged twice", steps_of("train", lambda steps: [*steps[:6], steps[5], *steps[6:]]),
-          "log_as_trained report_as_logged"),
+          "log_as_trained"),
     Break("steps in another order", steps_of("train", lambda steps: [*steps[:5], steps[6], steps[5], *steps[7:]]),
           "log_as_trained"),
     Break("a step beyond the last", step("train", -1, step=13), "log_as_trained report_as_logged resume_losses"),
