@@ -12,7 +12,7 @@ from finetune.backends import Job, get
 from finetune.core.files import digest, write_json, write_jsonl
 from finetune.errors import UsageError
 from finetune.experiment import in_fresh_process, train_request
-from finetune.invariance import MEASURED, shrink
+from finetune.invariance import MEASURED, lacks, shrink, uses
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.training import sft_job
@@ -33,14 +33,6 @@ PLAIN: dict[str, Any] = {
 ADAPTED: dict[str, Any] = {
     "optim": "adamw_torch", "lr_scheduler_type": "constant", "learning_rate": 5e-3,
 }  # fmt: skip
-# What a backend has not got, and why; the torch backend has all of it.
-LACKS: dict[str, dict[str, str]] = {
-    "mlx": {"packing": "the mlx backend packs no rows"},
-    "fake": {
-        "packing": "the fake backend packs no rows",
-        "checkpointing": "the fake backend keeps no activations, so there is nothing to compute again",
-    },
-}
 
 
 def write(recipe: Recipe, run: Run) -> dict[str, Any]:
@@ -80,14 +72,13 @@ class Bench:
         assert recipe.train is not None
         self.recipe, self.train, self.work = recipe, recipe.train, work
         job = replace(sft_job(recipe, run, work), adapter=None, eval_rows=None, resume=None)
-        self.model, self.lacks = job.model, dict(LACKS.get(recipe.backend, {}))
+        self.model, self.lacks = job.model, lacks(recipe)
         config = {"model_type": "fake"}
         if recipe.backend != "fake":  # which is tiny as it is
             self.model = work / "model"
             config = shrink.copy(job.model, self.model)
         if "packing" not in self.lacks and (why := shrink.unpackable(self.model)):
             self.lacks["packing"] = why
-        self.lacks |= self._by_choice()
         self.settings = {**job.settings, "dtype": "float32", "device": "cpu"}
         if self.settings.get("attn_implementation") == "flash_attention_2":
             self.settings["attn_implementation"] = None  # there is none in float32, nor on a CPU
@@ -116,17 +107,6 @@ class Bench:
             layers = [layer for layer in layers if layer < shrink.LAYERS] or [0]
         rank = min(MOST_RANK, job.lora["r"])
         return {**job.lora, "r": rank, "lora_dropout": 0.0, "rank_pattern": ranks, "layers_to_transform": layers}
-
-    def _by_choice(self) -> dict[str, str]:
-        """What the recipe asks for that leaves nothing to compare."""
-        found = {}
-        if self.train.packing_strategy == "wrapped":
-            found["packing"] = (
-                "packing_strategy 'wrapped' cuts rows, and lets them attend to each other; 'bfd' does not"
-            )
-        if self.train.method == "full":
-            found["merge"] = "full fine-tuning has no adapter to merge"
-        return found
 
     # -- what is asked of the processes -----------------------------------------------------------------------------
 
@@ -216,9 +196,8 @@ class Bench:
                 "comparisons": [{"one": on, "other": merged, "of": "scores"}],
                 "off": found["merged"]["off"],
             }
-        used = {"packing": self.train.packing, "checkpointing": self.train.gradient_checkpointing}
         for name, why in self.lacks.items():
-            result[name] = {"not_applicable": why, "used": used.get(name, False)}
+            result[name] = {"not_applicable": why, "used": uses(self.recipe, name)}
         return result
 
 
