@@ -307,11 +307,21 @@ def pytest(session: nox.Session, row: Cell) -> None:
             *session.posargs,
             env={
                 **offline(),
+                **({} if row.needs_model else in_memory()),
                 **({"FT_TIER3": row.name.removeprefix("tier3-")} if row.name.startswith("tier3-") else {}),
             },
         )
     finally:
         summarize(session.name, report)
+
+
+def in_memory(wanted: int = 2 << 30) -> dict[str, str | None]:
+    """Temporary folders of tests on a file system in memory, where there is one with room (bytes): a run syncs every file
+    that it writes, which on a disk takes longer than all else that the small tests do."""
+    place = Path("/dev/shm")
+    if "PYTEST_DEBUG_TEMPROOT" in os.environ or not os.access(place, os.W_OK):
+        return {}
+    return {"PYTEST_DEBUG_TEMPROOT": str(place)} if shutil.disk_usage(place).free > wanted else {}
 
 
 def offline() -> dict[str, str | None]:
@@ -388,7 +398,9 @@ def torch_index(session: nox.Session, links: list[str], env: dict[str, str | Non
     """
     wish = os.environ.get("FT_TORCH_INDEX", "")
     if wish not in ("", "cpu", "default"):
-        session.error(f"FT_TORCH_INDEX is '{wish}'; it may be cpu (builds without GPU packages) or default (pip's index)")
+        session.error(
+            f"FT_TORCH_INDEX is '{wish}'; it may be cpu (builds without GPU packages) or default (pip's index)"
+        )
     if not wish and ("UV_TORCH_BACKEND" in os.environ or offers_torch(links)):
         return {}
     if wish == "cpu" and session.venv_backend != "uv":

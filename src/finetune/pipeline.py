@@ -16,6 +16,7 @@ from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.directory import RECIPE
 from finetune.run.restore import restore
 from finetune.stages import BY_NAME, TRAININGS, Stage, execute, fingerprint, inputs, outdated, plan, reason
+from finetune.stages.adopt import adopt
 from finetune.training import checkpoint_step, checkpoints, is_checkpoint
 
 Moment = Literal["start", "done", "kept"]
@@ -88,6 +89,7 @@ def run_stages(
             run.forget_log()
         for said in restore(run, BY_NAME):
             say(said)
+        adopt(recipe, run)
         planned = preview(recipe, run, names, force=force, retrain=retrain)
         if any(step.runs and step.stage in TRAININGS for step in planned):
             check_start(recipe, run.path)
@@ -158,7 +160,7 @@ def left_off(stage: Stage, recipe: Recipe, run: Run) -> Path | None:
 
     None for one that failed by itself: it would fail again.
     """
-    if stage.name not in ("train", "align") or run.report(stage.name) is not None:
+    if stage.name not in TRAININGS or _has_report(run, stage.name):
         return None
     began = [event for event in run.events(stage=stage.name) if event["event"] in ("stage_started", "stage_failed")]
     if not began or began[-1].get("fingerprint") != fingerprint(stage, recipe, run):
@@ -170,16 +172,24 @@ def left_off(stage: Stage, recipe: Recipe, run: Run) -> Path | None:
     return found[-1]
 
 
+def _has_report(run: Run, stage: str) -> bool:
+    """Whether a stage finished; one whose report is damaged goes on from its checkpoints, as one that was killed does."""
+    try:
+        return run.report(stage) is not None
+    except FinetuneError:
+        return False
+
+
 def store(recipe: Recipe, run: Run) -> None:
     """Write the recipe and the manifest into the run; a recipe that replaces another one is an event."""
     from finetune.manifest import collect
 
+    seal.update_manifest(run, **collect(recipe))
     path, text = run.path / RECIPE, dump(recipe)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         replaced = path.is_file()
         write_text(path, text)
         run.event("recipe", replaced=replaced, name=recipe.name, sha256=digest(path))
-    seal.update_manifest(run, **collect(recipe))
 
 
 def checkpoint(recipe: Recipe, run: Run, stage: str, wanted: str) -> Path:

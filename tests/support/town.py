@@ -135,8 +135,7 @@ def edit_json(run: Run, name: str, change: Callable[[Any], Any]) -> None:
 
 def as_if_written_so(run: Run) -> None:
     """Renew the digests in all reports, so that an edit is no broken artifact but what the stage itself wrote."""
-    for file in run.path.glob("*/report.json"):
-        scene.as_if_written_so(run, file.parent.name)
+    scene.as_if_written_so(run, *(file.parent.name for file in run.path.glob("*/report.json")))
 
 
 def write_memory(run: Run, *, lora: int = 30 * MIB, full: int = 100 * MIB, estimated: int | None = None) -> None:

@@ -9,13 +9,24 @@ import pytest
 
 from finetune.core.files import write_json
 from finetune.errors import MissingError
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
 from support.town import edit_json
 
 
 @pytest.fixture
 def run(tmp_path):
     return Run(tmp_path).create()
+
+
+STEP = {
+    "learning_rate": 0.1,
+    "grad_norm": None,
+    "seconds": 0.1,
+    "tokens": 9,
+    "trained_tokens": 4,
+    "epoch": 0.5,
+    "rows": [],
+}
 
 
 def taken(run: Run, stage: str = "train") -> list[tuple[int, float]]:
@@ -25,7 +36,7 @@ def taken(run: Run, stage: str = "train") -> list[tuple[int, float]]:
 def log(run: Run, *steps: tuple[int, float], resumed: int | None = None, stage: str = "train") -> None:
     run.event("training", stage=stage, resumed_from=resumed)
     for number, loss in steps:
-        run.event("step", stage=stage, step=number, loss=loss)
+        run.event("step", stage=stage, **{**STEP, "step": number, "loss": loss})
 
 
 def test_steps_are_those_of_the_stage_in_order(run):
@@ -61,9 +72,9 @@ def test_losses_that_are_no_numbers_come_back_as_they_were(run):
     ("read", "name", "stage"),
     [
         (lambda run: evidence.fetched(run), "fetch/model.json", "fetch"),
-        (lambda run: evidence.read_rows(run, "prepare/train.jsonl", "prepare"), "prepare/train.jsonl", "prepare"),
-        (lambda run: evidence.read_json(run, "evaluate/rows.json", "evaluate"), "evaluate/rows.json", "evaluate"),
-        (lambda run: evidence.required(run, "merge/model", "merge"), "merge/model", "merge"),
+        (lambda run: evidence.rows(run, layout.TRAIN_ROWS), "prepare/train.jsonl", "prepare"),
+        (lambda run: evidence.read(run, layout.ROW_SCORES), "evaluate/rows.json", "evaluate"),
+        (lambda run: evidence.required(run, layout.MERGED), "merge/model", "merge"),
     ],
 )
 def test_what_is_missing_is_named_with_the_command_that_writes_it(run, read, name, stage):

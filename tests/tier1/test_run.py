@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -10,14 +11,14 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from finetune import run as run_module
 from finetune import secrets
 from finetune.core.files import digest, read_jsonl, write_json, write_jsonl, write_text
 from finetune.errors import LockedError, MissingError, StageError, UsageError
-from finetune.run import Report, Run
+from finetune.run import Report, Run, seal
 
 ODD = {"text": "line\u2028separator \x85 \x0b\x1c tab\t \ud83d half 😀", "number": 1.5, "nothing": None}
 
@@ -25,6 +26,21 @@ ODD = {"text": "line\u2028separator \x85 \x0b\x1c tab\t \ud83d half 😀", "numb
 @pytest.fixture
 def run(tmp_path) -> Run:
     return Run(tmp_path / "run").create()
+
+
+METRICS: dict[str, Any] = {
+    **dict.fromkeys(("trainable_parameters", "frozen_parameters", "weight_bytes", "trainable_bytes", "tokens"), 8),
+    **dict.fromkeys(("gradient_bytes", "optimizer_bytes", "steps", "planned_steps", "trained_tokens", "world_size"), 1),
+    "frozen_sha256_before": "a",
+    "frozen_sha256_after": "a",
+    "stopped": False,
+    "resumed_from": None,
+    "steps_without_effect": 0,
+    "first_loss": 1.5,
+    "last_loss": 1.0,
+    "tokens_per_second": None,
+    "seconds_per_step": 0.1,
+}
 
 
 def report(**changes: object) -> Report:
@@ -37,12 +53,11 @@ def report(**changes: object) -> Report:
 def test_a_write_that_breaks_off_leaves_nothing_under_the_name(tmp_path, monkeypatch):
     target = tmp_path / "deep" / "report.json"
 
-    def killed(self, data):
-        with open(self, "wb") as stream:
-            stream.write(data[: len(data) // 2])
+    def killed(descriptor):
+        os.truncate(descriptor, 4)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_bytes", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         write_json(target, {"a": 1})
     assert list(target.parent.iterdir()) == []
@@ -64,6 +79,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file_whole(tmp_path):
     code = textwrap.dedent(
         f"""
         from pathlib import Path
+from typing import Any
         from finetune.core.files import write_json
         print("on", flush=True)
         while True:
@@ -160,9 +176,9 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_line(run):
 
 def test_an_event_is_one_write(run, monkeypatch):
     writes = []
-    real = run_module.io.FileIO.write
+    real = io.FileIO.write
 
-    class Spy(run_module.io.FileIO):
+    class Spy(io.FileIO):
         def write(self, data):
             writes.append(bytes(data))
             return real(self, data)
@@ -178,7 +194,7 @@ def test_nothing_written_into_a_run_shows_a_secret(run, monkeypatch):
     secret = 'se"cret-välue'
     secrets.remember(secret)
     run.event("step", text=f"Bearer {secret}")
-    run.update_manifest(token=secret)
+    seal.update_manifest(run, command=secret)
     run.write_report(report(notes=[secret]))
     write_jsonl(run.path / "rows.jsonl", [{"t": secret}])
     texts = [file.read_text() for file in run.path.rglob("*") if file.is_file()]
@@ -192,7 +208,7 @@ def test_nothing_written_into_a_run_shows_a_secret(run, monkeypatch):
 
 
 def test_a_report_comes_back_as_it_was_and_can_be_forgotten(run):
-    first = report(metrics={"loss": 1.5}, artifacts={"a": "d"}, peak={"process": 1}, notes=["n"])
+    first = report(metrics=METRICS, artifacts={"a": "d"}, peak={"process": 1}, notes=["n"], files={"train/a": "d"})
     run.write_report(first)
     assert run.report("train") == first == run.require("train")
     run.forget("train")
@@ -202,18 +218,17 @@ def test_a_report_comes_back_as_it_was_and_can_be_forgotten(run):
         run.require("train")
 
 
-def test_the_manifest_grows(run):
-    assert run.manifest() == {}
-    run.update_manifest(a=1)
-    run.update_manifest(b=2)
-    assert run.manifest() == {"a": 1, "b": 2}
-
-
 def test_opening_needs_a_run_and_creates_nothing(tmp_path):
-    with pytest.raises(MissingError, match="holds no recipe"):
+    with pytest.raises(MissingError, match="holds no manifest"):
         Run.open(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_project_with_a_recipe_is_no_run(tmp_path):
     (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(MissingError, match="holds no manifest"):
+        Run.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("")
     assert Run.open(tmp_path).path == tmp_path
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, first_line
 from finetune.run import evidence, layout, seal
 from finetune.run.directory import EVENTS, MANIFEST, Run
 from finetune.run.report import Report
@@ -18,19 +18,20 @@ def restore(run: Run, stages: Iterable[str]) -> list[str]:
     """Set a log aside that cannot be read or is not what was sealed, and write one of what the stages' reports and the
     trainers' own logs say; likewise a manifest. Returns a sentence for each; none for a sound run."""
     said = []
+    fault = None
+    try:
+        lines = run.log()
+    except FinetuneError as error:
+        lines, fault = [], seal.Found(file=EVENTS, why=f"cannot be read: {first_line(error)}")
     try:
         manifest = run.manifest()
-        why = "" if seal.own(manifest) else "was changed after it was written"
+        why = "" if seal.own(manifest, lines) else "was changed after it was written"
     except FinetuneError as error:
-        manifest, why = {}, str(error)
+        manifest, why = {}, f"cannot be read: {first_line(error)}"
     if why:
         manifest = {}
         said.append(f"{MANIFEST} {why}: it is made again (what was there: {_aside(run, MANIFEST)})")
-    try:
-        fault = next(seal.log_faults(manifest, run.log()), None)
-    except FinetuneError as error:
-        fault = seal.Found(file=EVENTS, why=str(error))
-    if fault:
+    if fault := fault or next(seal.log_faults(manifest, lines), None):
         reports = [report for stage in stages if (report := _sound(run, stage))]
         name = _aside(run, EVENTS)
         run.event("log_restored", why=str(fault), aside=name)
@@ -43,6 +44,8 @@ def restore(run: Run, stages: Iterable[str]) -> list[str]:
 
 
 def _aside(run: Run, name: str) -> str:
+    if not (run.path / name).exists():
+        return "nothing"
     number = 1
     while (run.path / f"{name}.{number}.{ASIDE}").exists():
         number += 1

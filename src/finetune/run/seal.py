@@ -57,7 +57,7 @@ def close(run: Run) -> None:
     """Seal a run as it is, at the end of a command that wrote into it. Not where the log is not what was sealed before."""
     lines = run.log()
     manifest = run.manifest()
-    if list(log_faults(manifest, lines)) or not own(manifest):
+    if list(log_faults(manifest, lines)) or not own(manifest, lines):
         return
     there = {name: sha for name, sha in digests(run.path).items() if name not in (MANIFEST, EVENTS, LOCK)}
     rest = {name: sha for name, sha in there.items() if _is_of_no_stage(name)}
@@ -80,9 +80,11 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def own(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest is as it was written; one of version 0.1 cannot tell."""
-    return "schema" not in manifest or manifest.get("digest") == digest_of_manifest(manifest)
+def own(manifest: Mapping[str, Any], lines: list[Line]) -> bool:
+    """Whether a manifest is as it was written; one of version 0.1, whose log is no chain, cannot tell."""
+    if "schema" not in manifest:
+        return not is_chained(lines)
+    return bool(manifest.get("digest") == digest_of_manifest(manifest))
 
 
 def _is_of_no_stage(name: str) -> bool:
@@ -114,7 +116,7 @@ def faults(run: Run) -> list[Found]:
         manifest = run.manifest()
     except FinetuneError as error:
         return [Found(file=MANIFEST, why=f"cannot be read: {first_line(error)}"), *_chain(lines)]
-    found = [] if own(manifest) else [Found(file=MANIFEST, why="was changed after it was written")]
+    found = [] if own(manifest, lines) else [Found(file=MANIFEST, why="was changed after it was written")]
     found += log_faults(manifest, lines)
     found += _written(run, lines)
     return [*found, *_rest(run, manifest, lines)]
@@ -143,7 +145,9 @@ def _written(run: Run, lines: list[Line]) -> Iterator[Found]:
     for name, sha in recorded(lines).items():
         path = run.path / name
         if not path.is_file():
-            if not name.endswith(f"/{REPORT}"):  # that of a stage is taken away before the stage runs again
+            if (
+                name == RECIPE
+            ):  # a report is taken away before its stage runs again; verdicts are written by every check
                 yield Found(file=name, why="is gone")
         elif digest(path) != sha:
             yield Found(file=name, why="was changed after it was written")

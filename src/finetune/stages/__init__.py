@@ -218,6 +218,8 @@ def reason(stage: Stage, recipe: Recipe, run: Run, *, retrain: bool = False) -> 
         return Reason(str(found[0]))
     if not seal.is_as_recorded(run, f"{stage.name}/report.json"):
         return Reason(f"{stage.name}/report.json was changed after it was written")
+    if done.schema == 0:
+        return Reason("made by version 0.1")
     if stage.name in TRAININGS and not retrain and done.asked == asked(stage, recipe, run):
         return None
     if done.fingerprint != fingerprint(stage, recipe, run):
@@ -246,7 +248,7 @@ def execute(
         return run.require(stage.name), False
     from finetune.memory import PeakMemory
 
-    if why and why.news and not force:
+    if why and why.news and (run.resume or not force):
         say(f"{stage.name} runs again: {why.why}")
     mark = fingerprint(stage, recipe, run)
     run.forget(stage.name)
@@ -284,7 +286,7 @@ def _clear(stage: Stage, run: Run) -> None:
     from finetune.run import layout
 
     for file in layout.FILES:
-        if file.stage == stage.name:
+        if file.stage == stage.name and not isinstance(file, layout.Tree):
             (run.path / file.path).unlink(missing_ok=True)
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.core.files import digest, write_json
+from finetune.core.files import digest, write_json, write_jsonl
 from finetune.run import Run
+from finetune.run.directory import MANIFEST, RECIPE
+from finetune.run.layout import REPORTS
+from finetune.run.log import FIRST, PREVIOUS
+from finetune.run.report import FILE as REPORT
+from finetune.run.report import digest_in, left_by
+from finetune.run.seal import digest_of_manifest
 from finetune.testing.sabotage.ground import put
 
 Wrapper = Callable[[Any], Any]
@@ -43,11 +50,31 @@ class Scene:
         self.changes.setdefault(stage, []).append(change)
 
 
-def as_if_written_so(run: Run, stage: str) -> None:
-    """Renew the digests in a stage's report, so that a change is no broken artifact, but what the stage itself wrote. A file
-    that is gone stays in the report: it is missed."""
-    file = run.path / stage / "report.json"
-    report = json.loads(file.read_text(encoding="utf-8"))
-    there = [name for name in report["artifacts"] if (run.path / name).exists()]
-    report["artifacts"].update({name: digest(run.path / name) for name in there})
-    write_json(file, report)
+def as_if_written_so(run: Run, *stages: str) -> None:
+    """Renew the digests in the reports of some stages, in the log and in the manifest, so that a change is no broken seal,
+    but what was written so at the time. A file that is gone stays in its report: it is missed."""
+    for stage in stages:
+        file = run.path / stage / REPORT
+        report = json.loads(file.read_text(encoding="utf-8"))
+        there = left_by(stage, run.path)
+        for listed in (report["files"], report["artifacts"]):
+            listed.update({name: sha for name in listed if (sha := digest_in(there, name))})
+        report["files"].update(there)
+        write_json(file, report)
+    lines = [json.loads(line) for line in run.events_path.read_text(encoding="utf-8").split("\n")[:-1]]
+    written = {RECIPE: "recipe", **{f"{name}/{REPORT}": "stage_finished" for name in REPORTS}}
+    before = FIRST
+    for event in lines:
+        for name, kind in written.items():
+            if (
+                event["event"] == kind
+                and (run.path / name).is_file()
+                and name in (RECIPE, f"{event.get('stage')}/{REPORT}")
+            ):
+                event["sha256" if name == RECIPE else "report"] = digest(run.path / name)
+        event[PREVIOUS] = before
+        before = hashlib.sha256(json.dumps(event, ensure_ascii=False).encode()).hexdigest()
+    write_jsonl(run.events_path, lines)
+    manifest = json.loads((run.path / MANIFEST).read_text(encoding="utf-8"))
+    manifest["seal"] = {**manifest.get("seal", {"files": {}}), "lines": len(lines), "last": before}
+    write_json(run.path / MANIFEST, {**manifest, "digest": digest_of_manifest(manifest)})
