@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from finetune.backends import Tokenizer, get
 from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
@@ -17,14 +20,14 @@ def phases(recipe: Recipe) -> list[str]:
     return [BASE, *(name for name, section in later if section is not None)]
 
 
-def trains(recipe: Recipe) -> bool:
-    """Whether a run of this recipe makes a model that can know something else than its base."""
-    return recipe.train is not None or recipe.align is not None
-
-
 def sets(recipe: Recipe) -> list[str]:
     """The sets of questions that the recipe has."""
     return [name for name in SETS if getattr(recipe.evaluate, name)]
+
+
+def base_tokenizer(recipe: Recipe, run: Run) -> Tokenizer:
+    """The tokenizer of the base, which the data were prepared with."""
+    return get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
 
 
 def answered(recipe: Recipe, run: Run, which: str) -> list[Question]:

@@ -22,13 +22,12 @@ KEYS = {
     "parameters_changed": "lora_changed_min",
     "memory_efficiency": "memory_reduction_min",
     "dpo_prefers_chosen": "preference_accuracy_min",
-    "learned_parity": "export_learned_min",
 }
 
 
 def is_expected(recipe: Recipe, name: str) -> bool:
     """Whether the recipe itself sets the key of `expect` that a verdict answers to; a default asks for nothing."""
-    return KEYS.get(name.partition("[")[0]) in recipe.expect.model_fields_set
+    return KEYS.get(name) in recipe.expect.model_fields_set
 
 
 def not_given(
@@ -36,6 +35,6 @@ def not_given(
 ) -> Verdict:
     """Not examined, as the recipe gives nothing to examine; refuted where it expects the verdict by name."""
     if is_expected(recipe, name):
-        why = f"{why}, and the recipe sets expect.{KEYS[name.partition('[')[0]]}"
+        why = f"{why}, and the recipe sets expect.{KEYS[name]}"
         return replace(missing(name, compare, bound, unit, evidence, why), remedy=remedy)
     return not_examined(name, compare, bound, unit, evidence, why, remedy)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from finetune.answers import is_correct, normalize
-from finetune.backends import Tokenizer, get
+from finetune.backends import Tokenizer
 from finetune.checks import Part, Verdict, judge, leaks, rereading
-from finetune.checks.asked import BASE, phases, sets
+from finetune.checks.asked import base_tokenizer, phases, sets
 from finetune.checks.rows import rendering
 from finetune.data import encode, formats, sources
 from finetune.errors import StageError
@@ -117,7 +117,7 @@ def _answers(recipe: Recipe, run: Run) -> list[Verdict]:
     answers = evidence.rows(run, layout.ANSWERS)
     if not answers:
         raise StageError("no question was asked")
-    tokenizer = get(recipe.backend).tokenizer(evidence.phases(run, recipe)[BASE][0])
+    tokenizer = base_tokenizer(recipe, run)
     return [_text_of_tokens(tokenizer, answers), _judged_again(answers), _judged_strictly(answers)]
 
 

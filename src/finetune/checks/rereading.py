@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from finetune.backends import Tokenizer, get
+from finetune.backends import Tokenizer
 from finetune.checks import Part, Verdict, judge, missing
-from finetune.checks.asked import BASE, phases, sets
+from finetune.checks.asked import base_tokenizer, phases, sets
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.evaluated import Answer, Question, Reread
@@ -35,7 +35,7 @@ def _greedy(recipe: Recipe, run: Run) -> list[Verdict]:
         why = f"{len(odd)} answers neither end before their token {most} nor are that long, the first to "
         why += f"{odd[0]['prompt']!r}"
         return [judge(name, None, "<=", bound, unit, ANSWERS, why)]
-    tokenizer = get(recipe.backend).tokenizer(evidence.phases(run, recipe)[BASE][0])
+    tokenizer = base_tokenizer(recipe, run)
     for phase in there:
         if why := _of_others(phase, read[phase], answers, tokenizer):
             return [missing(name, "<=", bound, unit, GREEDY, why)]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from finetune.backends import get
 from finetune.checks import Part, Verdict, judge, missing, worst
 from finetune.checks.artifacts import DRIFT
-from finetune.checks.asked import BASE, answered, phases
+from finetune.checks.asked import BASE, answered, base_tokenizer, phases
 from finetune.checks.expected import not_given
 from finetune.data import sources
 from finetune.errors import StageError
@@ -66,7 +65,7 @@ def _whole(recipe: Recipe, run: Run, values: dict[str, HeldOut]) -> Verdict:
     """Every token of the held-out text but each text's first, counted again."""
     assert recipe.evaluate.heldout is not None
     rows = sources.read_jsonl_objects(recipe.evaluate.heldout)
-    tokenizer = get(recipe.backend).tokenizer(evidence.phases(run, recipe)[BASE][0])
+    tokenizer = base_tokenizer(recipe, run)
     each = [count for row in rows if (count := len(tokenizer.encode(row.values["text"])) - 1) > 0]
     found = {phase: [tokens for _, tokens in value["texts"]] for phase, value in values.items()}
     odd = {phase: values[phase]["tokens"] for phase, counts in found.items() if counts != each}
