@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import gguf_header, models
+from finetune.cache import cache_dir
 from finetune.errors import RecipeError, StageError
 from finetune.recipe import yaml
 
@@ -130,7 +131,7 @@ def _is_embedded(base: Path, model: models.Embedded, kind: str) -> bool:
     stem = Path(model.file).stem
     if base.name == model.file and kind == "embedded":
         return True
-    return base.name.startswith(f"{stem}-{model.sha256[:16]}-") and base.parent == models.cache_dir() / "dequantized"
+    return base.name.startswith(f"{stem}-{model.sha256[:16]}-") and base.parent == cache_dir() / "dequantized"
 
 
 def _stated(readme: Path) -> str | None:

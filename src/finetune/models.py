@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import hub, tiny
+from finetune.cache import cache_dir
 from finetune.console import say
 from finetune.core.files import digest, read_object
 from finetune.data import sources
@@ -69,18 +70,6 @@ class Resolved:
     base: Path
     adapter: Path | None
     kind: str
-
-
-def cache_dir() -> Path:
-    """Where models are kept between runs: FT_CACHE_DIR, or the platform's place for a user's caches."""
-    chosen = os.environ.get("FT_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "finetune"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "finetune"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
 
 
 def embedded_path(name: str = "smollm2-135m") -> Path | None:

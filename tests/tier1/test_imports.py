@@ -22,6 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends", "data", "export", "hub", "licenses", "models"),
     (
         "answers",
+        "cache",
+        "code",
         "console",
         "estimate",
         "evidence",

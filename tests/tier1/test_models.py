@@ -16,6 +16,7 @@ import pytest
 
 from finetune import models
 from finetune.backends.fake_model import make_model
+from finetune.cache import cache_dir
 from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.recipe.sections import Model
 
@@ -100,7 +101,7 @@ def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, platform, env
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(Path, "home", lambda: Path("/home/u"))
-    assert models.cache_dir() == Path(expected)
+    assert cache_dir() == Path(expected)
 
 
 # -- the embedded model ----------------------------------------------------------------------------------------------

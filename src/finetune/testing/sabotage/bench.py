@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune import models
 from finetune.backends import child
+from finetune.cache import cache_dir
 from finetune.core.files import write_text
 from finetune.errors import StageError
 from finetune.recipe import yaml
@@ -104,7 +104,7 @@ class Bench:
 
     def _without_places(self, said: str) -> str:
         """Text without the folders of this machine."""
-        for place in (self.directory, models.cache_dir()):
+        for place in (self.directory, cache_dir()):
             said = said.replace(f"{place}{os.sep}", "")
         return said
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import models
 from finetune.backends import child
+from finetune.cache import cache_dir
 from finetune.core.files import write_jsonl, write_text
 from finetune.errors import StageError
 from finetune.manifest import installed
@@ -66,7 +66,7 @@ def model(architecture: str = "llama") -> Path:
     recipe = _pretraining(architecture)
     made_by = [recipe, KNOWN, KNOWN_SEED, {name: installed(name) for name in PRETRAINED_BY}]
     mark = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-    place = models.cache_dir() / "sabotage" / f"{architecture}-{mark}"
+    place = cache_dir() / "sabotage" / f"{architecture}-{mark}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.parent / f".{place.name}.lock"):
         if not (place / "run" / "train" / "model" / "config.json").is_file():
