@@ -120,9 +120,9 @@ def _otherwise(recipe: Recipe, run: Run, found: Material) -> Iterator[str]:
 # -- one model of the chain --------------------------------------------------------------------------------------------
 
 
-def as_listed(name: str, recipe: Recipe, run: Run, hop: Hop) -> Verdict:
+def as_listed(name: str, recipe: Recipe, run: Run) -> list[Verdict]:
     """What was seen of a model against the list of exports, and its counts against its answers."""
-    asked = evidence.read(run, layout.MATERIAL)
+    hop, asked = evidence.read(run, layout.comparison(name)), evidence.read(run, layout.MATERIAL)
     wanted = {**_listed(name, recipe, run), **_counts(asked, hop), **_of_answers(name, recipe, run, asked, hop)}
     found = _found(hop)
     odd = [key for key, value in wanted.items() if found[key] != value]
@@ -132,7 +132,7 @@ def as_listed(name: str, recipe: Recipe, run: Run, hop: Hop) -> Verdict:
     why = f"it is the model that is listed, and {len(wanted)} of its facts and counts follow from the rest"
     if odd:
         why = f"{odd[0]} is {found[odd[0]]!r}, and should be {wanted[odd[0]]!r}"
-    return judge(f"compared_as_listed[{name}]", len(odd), "==", 0, "facts off", layout.comparison(name).path, why)
+    return [judge(f"compared_as_listed[{name}]", len(odd), "==", 0, "facts off", layout.comparison(name).path, why)]
 
 
 def _listed(name: str, recipe: Recipe, run: Run) -> dict[str, Any]:

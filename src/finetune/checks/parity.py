@@ -92,14 +92,19 @@ def _owes(recipe: Recipe) -> Iterable[str]:
 def _check(recipe: Recipe, run: Run) -> list[Verdict]:
     """Every model of the chain is a part of its own: a damaged file costs the verdicts on that one alone."""
     parts = [
-        Part(
-            check=partial(_hop, name),
-            owes=partial(owed, name=name),
-            evidence=layout.comparison(name).path,
-        )
+        Part(check=partial(do, name), owes=partial(names, name=name), evidence=layout.comparison(name).path)
         for name in hops(recipe)
+        for do, names in ((_hop, _of_hop), (compared.as_listed, _of_list))
     ]
     return [verdict for part in parts for verdict in carried_out(part, recipe, run)]
+
+
+def _of_hop(recipe: Recipe, name: str) -> list[str]:
+    return [verdict for verdict in owed(recipe, name) if verdict not in _of_list(recipe, name)]
+
+
+def _of_list(recipe: Recipe, name: str) -> list[str]:
+    return [f"compared_as_listed[{name}]"]
 
 
 def _hop(name: str, recipe: Recipe, run: Run) -> list[Verdict]:
@@ -107,11 +112,11 @@ def _hop(name: str, recipe: Recipe, run: Run) -> list[Verdict]:
     hop = evidence.read(run, row)
     bound = bounds(name, recipe, hop["dtype"])
     one = _Seen(name=name, path=row.path, hop=hop, bound=bound, promised=bits(name, recipe))
-    wanted = set(owed(recipe, name))
+    wanted = set(_of_hop(recipe, name))
     verdicts = [
         _prompts(one), _vocabulary(one), _template(one), *_distributions(one), _greedy(one), _stop(one), _leaks(one),
-        _stops_at(one), _learned(one), _served(one), _constants(one), _factor(one, recipe, run),
-        _exact(one, recipe, run), _adapter(one), _bits(one), compared.as_listed(name, recipe, run, hop),
+        _stops_at(one), _learned(one), _served(one), _constants(one), _factor(one, recipe, run), _exact(one, recipe, run),
+        _adapter(one), _bits(one),
     ]  # fmt: skip
     return [verdict for verdict in verdicts if verdict.name in wanted]
 
