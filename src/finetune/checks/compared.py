@@ -8,9 +8,9 @@ from typing import Any
 
 from finetune.answers import is_correct
 from finetune.checks import Part, Verdict, judge
-from finetune.checks.rows import rendering
+from finetune.checks.asked import base_tokenizer
 from finetune.core.files import digest
-from finetune.data import encode
+from finetune.data import encode, templates
 from finetune.errors import UsageError
 from finetune.parity import material, stored
 from finetune.recipe import Recipe
@@ -103,7 +103,8 @@ _OWN = ("conversations", "texts", "odd_texts")
 
 
 def _otherwise(recipe: Recipe, run: Run, found: Material) -> Iterator[str]:
-    tokenizer, template = rendering(recipe, run)
+    tokenizer = base_tokenizer(recipe, run)
+    template = templates.ChatTemplate(name="run", source=evidence.chat_template(run))
     for each in found["conversations"]:
         try:
             ids = encode.prompt_ids(each["messages"], tokenizer=tokenizer, template=template, system=None)

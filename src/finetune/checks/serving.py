@@ -5,42 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from finetune.backends import Tokenizer
 from finetune.checks import Part, Verdict, judge, missing, short
-from finetune.checks.asked import phases
-from finetune.checks.rows import rendering
+from finetune.checks.asked import base_tokenizer, phases
 from finetune.parity.material import special_texts
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.measured import Asked, Served
 
 MEASURED = layout.SERVING.path
-NAMES = (
-    "serving_prompts", "serving_answers", "serving_conversations", "serving_stops", "serving_max_tokens",
-    "serving_temperature", "serving_seed", "serving_top_p", "serving_streaming", "serving_usage",
-    "serving_special_tokens",
+REQUESTS = (
+    "serving_prompts", "serving_conversations", "serving_stops", "serving_max_tokens", "serving_temperature",
+    "serving_seed", "serving_top_p", "serving_streaming", "serving_usage",
 )  # fmt: skip
-
 TOLD: tuple[Literal["text", "finish", "prompt_tokens", "completion_tokens", "total_tokens"], ...] = (
     "text", "finish", "prompt_tokens", "completion_tokens", "total_tokens",
 )  # fmt: skip
 
 
-def _check(recipe: Recipe, run: Run) -> list[Verdict]:
+def _requests(recipe: Recipe, run: Run) -> list[Verdict]:
     seen = evidence.read(run, layout.SERVING)
-    tokenizer, template = rendering(recipe, run)
     return [
         _prompts(seen),
-        _of_others(recipe, run, seen, tokenizer)
-        or _answers(seen, "serving_answers", "question", "answers are those of 'evaluate'"),
         _answers(seen, "serving_conversations", "conversation", "conversations are answered as the model does itself"),
         _stops(seen),
         _length(seen),
         *_sampling(seen),
         _streaming(seen),
         _usage(seen),
-        _special(seen, special_texts(tokenizer, template.source)),
     ]
+
+
+def _questions(recipe: Recipe, run: Run) -> list[Verdict]:
+    seen = evidence.read(run, layout.SERVING)
+    if why := _of_others(recipe, run, seen):
+        return [missing("serving_answers", "==", 1.0, "share", MEASURED, why)]
+    return [_answers(seen, "serving_answers", "question", "answers are those of 'evaluate'")]
 
 
 def _prompts(seen: Served) -> Verdict:
@@ -79,21 +78,21 @@ def _answers(seen: Served, name: str, kind: str, what: str) -> Verdict:
     return judge(name, _share(asked, odd), "==", 1.0, "share", MEASURED, why)
 
 
-def _of_others(recipe: Recipe, run: Run, seen: Served, tokenizer: Tokenizer) -> Verdict | None:
-    """The verdict where questions are held against other answers than those of the evaluation."""
-    final = phases(recipe)[-1]
-    said = {asked["prompt"]: asked["phases"][final] for asked in evidence.rows(run, layout.ANSWERS)}
+def _of_others(recipe: Recipe, run: Run, seen: Served) -> str:
+    """Which question is held against another answer than that of the evaluation; empty where none is."""
+    tokenizer, final = base_tokenizer(recipe, run), phases(recipe)[-1]
+    said = {asked["prompt"]: asked["phases"].get(final) for asked in evidence.rows(run, layout.ANSWERS)}
     for each in seen["asked"]:
-        if each["kind"] != "question":
-            continue
-        name, expected, known = each["name"], each["expected"], said.get(each["name"])
+        expected, known = each["expected"], said.get(each["name"])
         held = (expected["text"], expected["tokens"], expected["finish"])
-        if known is None or held != (
-            tokenizer.decode(known["ids"], skip_special=True), len(known["ids"]), known["finish"],
-        ):  # fmt: skip
-            why = f"{short(name)!r} is held against {short(expected['text'])!r}, which is no answer of 'evaluate'"
-            return missing("serving_answers", "==", 1.0, "share", MEASURED, why)
-    return None
+        wanted = None
+        if known is not None:
+            text = tokenizer.decode(known["ids"], skip_special=True)
+            wanted = (text, len(known["ids"]), known["finish"])
+        if each["kind"] == "question" and held != wanted:
+            name, text = short(each["name"]), short(expected["text"])
+            return f"{name!r} is held against {text!r}, which is no answer of 'evaluate'"
+    return ""
 
 
 def _same(each: Asked) -> bool:
@@ -186,17 +185,18 @@ def _counted(each: Asked) -> bool:
     return found["total_tokens"] == prompt + made
 
 
-def _special(seen: Served, marks: list[str]) -> Verdict:
-    name, unit = "serving_special_tokens", "answers"
+def _special(recipe: Recipe, run: Run) -> list[Verdict]:
+    name, unit, seen = "serving_special_tokens", "answers", evidence.read(run, layout.SERVING)
+    marks = special_texts(base_tokenizer(recipe, run), evidence.chat_template(run))
     if unsought := [word for word in marks if word not in seen["special"]]:
         why = f"the marks of a turn that were looked for lack {', '.join(map(repr, unsought))}"
-        return missing(name, "==", 0, unit, MEASURED, why)
+        return [missing(name, "==", 0, unit, MEASURED, why)]
     texts = [each["found"]["text"] for each in (*seen["asked"], seen["stream"], seen["length"])]
     leaks = [(word, text) for text in texts for word in _marks(seen, text)]
     why = f"no mark of a turn stands in {len(texts)} answers"
     if leaks:
         why = f"{leaks[0][0]!r} stands in {short(leaks[0][1])!r}: the server does not take it for a special token"
-    return judge(name, len({text for _, text in leaks}), "==", 0, unit, MEASURED, why)
+    return [judge(name, len({text for _, text in leaks}), "==", 0, unit, MEASURED, why)]
 
 
 def _marks(seen: Served, text: str) -> list[str]:
@@ -211,4 +211,8 @@ def _of(asked: Sequence[Asked], odd: Sequence[Asked]) -> str:
     return f"{len(asked) - len(odd)} of {len(asked)}"
 
 
-PARTS: tuple[Part, ...] = (Part(check=_check, owes=lambda recipe: NAMES, evidence=MEASURED),)
+PARTS: tuple[Part, ...] = (
+    Part(check=_questions, owes=lambda recipe: ["serving_answers"], evidence=MEASURED),
+    Part(check=_requests, owes=lambda recipe: REQUESTS, evidence=MEASURED),
+    Part(check=_special, owes=lambda recipe: ["serving_special_tokens"], evidence=MEASURED),
+)
