@@ -32,13 +32,13 @@ EVALUATE = (RUN["evaluate"], BACKENDS["fake"])
 MUST = {
     "fetch": "hub.py licenses.py data/licenses/MIT.txt models.py tiny.py backends/torch/gguf.py",
     "prepare": "data/checks.py data/encode.py data/sources.py data/templates_jinja/chatml.jinja backends/torch/tokenizer.py",
-    "rehearse": "export/__init__.py evidence.py",
+    "rehearse": "export/__init__.py run/evidence.py",
     "train": "training.py estimate.py backends/torch/training.py backends/torch/sft.py interruption.py",
     "align": "training.py backends/torch/training.py backends/torch/dpo.py",
     "evaluate": "answers.py data/encode.py data/templates.py data/templates_jinja/llama3.jinja backends/torch/inference.py",
     "merge": "backends/torch/merging.py backends/torch/loading.py",
     "measure": "experiment.py invariance/trials.py invariance/measure.py serving/experiment.py backends/torch/training.py",
-    "export": "export/__init__.py checks/__init__.py evidence.py",
+    "export": "export/__init__.py checks/__init__.py run/evidence.py",
     "compare": "experiment.py parity/observe.py parity/hop.py parity/divergence.py backends/torch/merging.py",
 }
 SHOWN = ("cli.py", "commands/", "console.py", "docs_gen.py", "doctor.py", "pipeline.py", "report/", "testing/")
@@ -72,7 +72,7 @@ def test_a_stage_reaches_what_it_computes_with(stage: str) -> None:
     found = files(code_of(RUN[stage], BACKENDS["torch"]))
 
     assert set(MUST[stage].split()) <= found
-    assert {f"stages/{stage}.py", "backends/__init__.py", "run.py"} <= found
+    assert {f"stages/{stage}.py", "backends/__init__.py", "run/directory.py"} <= found
 
 
 @pytest.mark.parametrize("stage", RUN)
@@ -82,7 +82,7 @@ def test_a_stage_reaches_nothing_that_only_shows_nor_another_stage(stage: str) -
     assert [path for path in found if path.startswith(SHOWN)] == []
     assert [path for path in found if path.startswith("stages/")] == [f"stages/{stage}.py"]
     checks = {path for path in found if path.startswith("checks/")}
-    assert checks == ({"checks/__init__.py"} if stage == "export" else set())
+    assert checks == ({"checks/__init__.py", "checks/remedies.py"} if stage == "export" else set())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -156,7 +156,8 @@ def edit(file: Path, change: Callable[[str], str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["answers.py", "stages/evaluate.py", "backends/fake.py", "data/templates_jinja/chatml.jinja", "run.py"]
+    "path",
+    ["answers.py", "stages/evaluate.py", "backends/fake.py", "data/templates_jinja/chatml.jinja", "run/directory.py"],
 )
 def test_an_edit_of_what_is_reached_is_seen_and_named(package: Path, path: str) -> None:
     before = code_of(*EVALUATE, root=package)
@@ -181,7 +182,7 @@ def test_an_edit_elsewhere_changes_nothing(package: Path, path: str) -> None:
 def test_comments_blank_lines_docstrings_and_imports_for_types_change_nothing(package: Path) -> None:
     before = code_of(*EVALUATE, root=package)
     edit(package / "answers.py", lambda text: "# why\n" + text.replace("\n\n\n", "\n\n\n# a reason\n\n\n"))
-    edit(package / "evidence.py", lambda text: '"""Other words."""\n' + text.partition("\n")[2])
+    edit(package / "run/evidence.py", lambda text: '"""Other words."""\n' + text.partition("\n")[2])
     edit(package / "data/encode.py", lambda text: text + "\nif TYPE_CHECKING:\n    from finetune.checks import rows\n")
 
     assert code_of(*EVALUATE, root=package) == before
@@ -245,9 +246,11 @@ def test_a_package_s_own_file_imports_relative_to_itself() -> None:
 
 
 def test_the_table_of_a_door_names_nothing_and_its_functions_do() -> None:
-    source = b"TABLE = {'a': 'finetune.a:b'}\ndef f():\n    return load('finetune.c:d')"
+    source = (
+        b"TABLE = {'a': 'finetune.a:b'}\ndef f():\n    return load('finetune.c:d')\ng = lambda: load('finetune.e:f')"
+    )
 
-    assert scan(source, "finetune.x", is_package=False, is_door=True).calls == ("finetune.c:d",)
+    assert scan(source, "finetune.x", is_package=False, is_door=True).calls == ("finetune.c:d", "finetune.e:f")
 
 
 def test_of_a_package_above_only_what_importing_it_imports_counts(tmp_path: Path) -> None:

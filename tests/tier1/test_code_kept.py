@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_a_second_process_reads_no_source(package: Path, read: list[str]) -> Non
     assert code_of(REFERENCE, root=package) == first
     assert list(first.modules) == ["finetune/user.py", "finetune/used.py"] and list(first.libraries) == ["numpy"]
     assert read == ["finetune.user", "finetune.used"]
+
+
+def test_the_nearest_files_come_first(package: Path) -> None:
+    for name, imported in (("user", "used, other"), ("used", "far"), ("other", "used"), ("far", "other")):
+        (package / f"{name}.py").write_text(f"from finetune import {imported}\n")
+
+    reached = code_of(REFERENCE, root=package).modules
+    assert list(reached) == [f"finetune/{name}.py" for name in ("user", "used", "other", "far")]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +201,14 @@ def test_a_backend_of_another_package_is_its_file_and_its_distribution(
     assert [*before.modules] == ["finetune/errors.py", "acme_models/deep/backend.py", "acme_single.py"]
     assert before.libraries == {"acme": "1.2"}
     assert changes(json.loads(json.dumps(asdict(before))), after) == ["acme_models/deep/backend.py changed"]
+
+
+def test_a_version_is_read_without_parsing_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = metadata.version("jinja2")
+    monkeypatch.setattr(metadata.Distribution, "version", property(lambda self: pytest.fail("it was parsed")))
+    libraries.version.cache_clear()
+
+    assert libraries.version("jinja2") == expected
 
 
 def test_asking_imports_nothing_heavy() -> None:

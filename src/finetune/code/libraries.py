@@ -34,10 +34,12 @@ DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
 }
 # Whose version no result depends on, and why.
 WITHOUT_RESULT = {
+    "annotated_types": "says what records hold",
     "filelock": "keeps processes apart",
     "huggingface_hub": "fetches files, whose digests are taken",
     "psutil": "tells how much memory there is",
     "pydantic": "reads the recipe, whose values are taken",
+    "typing_extensions": "says what records hold",
     "ruamel": "reads the recipe, whose values are taken",
 }
 

@@ -10,11 +10,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import tiny
+from finetune import __version__, tiny
 from finetune.console import say
 from finetune.core.clock import now
 from finetune.core.files import digest, sync_tree
@@ -225,12 +225,23 @@ def reason(stage: Stage, recipe: Recipe, run: Run, *, retrain: bool = False) -> 
     if done.fingerprint != fingerprint(stage, recipe, run):
         return Reason("changed")
     changes = outdated(stage, recipe, done)
-    return Reason(", ".join(changes)) if changes else None
+    return Reason(listed(changes)) if changes else None
+
+
+def listed(changes: list[str], most: int = 3) -> str:
+    """The first of some phrases, and how many more there are."""
+    more = f" and {len(changes) - most} more" if len(changes) > most else ""
+    return ", ".join(changes[:most]) + more
 
 
 def outdated(stage: Stage, recipe: Recipe, done: Report) -> list[str]:
     """What has changed since in the code and the libraries that made a stage's result, a phrase each."""
-    return []
+    from finetune.code import changes
+    from finetune.stages.doors import made_with
+
+    if "finetune" in done.made_with:  # a training that was taken over
+        return [f"finetune {done.made_with['finetune']} -> {__version__}"]
+    return changes(done.made_with or None, made_with(stage, recipe))
 
 
 def execute(
@@ -247,6 +258,7 @@ def execute(
     if why is None and not force:
         return run.require(stage.name), False
     from finetune.memory import PeakMemory
+    from finetune.stages.doors import made_with
 
     if why and why.news and (run.resume or not force):
         say(f"{stage.name} runs again: {why.why}")
@@ -276,6 +288,7 @@ def execute(
         peak={"process": memory.peak, **result.get("peak", {})},
         notes=result.get("notes", []),
         files=files,
+        made_with=asdict(made_with(stage, recipe)),
     )
     run.write_report(report)
     return report, True

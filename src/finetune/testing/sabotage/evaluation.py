@@ -12,7 +12,7 @@ from finetune.core.files import read_jsonl, write_jsonl
 from finetune.testing.sabotage import sabotage
 from finetune.testing.sabotage.scene import Scene
 
-PHASES = "finetune.evidence:phases"
+PHASES = "finetune.run.evidence:phases"
 EVALUATE = "finetune.stages.evaluate"
 
 
