@@ -297,10 +297,6 @@ def metrics(stage: str, **values: Any) -> Broken:
     return lambda run: edit_json(run, f"{stage}/report.json", lambda report: report["metrics"].update(values))
 
 
-def unsaid(stage: str, name: str) -> Broken:
-    return lambda run: edit_json(run, f"{stage}/report.json", lambda report: report["metrics"].pop(name))
-
-
 def moved(stage: str, first_move: float) -> Broken:
     """A first step of this size, of a training in single precision."""
 
@@ -386,6 +382,12 @@ SEEN = {"rows": [0, 1]}
 LEARNED = f"{NO_LEARNING} stops_by_itself"
 REREAD = "answers_are_greedy evaluated_as_reported"
 OTHER_QUESTIONS = "asked_as_trained answers_are_greedy asked_alike"
+JUDGED = "judged_again evaluated_as_reported"
+UNENDED = "stops_by_itself answers_are_greedy answers_as_said serving_answers"
+NOT_ALL = f"every_question_asked {OTHER_QUESTIONS}"
+REORDERED = "pairs_are_data every_pair_scored"
+NO_PAIRS = f"{REORDERED} pairs_differ pairs_trained pair_tokens {UNCONFIRMED}"
+NO_SIZE = "memory_efficiency memory_as_stored memory_as_estimated"
 LEARNING_GONE = f"{LEARNED} every_question_asked {OTHER_QUESTIONS} evaluated_as_reported judged_again judged_strictly"
 LEARNING_GONE += " answers_as_said controls_kept serving_answers fresh_process"
 HELD_OUT = "heldout_perplexity heldout_whole heldout_confirmed"
@@ -495,18 +497,18 @@ BREAKS = [
     # learning
     Break("nothing learned", answers(as_before, "probes"), f"{NO_LEARNING} stops_by_itself {REREAD} serving_answers"),
     Break("better words, worse probability", answers(only_in_words, "probes"), NO_LEARNING),
-    Break("better probability, wrong words", answers(only_in_probability, "probes"), f"{NO_LEARNING} judged_again evaluated_as_reported"),
+    Break("better probability, wrong words", answers(only_in_probability, "probes"), f"{NO_LEARNING} {JUDGED}"),
     Break(
         "nothing learned as trained", answers(only_in_words, "probes", "trained"), "learned_as_trained learned_net"
     ),
     Break("nothing learned in other words", answers(only_in_words, "probes", "paraphrase"), "learned_paraphrased"),
-    Break("untrained facts improve as much", answers(learned, "unseen"), "learned_net judged_again evaluated_as_reported"),
+    Break("untrained facts improve as much", answers(learned, "unseen"), f"learned_net {JUDGED}"),
     Break(
         "no untrained facts", lambda run: edit_rows(run, ANSWERS, lambda a: [x for x in a if x["set"] != "unseen"]),
         f"learned_net every_question_asked {OTHER_QUESTIONS} evaluated_as_reported",
     ),
-    Break("probes known before", answers(lambda b, a: b.update(correct=True), "probes"), f"{NO_LEARNING} judged_again evaluated_as_reported"),
-    Break("answers that do not end", answers(unended, "probes"), "stops_by_itself answers_are_greedy answers_as_said serving_answers"),
+    Break("probes known before", answers(lambda b, a: b.update(correct=True), "probes"), f"{NO_LEARNING} {JUDGED}"),
+    Break("answers that do not end", answers(unended, "probes"), UNENDED),
     Break("no answers", gone(ANSWERS), f"{LEARNING_GONE} artifacts_intact"),
     Break("no questions", lambda run: write_jsonl(run.path / ANSWERS, []), LEARNING_GONE),
     Break(
@@ -515,8 +517,8 @@ BREAKS = [
         f"{LEARNED} every_question_asked {REREAD} controls_kept serving_answers fresh_process",
     ),
     # questions
-    Break("a question not asked", lambda run: edit_rows(run, ANSWERS, lambda a: a[:-1]), f"every_question_asked {OTHER_QUESTIONS}"),
-    Break("a question of no file", lambda run: edit_rows(run, ANSWERS, lambda a: [*a, a[-1]]), f"every_question_asked {OTHER_QUESTIONS}"),
+    Break("a question not asked", lambda run: edit_rows(run, ANSWERS, lambda a: a[:-1]), NOT_ALL),
+    Break("a question of no file", lambda run: edit_rows(run, ANSWERS, lambda a: [*a, a[-1]]), NOT_ALL),
     Break("a question not asked in one phase", asked(lambda a: a["phases"].pop("trained")), f"every_question_asked {REREAD}"),
     Break("a question asked in other words", prompts(lambda rows: rows[-1]["ids"].pop()), "asked_as_trained"),
     Break("a trained question asked otherwise", prompts(lambda rows: rows[0]["ids"].pop()), "asked_as_trained"),
@@ -527,11 +529,11 @@ BREAKS = [
     Break("a text that nobody said", asked(lambda a: a["phases"]["trained"].update(text="Oh.")), "answers_as_said"),
     Break("prompts in another order", prompts(lambda rows: rows.reverse()), "asked_as_trained"),
     Break("a report that says more", metrics("evaluate", trained_correct_base=0.5), "evaluated_as_reported"),
-    Break("a report that says less", unsaid("evaluate", "perplexity_base"), "evaluated_as_reported"),
+    Break("a number of nobody's", metrics("evaluate", told_correct_base=0.5), "evaluated_as_reported"),
     Break("other answers read again", scores(GREEDY, lambda g: g["base"].update(answers=18)), "answers_are_greedy"),
     Break("fewer tokens read again", scores(GREEDY, lambda g: g["trained"].update(tokens=3)), "answers_are_greedy"),
     Break("a token that nobody said", scores(GREEDY, lambda g: g["base"]["worst"].update(said="x")), "answers_are_greedy"),
-    Break("a right answer judged wrong", lost(1), "judged_again evaluated_as_reported"),
+    Break("a right answer judged wrong", lost(1), JUDGED),
     Break("a token another was likelier than", scores(GREEDY, lambda g: g["base"].update(gap=0.01)), "answers_are_greedy"),
     Break("a gap of NaN", scores(GREEDY, lambda g: g["aligned"].update(gap=math.nan)), "answers_are_greedy"),
     Break("answers read again in one phase only", scores(GREEDY, lambda g: g.pop("base")), "answers_are_greedy"),
@@ -539,8 +541,8 @@ BREAKS = [
     Break("an answer cut off in its midst", asked(lambda a: unended(**a["phases"], keep=True), -4), "answers_are_greedy"),
     Break("an end beyond the last token", asked(lambda a: beyond(a["phases"]["base"])), "answers_are_greedy answers_as_said"),
     # retention
-    Break("half the controls lost", lost(2), "controls_kept judged_again evaluated_as_reported"),
-    Break("two controls known before", unknown(2), "controls_kept judged_again evaluated_as_reported"),
+    Break("half the controls lost", lost(2), f"controls_kept {JUDGED}"),
+    Break("two controls known before", unknown(2), f"controls_kept {JUDGED}"),
     Break(
         "held-out text less likely",
         scores(HELDOUT, lambda s: s["aligned"].update(perplexity=1.6 * s["base"]["perplexity"])),
@@ -589,14 +591,14 @@ BREAKS = [
     Break("pairs not scored before", pairs(lambda n, p: p.pop("trained")), SCORED),
     Break("no pairs scored", gone(PAIRS), f"{SCORED} every_pair_scored artifacts_intact"),
     Break("a pair the wrong way round", prepared(turned), "pairs_are_data"),
-    Break("pairs in another order", lambda run: edit_rows(run, PREPARED, lambda rows: rows[::-1]), "pairs_are_data every_pair_scored"),
-    Break("a pair more than the data has", lambda run: edit_rows(run, PREPARED, doubled), "pairs_are_data pairs_trained every_pair_scored"),
+    Break("pairs in another order", lambda run: edit_rows(run, PREPARED, lambda rows: rows[::-1]), REORDERED),
+    Break("a pair more than the data has", lambda run: edit_rows(run, PREPARED, doubled), f"pairs_trained {REORDERED}"),
     Break(
         "a pair of one answer twice",
         prepared(lambda p: p.update(rejected_ids=p["chosen_ids"])),
         "pairs_are_data pairs_differ pair_tokens",
     ),
-    Break("no prepared pair", gone(PREPARED), f"pairs_are_data pairs_differ pairs_trained pair_tokens every_pair_scored {UNCONFIRMED} artifacts_intact"),
+    Break("no prepared pair", gone(PREPARED), f"{NO_PAIRS} artifacts_intact"),
     Break(
         "half of the pairs taken twice",
         all_steps("align", lambda n, s: s.update(rows=[0, 1, 2])),
@@ -640,7 +642,7 @@ BREAKS = [
     Break("LoRA as large as full", lambda run: write_memory(run, lora=100 * MIB), "memory_efficiency"),
     Break("LoRA 30 % smaller", lambda run: write_memory(run, lora=70 * MIB), "memory_efficiency"),
     Break("an estimate far off", lambda run: write_memory(run, estimated=34 * MIB), "memory_as_estimated"),
-    Break("LoRA that needs nothing", lambda run: write_memory(run, lora=0), "memory_efficiency memory_as_stored memory_as_estimated"),
+    Break("LoRA that needs nothing", lambda run: write_memory(run, lora=0), NO_SIZE),
     Break("full training that needs nothing", lambda run: write_memory(run, full=0), "memory_efficiency"),
     Break("memory not measured", gone(MEMORY), UNMEASURED),
     Break("LoRA with a smaller batch", memory("lora", tokens=[64, 64]), "memory_same_work"),
