@@ -386,7 +386,9 @@ JUDGED = "judged_again evaluated_as_reported"
 UNENDED = "stops_by_itself answers_are_greedy answers_as_said serving_answers"
 NOT_ALL = f"every_question_asked {OTHER_QUESTIONS}"
 REORDERED = "pairs_are_data every_pair_scored"
-NO_PAIRS = f"{REORDERED} pairs_differ pairs_trained pair_tokens {UNCONFIRMED}"
+OF_PAIRS = f"pairs_trained pair_tokens dpo_report_as_logged {UNCONFIRMED}"
+NO_PAIRS = f"{REORDERED} pairs_differ {OF_PAIRS} prepared_as_reported saved_tokenizer artifacts_intact"
+NO_ALIGNMENT = f"{OF_PAIRS} dpo_start dpo_margin_grows dpo_learning_rate_as_asked dpo_log_as_trained"
 NO_SIZE = "memory_efficiency memory_as_stored memory_as_estimated"
 LEARNING_GONE = f"{LEARNED} every_question_asked {OTHER_QUESTIONS} evaluated_as_reported judged_again judged_strictly"
 LEARNING_GONE += " answers_as_said controls_kept serving_answers fresh_process"
@@ -567,7 +569,7 @@ BREAKS = [
     Break(
         "no step of alignment",
         without_steps("align"),
-        f"dpo_start dpo_margin_grows pairs_trained pair_tokens dpo_steps_move_weights {UNCONFIRMED}",
+        NO_ALIGNMENT,
     ),
     Break(
         "margins that shrink",
@@ -592,13 +594,13 @@ BREAKS = [
     Break("no pairs scored", gone(PAIRS), f"{SCORED} every_pair_scored artifacts_intact"),
     Break("a pair the wrong way round", prepared(turned), "pairs_are_data"),
     Break("pairs in another order", lambda run: edit_rows(run, PREPARED, lambda rows: rows[::-1]), REORDERED),
-    Break("a pair more than the data has", lambda run: edit_rows(run, PREPARED, doubled), f"pairs_trained {REORDERED}"),
+    Break("a pair more than the data has", lambda run: edit_rows(run, PREPARED, doubled), f"pairs_trained prepared_as_reported {REORDERED}"),
     Break(
         "a pair of one answer twice",
         prepared(lambda p: p.update(rejected_ids=p["chosen_ids"])),
         "pairs_are_data pairs_differ pair_tokens",
     ),
-    Break("no prepared pair", gone(PREPARED), f"{NO_PAIRS} artifacts_intact"),
+    Break("no prepared pair", gone(PREPARED), NO_PAIRS),
     Break(
         "half of the pairs taken twice",
         all_steps("align", lambda n, s: s.update(rows=[0, 1, 2])),
@@ -644,7 +646,7 @@ BREAKS = [
     Break("an estimate far off", lambda run: write_memory(run, estimated=34 * MIB), "memory_as_estimated"),
     Break("LoRA that needs nothing", lambda run: write_memory(run, lora=0), NO_SIZE),
     Break("full training that needs nothing", lambda run: write_memory(run, full=0), "memory_efficiency"),
-    Break("memory not measured", gone(MEMORY), UNMEASURED),
+    Break("memory not measured", gone(MEMORY), f"{UNMEASURED} artifacts_intact"),
     Break("LoRA with a smaller batch", memory("lora", tokens=[64, 64]), "memory_same_work"),
     Break("both with a smaller batch", memory("lora full", tokens=[64, 64]), "memory_same_work"),
     Break("one step instead of two", memory("full", tokens=[192]), "memory_same_work"),
@@ -688,7 +690,7 @@ BREAKS = [
     Break("a stream that is cut", one("stream", text="It is"), "serving_streaming"),
     Break("a stream without an end", one("stream", finish=None), "serving_streaming"),
     Break("a stream that counts otherwise", one("stream", completion_tokens=3), "serving_streaming"),
-    Break("a server not asked", gone(SERVING), UNSERVED),
+    Break("a server not asked", gone(SERVING), f"{UNSERVED} artifacts_intact"),
     # resume
     Break("a resumed loss off by 1e-12", scores(RESUME, lambda r: later(r["losses_resumed"], 1e-12)), "resume_losses"),
     Break("a resumed loss of NaN", scores(RESUME, lambda r: later(r["losses_resumed"], math.nan)), "resume_losses"),
@@ -774,7 +776,8 @@ def test_what_was_not_asked_for_is_not_checked(honest, tmp_path):
     recipe = honest.recipe.model_copy(update={"expect": expect, "evaluate": evaluate, "align": None, "export": []})
 
     wanted = [c.name for c in checks.CHECKS if c.wanted(recipe)]
-    assert wanted == ["labels", "rows", "loss", "parameters", "optimizer", "artifacts"]
+    plain = ["seal", "labels", "rows", "loss", "parameters", "optimizer", "learning", "retention", "artifacts"]
+    assert wanted == plain
 
 
 @pytest.mark.parametrize(
