@@ -114,6 +114,7 @@ def test_an_answer_that_parts_at_a_tie_is_the_servers_own(copied):
     file = copied.run.path / "measure" / "serving.json"
     seen = json.loads(file.read_text(encoding="utf-8"))
     seen["asked"][0]["again"] = seen["asked"][0]["found"]["text"] = "It is Tamin."
+    seen["stop"]["stop"] = "Tamin."
     seen["asked"][0]["found"]["finish"] = "length"
     seen["stream"]["found"].update(text="It is Tamin.", finish="length")
     write_json(file, seen)

@@ -168,6 +168,11 @@ CHECKS: tuple[Check, ...] = (
         wanted=lambda recipe: recipe.train is not None or recipe.align is not None,
     ),
     Check(
+        name="reports",
+        parts="finetune.checks.reports:PARTS",
+        help="The log, the trainer's own log and the reports say the same, which is what the files hold.",
+    ),
+    Check(
         name="questions",
         parts="finetune.checks.questions:PARTS",
         help="Questions are all asked, as in training, judged strictly, and nothing of them was trained.",
