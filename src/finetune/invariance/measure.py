@@ -6,7 +6,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from finetune.backends import Job, get
 from finetune.core.files import digest, write_json, write_jsonl
@@ -15,6 +15,7 @@ from finetune.experiment import in_fresh_process, train_request
 from finetune.invariance import MEASURED, lacks, shrink, uses
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
+from finetune.run.records.measured import Invariances
 from finetune.training import sft_job
 
 BATCH = 8  # of shrink.ROWS rows, so the last window of every epoch is short
@@ -35,7 +36,7 @@ ADAPTED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write(recipe: Recipe, run: Run) -> dict[str, Any]:
+def write(recipe: Recipe, run: Run) -> Invariances:
     """Measure, and leave the evidence where the stage `measure` would; return it.
 
     Where that stage has finished before, its report is made to fit, so that the newer evidence is no broken artifact.
@@ -48,7 +49,7 @@ def write(recipe: Recipe, run: Run) -> dict[str, Any]:
     return found
 
 
-def measure(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
+def measure(recipe: Recipe, run: Run, out: Path) -> Invariances:
     """Carry out every experiment, in two processes side by side, and return the evidence: `invariances` by name, each with
     `comparisons` (two sequences that must agree), or with `not_applicable` (why there is nothing to compare)."""
     if recipe.train is None:
@@ -60,7 +61,8 @@ def measure(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
         bench = Bench(recipe, run, work)
         with ThreadPoolExecutor(2) as pool:
             found = pool.map(bench.carry_out, bench.requests())
-            return {**bench.facts, "invariances": bench.evidence({k: v for each in found for k, v in each.items()})}
+            seen = {k: v for each in found for k, v in each.items()}
+            return cast(Invariances, {**bench.facts, "invariances": bench.evidence(seen)})
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
