@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from contract import CONVERSATIONS, write_rows
-from finetune.backends import CONSTANTS, Job, get, ollama_api
+from finetune.backends import CONSTANTS, Generation, Job, get, ollama_api
 from finetune.backends import ollama as backend_module
 from finetune.backends.ollama import OllamaBackend, unavailable
 from finetune.data.templates import ChatTemplate
@@ -21,7 +21,9 @@ from finetune.errors import MissingError, StageError, UsageError
 from finetune.export import gotemplate, modelfile
 from finetune.run import digest
 from support.chat_templates import CHATML_TURNS, LIKE
-from support.ollama import Letters, OllamaContract, serve, write_gguf
+from support.ollama import Letters, serve
+from support.ollama_contract import OllamaAnswers, OllamaContract
+from support.small_gguf import write_gguf
 
 KEYS = {
     "general.architecture": "llama", "llama.vocab_size": 300, "llama.embedding_length": 64, "llama.block_count": 2,
@@ -85,6 +87,21 @@ class TestOllamaBackend(OllamaContract):
     @classmethod
     def rows(cls, backend, model_dir, tmp_path_factory):
         return write_rows(backend.tokenizer(model_dir), tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+class TestTheStandInAnswers(OllamaAnswers):
+    """As a real server does (tests/tier3/test_ollama.py)."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def gguf(cls, tmp_path_factory):
+        return write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", KEYS)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def client(cls, tmp_path_factory):
+        with serve(tmp_path_factory.mktemp("server")) as running:
+            yield ollama_api.Client(running.address)
 
 
 # -- load and close -----------------------------------------------------------------------------------------------
@@ -157,6 +174,21 @@ def test_a_tokenizer_that_cannot_be_had_leaves_nothing_on_the_server(server, mod
     assert server.models == {}
 
 
+def test_a_creation_that_is_broken_off_leaves_nothing_on_the_server(server, model, monkeypatch):
+    call = ollama_api.Client.call
+
+    def interrupted(self, method, path, *rest, **more):
+        answer = call(self, method, path, *rest, **more)
+        if path == "/api/create":
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr(ollama_api.Client, "call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        OllamaBackend().load(model)
+    assert server.asked("/api/create") and (server.models, list(server.folder.iterdir())) == ({}, [])
+
+
 # -- generate -----------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +212,15 @@ def test_an_answer_that_is_cut_ends_by_length(server, model):
     with backend.load(model) as handle:
         (made,) = backend.generate(handle, [[65]], max_new_tokens=2)
     assert made.finish == "length" and len(made.ids) == 2
+
+
+def test_no_tokens_are_not_asked_for(server, model):
+    """Ollama takes a `num_predict` of 0 for no bound at all."""
+    backend, nothing = OllamaBackend(), Generation(ids=(), text="", finish="length")
+    with backend.load(model) as handle:
+        assert backend.generate(handle, [[65], [66]], max_new_tokens=0) == [nothing, nothing]
+    assert backend.chat(model, [[{"role": "user", "content": "Who?"}]], max_new_tokens=0) == [nothing]
+    assert [body for body in server.asked("/api/generate") if "options" in body] == server.asked("/api/chat") == []
 
 
 def test_the_begin_token_is_left_to_a_server_that_adds_it(server, model, monkeypatch):
