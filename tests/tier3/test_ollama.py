@@ -74,7 +74,7 @@ class TestOllama(OllamaContract):
 
 
 class TestOllamaAnswers(OllamaAnswers):
-    """As the stand-in of tier 1 does (tests/tier1/test_ollama_backend.py)."""
+    """As the stand-in of tier 1 does (tests/tier1/test_ollama_api.py)."""
 
     @pytest.fixture(scope="class")
     @classmethod
