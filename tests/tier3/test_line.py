@@ -127,7 +127,7 @@ def test_the_size_of_ollamas_export_is_that_of_the_weights_and_the_modelfile(lin
     family("ollama")
     folder = line.path / "export" / "ollama-q8_0"
     (gguf,) = folder.glob("*.gguf")
-    assert hop(line, "ollama")["bytes"] == gguf.stat().st_size + (folder / "Modelfile").stat().st_size
+    assert hop(line, "ollama:q8_0")["bytes"] == gguf.stat().st_size + (folder / "Modelfile").stat().st_size
     assert gguf.stat().st_size > 1_000_000
 
 
