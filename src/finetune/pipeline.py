@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune import resuming
 from finetune.console import say
 from finetune.errors import FinetuneError, MissingError, UsageError
 from finetune.recipe import Recipe, dump, load
 from finetune.run import Report, Run, write_text
 from finetune.stages import Stage, execute, fingerprint, inputs, plan
-from finetune.training import checkpoint_step, checkpoints, is_checkpoint
+from finetune.training import checkpoint_step, checkpoints, is_checkpoint, job_of
 
 Moment = Literal["start", "done", "kept"]
 # Told what happens: a stage starts (no report yet), is done, or was kept because nothing had changed.
@@ -61,14 +62,16 @@ def run_stages(
     *,
     force: bool = False,
     resume: Path | None = None,
+    changed: bool = False,
     listener: Listener = lambda moment, stage, report: None,
 ) -> list[Report]:
     """Run the stages whose inputs have changed and return the reports of all of them.
 
     `only` names stages (what they need runs too); `force` runs them (all, without `only`) again whatever was done;
     `resume` is the checkpoint that the last stage named in `only` starts from; without one, a training that was stopped
-    goes on from its newest, unless `force`. The run is locked meanwhile and gets the
-    recipe and the manifest. Raises LockedError, ResourceError, and whatever a stage raises, which becomes an event.
+    goes on from its newest, unless `force`. A checkpoint of another training is refused; with `changed` only where nothing
+    can go on from it. The run is locked meanwhile and gets the recipe and the manifest. Raises LockedError, ResourceError,
+    and whatever a stage raises, which becomes an event.
     """
     from finetune.estimate import check_start
 
@@ -79,12 +82,17 @@ def run_stages(
         planned = preview(recipe, run, names, force=force)
         if any(step.runs and step.stage in ("train", "align") for step in planned):
             check_start(recipe, run.path)
+        early = resume is not None and not any(step.runs for step in planned[:-1])
+        if resume is not None and early:
+            refuse_another(stages[-1], recipe, run, resume, changed=changed)  # before anything is written
         store(recipe, run)
         for stage in stages:
             named = names is None or stage.name in names
             resumed = resume if names and stage.name == names[-1] else None
             if resumed is None and not (force and named):
                 resumed = left_off(stage, recipe, run)
+            elif resumed is not None and not early:
+                refuse_another(stage, recipe, run, resumed, changed=changed)
             run.resume = resumed
             try:
                 report, ran = execute(
@@ -108,20 +116,30 @@ def run_stages(
 
 
 def left_off(stage: Stage, recipe: Recipe, run: Run) -> Path | None:
-    """The newest checkpoint of a training that was interrupted or killed, where nothing it depends on has changed.
+    """The newest checkpoint of a training that was interrupted or killed, where it is of the same training; else it is said
+    what differs.
 
     None for one that failed by itself: it would fail again.
     """
     if stage.name not in ("train", "align") or run.report(stage.name) is not None:
         return None
     began = [event for event in run.events(stage=stage.name) if event["event"] in ("stage_started", "stage_failed")]
-    if not began or began[-1].get("fingerprint") != fingerprint(stage, recipe, run):
-        return None
     found = checkpoints(run.path / stage.name)
-    if not found:
+    if not found or not began or began[-1]["event"] == "stage_failed":
+        return None
+    same_inputs = began[-1].get("fingerprint") == fingerprint(stage, recipe, run)
+    if why := resuming.why_anew(
+        found[-1], job_of(stage.name, recipe, run), recipe.backend, run, same_inputs=same_inputs
+    ):
+        say(f"{stage.name}: starting anew, not from {found[-1].name}, where it was stopped: {why}")
         return None
     say(f"{stage.name}: going on from {found[-1].name}, where it was stopped (--force starts anew)")
     return found[-1]
+
+
+def refuse_another(stage: Stage, recipe: Recipe, run: Run, checkpoint: Path, *, changed: bool) -> None:
+    """Raise Faults where a checkpoint is not of the training that the recipe asks for."""
+    resuming.hold(checkpoint, job_of(stage.name, recipe, run), recipe.backend, run).refuse(changed=changed)
 
 
 def store(recipe: Recipe, run: Run) -> None:

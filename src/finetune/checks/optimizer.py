@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from typing import Any
 
 from finetune import evidence
@@ -38,9 +39,10 @@ def _stage(asked: Optimization, run: Run, stage: str, prefix: str) -> list[Verdi
     if report is None or not steps:
         return [missing(f"{prefix}steps_move_weights", "==", 0, "steps without effect", place, "no step was logged")]
     facts = report.metrics
-    taken = facts["steps"] - (facts.get("resumed_from") or 0)
+    taken = facts.get("steps_watched", facts["steps"] - (facts.get("resumed_from") or 0))
     why = f"a sample of every trained tensor was compared before and after each of {taken} steps"
     return [
+        _one_training(facts, place, prefix),
         *_rates(asked, facts, steps, prefix),
         *_settings(asked, facts, run, stage, prefix),
         judge(
@@ -57,26 +59,47 @@ def _stage(asked: Optimization, run: Run, stage: str, prefix: str) -> list[Verdi
     ]
 
 
+def _one_training(facts: dict[str, Any], place: str, prefix: str) -> Verdict:
+    """Whether all steps are of the training that the recipe asks for, wherever it was resumed."""
+    name, unit = f"{prefix}one_training", "changes on the way"
+    resumed, unexamined = facts.get("resumed_from"), facts.get("unexamined", ())
+    if unexamined or (resumed and "changed" not in facts):
+        step = unexamined[0] if unexamined else resumed
+        why = f"it went on from a checkpoint of an earlier version at step {step}, which does not say what it is of"
+        return missing(name, "==", 0, unit, place, why)
+    changed = facts.get("changed", ())
+    why = f"it went on from step {resumed}" if resumed else "it was trained from the first step to the last at once"
+    why += "; " + "; ".join(changed) if changed else ", and nothing was another then" if resumed else ""
+    return judge(name, len(changed), "==", 0, unit, place, why)
+
+
 def _rates(asked: Optimization, facts: dict[str, Any], steps: list[dict[str, Any]], prefix: str) -> list[Verdict]:
     """The learning rate of every logged step, against the recipe's schedule. Where steps are skipped, it lags behind."""
     if asked.fp16:
         return []
     total = facts["planned_steps"] if getattr(asked, "early_stopping_patience", None) is not None else facts["steps"]
     peak = asked.learning_rate
+    begins, totals = [begin for begin, _ in facts.get("plans") or [(0, total)]], _totals(facts, total)
     wanted = {
-        step["step"]: learning_rate(asked.lr_scheduler_type, peak, asked.warmup_steps, step["step"], total)
-        for step in steps
+        number: learning_rate(
+            asked.lr_scheduler_type, peak, asked.warmup_steps, number, totals[max(0, bisect_left(begins, number) - 1)]
+        )
+        for number in (step["step"] for step in steps)
     }
     off = {step["step"]: abs(step["learning_rate"] - wanted[step["step"]]) / (peak or 1.0) for step in steps}
     first = next((step for step in steps if not off[step["step"]] <= RATE), None)
-    why = (
-        f"{len(steps)} logged steps against the recipe's schedule ({asked.lr_scheduler_type}, {peak:g}, {total} steps)"
-    )
+    planned = ", then ".join(map(str, totals))
+    why = f"{len(steps)} logged steps against the recipe's schedule ({asked.lr_scheduler_type}, {peak:g}, {planned} steps)"
     if first:
         why += f"; step {first['step']} had {first['learning_rate']:.3g} instead of {wanted[first['step']]:.3g}"
     return [
         judge(f"{prefix}learning_rate_as_asked", worst(off.values()), "<=", RATE, "of the recipe's rate", EVENTS, why)
     ]
+
+
+def _totals(facts: dict[str, Any], total: int) -> list[int]:
+    """The steps planned in each part of a training that was resumed to go on for longer; the last part's is `total`."""
+    return [*(planned for _, planned in (facts.get("plans") or [(0, total)])[:-1]), total]
 
 
 def _settings(asked: Optimization, facts: dict[str, Any], run: Run, stage: str, prefix: str) -> list[Verdict]:
@@ -109,15 +132,29 @@ def _size(
     first = next((step["learning_rate"] for step in steps if step["learning_rate"] > 0), 0.0)
     single = facts["trainable_bytes"] == 4 * (facts["trainable_parameters"] or 0)
     plain = asked.optim in ADAM and asked.adam_epsilon <= LARGEST_EPSILON and asked.weight_decay <= LARGEST_DECAY
-    if not (plain and single and first >= SMALLEST_RATE and "first_move" in facts):
+    if not (plain and single and first >= SMALLEST_RATE):
         return []
+    if "first_move" not in facts:
+        return _unseen(f"{prefix}step_size", STEP, "relative distance", facts, place)
     why = f"the first step moved weights by {facts['first_move']:.4g} times the learning rate at most; Adam's by 1"
     return [judge(f"{prefix}step_size", abs(facts["first_move"] - 1), "<=", STEP, "relative distance", place, why)]
 
 
-def _clipped(asked: Optimization, facts: dict[str, Any], place: str, prefix: str) -> list[Verdict]:
-    if not asked.max_grad_norm or "clipped_norm" not in facts:
+def _unseen(name: str, bound: float, unit: str, facts: dict[str, Any], place: str) -> list[Verdict]:
+    """What an Adam would have shown before it was resumed: not proven. Nothing to say of optimizers that show none."""
+    if "adam_beta1" not in facts or not facts.get("resumed_from"):
         return []
+    why = (
+        f"the first steps were taken before the checkpoint of step {facts['resumed_from']}, which does not tell of them"
+    )
+    return [missing(name, "<=", bound, unit, place, why)]
+
+
+def _clipped(asked: Optimization, facts: dict[str, Any], place: str, prefix: str) -> list[Verdict]:
+    if not asked.max_grad_norm:
+        return []
+    if "clipped_norm" not in facts:
+        return _unseen(f"{prefix}gradients_clipped", CLIPPED, "of max_grad_norm beyond it", facts, place)
     why = f"the largest norm of a gradient that the optimizer got in its first steps, of max_grad_norm {asked.max_grad_norm:g}"
     share = facts["clipped_norm"] / asked.max_grad_norm
     beyond = 0.0 if share <= 1 else share - 1  # NaN stays NaN

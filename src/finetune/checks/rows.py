@@ -36,7 +36,7 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
         verdicts.append(tokens_of_steps("tokens_as_prepared", lengths, steps))
     else:
         verdicts.append(_packed_tokens(rows, steps))
-    return [*verdicts, *_whole(recipe, run, steps)]
+    return [*verdicts, *_whole(recipe, run, len(rows), steps)]
 
 
 def _prepared(recipe: Recipe, run: Run, rows: list[dict[str, Any]]) -> Verdict:
@@ -128,19 +128,28 @@ def _packed_tokens(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> V
     return judge("tokens_as_prepared", abs(trained - whole) / whole, "<=", bound, "relative distance", EVENTS, why)
 
 
-def _whole(recipe: Recipe, run: Run, steps: list[dict[str, Any]]) -> list[Verdict]:
+def _whole(recipe: Recipe, run: Run, rows: int, steps: list[dict[str, Any]]) -> list[Verdict]:
     """Whether training went on as long as the recipe says; nothing to say where it may stop early."""
     report, train = run.report("train"), recipe.train
     if report is None or train is None or train.early_stopping_patience is not None:
         return []
-    taken, last = report.metrics["steps"], steps[-1]
+    taken = report.metrics["steps"]
+    epochs = _epochs(rows, steps, taken, report.metrics.get("world_size") or 1)
     if train.max_steps > 0:
         share, wanted = taken / train.max_steps, f"{train.max_steps} steps"
     else:
-        share = taken * last["epoch"] / last["step"] / train.num_train_epochs
+        share = epochs / train.num_train_epochs
         wanted = f"{train.num_train_epochs:g} epochs"
-    why = f"{taken} steps, {taken * last['epoch'] / last['step']:.2f} epochs; the recipe asks for {wanted}"
+    why = f"{taken} steps, {epochs:.2f} epochs; the recipe asks for {wanted}"
     return [judge("trained_to_the_end", share, ">=", WHOLE, "share", EVENTS, why)]
+
+
+def _epochs(rows: int, steps: list[dict[str, Any]], taken: int, processes: int) -> float:
+    """How often the prepared rows were taken: counted; with packing, and after the last logged step, as the log has it."""
+    last = steps[-1]
+    counted: float = sum(len(step["rows"]) for step in steps) * processes / rows
+    a_step: float = last["epoch"] / last["step"]
+    return counted + (taken - last["step"]) * a_step if counted else taken * a_step
 
 
 def _labelled(row: dict[str, Any]) -> int:
