@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class Past(Part):
     """
 
     steps_watched: int = 0
-    steps_without_effect: int = 0
+    steps_without_effect: int | None = 0  # None: a backend that does not look
     first_move: float | None = None
     clipped_norm: float | None = None
     plans: tuple[tuple[int, int | None], ...] = ((0, None),)
@@ -86,11 +87,12 @@ class Past(Part):
     def grown(self, facts: Mapping[str, Any]) -> Past:
         """With what a training measured since: `steps_watched`, `planned_steps`, and its optimizer's facts."""
         norms = [norm for norm in (self.clipped_norm, facts.get("clipped_norm")) if norm is not None]
-        without = facts.get("steps_without_effect") or 0
+        counts = (self.steps_without_effect, facts.get("steps_without_effect"))
+        without = None if None in counts else sum(count for count in counts if count is not None)
         return self.model_copy(
             update={
                 "steps_watched": self.steps_watched + facts["steps_watched"],
-                "steps_without_effect": self.steps_without_effect + without,
+                "steps_without_effect": without,
                 "first_move": facts.get("first_move") if self.first_move is None else self.first_move,
                 "clipped_norm": _largest(norms),
                 "plans": _closed(self.plans, facts["planned_steps"]),
@@ -130,7 +132,7 @@ def unmoved(identity: str, done: int) -> bool:
     if not done or not identity:
         return not done
     past = Record.model_validate_json(identity).past
-    return past.steps_watched == done and past.first_move is None and not past.steps_without_effect
+    return past.steps_watched == done and past.first_move is None and past.steps_without_effect == 0
 
 
 def check_plan(done: int, total: int) -> None:
@@ -162,9 +164,16 @@ def of_rows(path: Path, name: str) -> Rows:
     with path.open(encoding="utf-8") as stream:
         for line in stream:
             row = json.loads(line)
-            total.update(json.dumps([row.get(key) for key in ROW_KEYS]).encode())
+            for key in ROW_KEYS:
+                total.update(_bytes(row.get(key)))
             count += 1
     return Rows(file=name, count=count, sha256=total.hexdigest())
+
+
+def _bytes(value: int | list[int] | None) -> bytes:
+    """A number, or numbers with how many they are, so that no two rows run into each other."""
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    return array("q", [-1 if value is None else len(values), *values]).tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)

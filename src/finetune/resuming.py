@@ -111,8 +111,7 @@ def why_anew(checkpoint: Path, job: Job, backend: str, run: Run, *, same_inputs:
         return first_line(error)
     if found.record is None and not same_inputs:
         return "it is of an earlier version, and what the stage reads has changed"
-    longer = f"{found.differences.longer} (--resume goes on for longer)" if found.differences.longer else ""
-    return ", ".join([*found.phrases, *([longer] if longer else [])])
+    return ", ".join(found.phrases)
 
 
 def begin(job: Job, backend: str, run: Run, stage: str) -> Job:

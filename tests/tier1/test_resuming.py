@@ -447,7 +447,6 @@ def test_a_checkpoint_of_an_interruption_says_what_it_is_of(stopped):
     [
         ({"learning_rate": 2e-4}, "train.learning_rate 0.0001 -> 0.0002"),
         ({"lora": {"r": 4}}, "train.lora.r 8 -> 4"),
-        ({"max_steps": 20}, "train.max_steps 12 -> 20 (--resume goes on for longer)"),
     ],
 )
 def test_what_does_not_go_on_by_itself_says_why(stopped, wanted, capsys, train, why):
@@ -457,6 +456,13 @@ def test_what_does_not_go_on_by_itself_says_why(stopped, wanted, capsys, train, 
     said = capsys.readouterr().err
     assert "train: starting anew, not from checkpoint-5, where it was stopped: " in said
     assert why in said
+
+
+def test_a_longer_plan_goes_on_by_itself_and_it_is_said(stopped, wanted, capsys):
+    run_stages(wanted(train={"max_steps": 20}), stopped, ["train"])
+    assert begins(stopped) == [None, 5]
+    assert "the same training goes on for longer (train.max_steps 12 -> 20)" in capsys.readouterr().err
+    assert stopped.require("train").metrics["plans"] == [[0, 12], [5, 20]]
 
 
 def test_what_is_saved_more_often_goes_on_by_itself(stopped, wanted, capsys):
@@ -500,12 +506,15 @@ def test_the_command_line_refuses_with_2_and_goes_on_when_told(run, wanted, tmp_
 
 
 def since(**facts: Any) -> dict[str, Any]:
+    """What a training of 3 steps has measured."""
     return {"steps_watched": 3, "planned_steps": 12, **facts}
 
 
 def test_the_past_keeps_the_first_move_the_largest_norm_and_what_is_no_number():
     first = Past().grown(since(first_move=0.99, clipped_norm=0.5, steps_without_effect=1))
-    then = first.model_copy(update={"plans": (*first.plans, (3, None))}).grown(since(first_move=7.0, clipped_norm=0.4))
+    then = first.model_copy(update={"plans": (*first.plans, (3, None))}).grown(
+        since(first_move=7.0, clipped_norm=0.4, steps_without_effect=0)
+    )
 
     assert (then.first_move, then.clipped_norm) == (0.99, 0.5)
     assert (then.steps_watched, then.steps_without_effect, then.plans) == (6, 1, ((0, 12),))
@@ -520,13 +529,36 @@ def test_a_norm_that_is_no_number_survives_the_file(run):
     assert math.isnan(Record.model_validate_json(text).past.clipped_norm or 0)
 
 
+def test_what_a_backend_does_not_look_at_stays_unseen():
+    past = Past().grown(since())
+    assert past.steps_without_effect is None
+    assert past.grown(since(steps_without_effect=0)).steps_without_effect is None
+    assert "steps_without_effect" not in past.facts()
+
+
+def test_rows_are_told_apart_wherever_a_number_moves(tmp_path):
+    ways = [
+        [{"row": 0, "input_ids": [1, 2], "labels": [3]}], [{"row": 0, "input_ids": [1], "labels": [2, 3]}],
+        [{"row": 1, "input_ids": [1, 2], "labels": [3]}], [{"row": 0, "input_ids": [1, 2]}],
+        [{"row": 0, "input_ids": [1, 2], "labels": []}],
+        [{"row": 0, "prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}],
+        [{"row": 0, "prompt_ids": [1, 2], "chosen_ids": [4], "rejected_ids": [3]}],
+    ]  # fmt: skip
+    found = set()
+    for rows in ways:
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        found.add(identity.of_rows(tmp_path / "rows.jsonl", "rows").sha256)
+    assert len(found) == len(ways)
+
+
 def test_an_adam_has_a_first_step_after_a_checkpoint_only_where_no_weight_could_have_moved(run):
     text = (run.path / "train" / "checkpoint-3" / "finetune.json").read_text()
     assert identity.unmoved("", 0)
     assert not identity.unmoved("", 3)
     assert identity.unmoved(text, 3), "3 steps were watched, and none of them moved anything"
     assert not identity.unmoved(text, 4)
-    assert not identity.unmoved(identity.grown(text, since(first_move=1.0)), 6)
+    assert not identity.unmoved(identity.grown(text, since(first_move=1.0, steps_without_effect=0)), 6)
+    assert not identity.unmoved(identity.grown(text, since(steps_without_effect=1)), 6)
 
 
 def test_an_option_that_a_record_does_not_know_had_its_default(run, wanted):
