@@ -483,6 +483,10 @@ class TrainingContract(InferenceContract):
         for step in (2, 4):
             folder = tmp_path / f"checkpoint-{step}"
             assert all(any(folder.glob(pattern)) for pattern in backend.checkpoint_files)
+            written = [(folder / name).stat().st_mtime_ns for name in (identity.FILE, "trainer_state.json")]
+            assert written == sorted(written), (
+                "a checkpoint that is whole without its record would pass for an older one"
+            )
             record = identity.read(folder)
             assert record is not None
             assert record.training == Record.model_validate_json(IDENTITY).training

@@ -176,3 +176,25 @@ def test_a_first_step_of_rate_zero_leaves_the_first_move_to_the_resumed_part(sho
     assert record.past.first_move is None
     resume(early, run, "checkpoint-1")
     assert run.require("train").metrics["first_move"] == straight
+
+
+def test_an_alignment_is_resumed_and_refused_as_a_training_is(short):
+    pairs = {
+        "data": {"path": "shipped:quorra/preferences.jsonl"},
+        "max_steps": 4,
+        "save_steps": 2,
+        "save_total_limit": None,
+    }
+    asked = short(align=pairs)
+    run = run_directory(asked)
+    run_stages(asked, run, ["align"])
+    adapter, straight = run.path / "align" / "adapter", verdicts(asked, run, "optimizer")
+    before = get("torch").tensors(adapter)
+    for name in ("checkpoint-2", "checkpoint-4"):
+        run_stages(asked, run, ["align"], resume=checkpoint(asked, run, "align", name))
+        assert get("torch").tensors(adapter) == before
+        assert failed(asked, run, "optimizer") == {}
+        assert verdicts(asked, run, "optimizer").keys() == straight.keys() >= {"dpo_step_size", "dpo_one_training"}
+    other = short(align={**pairs, "beta": 0.3})
+    with pytest.raises(Faults, match=r"align\.beta 0\.1 -> 0\.3"):
+        run_stages(other, run, ["align"], resume=checkpoint(other, run, "align", "checkpoint-2"))
