@@ -559,6 +559,8 @@ BREAKS = [
     Break("steps that moved nothing", metrics("train", steps_without_effect=3), "steps_move_weights"),
     Break("steps nobody looked at", untold("train", "steps_without_effect"), NO_REPORT),
     Break("a step of alignment that moved nothing", metrics("align", steps_without_effect=1), "dpo_steps_move_weights"),
+    Break("another training half-way", metrics("train", changed=["from step 6: seed 0 -> 1"]), "one_training"),
+    Break("a checkpoint that says nothing", metrics("align", unexamined=[3]), "dpo_one_training"),
     Break("a learning rate off the schedule", step("train", 3, learning_rate=0.5), "learning_rate_as_asked"),
     Break("a learning rate that is no number", step("train", 3, learning_rate=math.nan), "learning_rate_as_asked"),
     Break("alignment off the schedule", step("align", 2, learning_rate=0.5), "dpo_learning_rate_as_asked"),
