@@ -438,7 +438,7 @@ OTHER_ROWS = "labels_are_answers prompts_as_served"
 NO_REPORT = (  # of the training: all that stands on it
     f"{DAMAGED} frozen_identical gradients_clipped learning_rate_as_asked log_as_trained report_as_logged resume_losses "
     "resume_parameters resume_weights rows_trained saved_last saved_whole settings_as_asked steps_move_weights "
-    "trained_to_the_end weights_precision"
+    "trained_to_the_end weights_precision one_training"
 )
 NO_BEGIN = "report_as_logged dpo_report_as_logged"
 OTHER_TEMPLATE = "prepared_as_reported fresh_process"
@@ -447,9 +447,9 @@ NO_ADAPTER = "parameters_changed lora_b_nonzero lora_coverage saved_whole saved_
 ENDED_EARLY = "trained_to_the_end log_as_trained report_as_logged saved_last"
 LOST = "rows_prepared rows_trained tokens_as_prepared prepared_as_reported asked_alike"
 TWICE = "rows_prepared rows_trained prepared_as_reported memory_same_work"
-EMPTY_ROWS = f"{OF_LABELS} {LOST} memory_same_work"
+EMPTY_ROWS = f"{OF_LABELS} {LOST} trained_to_the_end memory_same_work"
 NO_PREPARED = (
-    f"{OF_LABELS} {LOST} report_as_logged saved_tokenizer nothing_leaked asked_as_trained memory_same_work "
+    f"{OF_LABELS} {LOST} trained_to_the_end report_as_logged saved_tokenizer nothing_leaked asked_as_trained memory_same_work "
     "memory_as_estimated memory_as_stored memory_efficiency artifacts_intact"
 )
 SEEN = {"rows": [0, 1]}
@@ -589,6 +589,8 @@ BREAKS = [
           "log_as_trained"),
     Break("a step beyond the last", step("train", -1, step=13), "log_as_trained report_as_logged resume_losses"),
     *(Break(f"a {key} that is reported otherwise", more("train", key, by), "report_as_logged") for key, by in REPORTED.items()),
+    Break("steps that were not watched", more("train", "steps_watched", -1), "report_as_logged"),
+    Break("a plan of another length", metrics("train", plans=[[0, 12], [6, 9]]), "report_as_logged"),
     Break("alignment's tokens reported otherwise", more("align", "tokens", 1), "dpo_report_as_logged"),
     Break("a report of a training that was stopped", metrics("train", stopped=True), "report_as_logged"),
     Break("a speed that nobody told", metrics("train", tokens_per_second=None), "report_as_logged"),
