@@ -58,6 +58,7 @@ class Stages:
         self.ran: list[str] = []
         self.resumed: dict[str, Path | None] = {}
         self.does: dict[str, Stand] = {}
+        self.insisted: list[bool] = []
 
     def load(self, reference: str) -> Stand:
         name = reference.partition(":")[0].rpartition(".")[2]
@@ -78,6 +79,8 @@ class Stages:
 def stand_ins(here: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     found = Stages()
     monkeypatch.setattr(stages, "load", found.load)
+    # They prepare nothing, so there is nothing to hold a checkpoint against; test_resuming.py does.
+    monkeypatch.setattr("finetune.pipeline.refuse_another", lambda *args, changed: found.insisted.append(changed))
     return found
 
 
@@ -481,6 +484,17 @@ def test_resume_runs_a_finished_stage_again(stand_ins: Stages, here: Path) -> No
     call("train", "small.yaml", "--resume", "checkpoint-2")
 
     assert stand_ins.ran == ["train"]
+
+
+def test_going_on_with_another_training_must_be_asked_for(stand_ins: Stages, here: Path) -> None:
+    _checkpoint(here / "runs" / "small" / "train" / "checkpoint-2")
+    alone = call("train", "small.yaml", "--changed")
+
+    assert alone.exit_code == 2
+    assert "--changed goes with --resume" in alone.stderr
+    assert call("train", "small.yaml", "--resume").exit_code == 0
+    assert call("train", "small.yaml", "--resume", "checkpoint-2", "--changed").exit_code == 0
+    assert stand_ins.insisted == [False, True]
 
 
 def test_a_directory_that_is_no_checkpoint_is_refused_with_those_that_are(stand_ins: Stages, here: Path) -> None:

@@ -176,7 +176,7 @@ def test_the_dropout_that_the_recipe_asks_for_must_have_been_there(copied):
         ({"optim": "lomo"}, {"settings_as_asked", "step_size"}),
         ({"optim": "adafactor"}, {"step_size"}),
     ],
-    ids=lambda change: next(iter(change)),
+    ids=["fp16", "no clipping", "lomo", "adafactor"],
 )
 def test_what_is_owed_follows_the_recipe(honest, change, gone):
     whole = set(owed(BY_NAME["optimizer"], like_torch(honest.recipe)))

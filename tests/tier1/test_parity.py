@@ -537,6 +537,32 @@ def test_an_export_is_made_again_only_when_its_model_changed_or_on_demand(copied
     assert made() != again
 
 
+def test_an_export_to_ollama_is_its_modelfile_and_the_weights_that_it_names(copied, monkeypatch):
+    from finetune.export import Exported
+    from finetune.stages import export
+
+    class Exporter:
+        made = 0
+
+        def export(self, source: Any, variant: str, out: Path) -> Exported:
+            self.made += 1
+            (out / "model.gguf").write_bytes(b"w" * 5000)
+            (out / "Modelfile").write_text("FROM ./model.gguf\n", encoding="ascii")
+            return Exported(path=out / "Modelfile")
+
+    exporter = Exporter()
+    monkeypatch.setattr(export, "exporter", lambda target: exporter)
+    recipe = copied.recipe.model_copy(update={"export": ["ollama"]})
+    export.run(recipe, copied.run)
+    (entry,) = json.loads((copied.run.path / "export/exports.json").read_text())
+    assert (entry["path"], entry["bytes"]) == ("export/ollama-q8_0/Modelfile", 5000 + len("FROM ./model.gguf\n"))
+    export.run(recipe, copied.run)
+    assert exporter.made == 1
+    (copied.run.path / "export/ollama-q8_0/model.gguf").write_bytes(b"v" * 5000)
+    export.run(recipe, copied.run)
+    assert exporter.made == 2  # other weights under the same Modelfile
+
+
 def test_a_hop_is_taken_again_only_when_something_of_it_changed(copied, monkeypatch):
     asked: list[str] = []
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from finetune.evidence import steps
 
 from finetune.backends import get
 from finetune.checks import verify
 from finetune.errors import Faults, MissingError, StageError, UsageError
-from finetune.evidence import steps
 from finetune.pipeline import run_directory, run_stages
 from finetune.run import Run
 

@@ -124,6 +124,14 @@ def test_the_summary_has_every_section(line):
     assert all(Path(path).exists() for path in found["artifacts"].values())
 
 
+def test_the_size_of_ollamas_export_is_that_of_the_weights_and_the_modelfile(line, family):
+    family("ollama")
+    folder = line.path / "export" / "ollama-q8_0"
+    (gguf,) = folder.glob("*.gguf")
+    assert hop(line, "ollama:q8_0")["bytes"] == gguf.stat().st_size + (folder / "Modelfile").stat().st_size
+    assert gguf.stat().st_size > 1_000_000
+
+
 @pytest.mark.parametrize("name", ["gguf", "mlx", "ollama"])
 def test_the_line_was_exported_to(name, family, recipe):
     """Named apart for each runtime, so that `--require NAME` makes its absence a failure."""

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from finetune import schedule
+from finetune import identity, schedule
 from finetune.backends import Job, Step
 from finetune.backends.fake_model import (
     GAIN,
@@ -92,6 +92,7 @@ class Training:
         self.step, self.best, self.patience_used = 0, math.inf, 0
         self.stopped = False
         self.saved: int | None = None
+        self.begun = 0
         self.velocity: dict[Parameter, float] = defaultdict(float)
         base = Base.read(job.model)
         start = Adapter.read(job.adapter) if job.adapter else None
@@ -106,6 +107,7 @@ class Training:
             self.reference = {id(row): (_sum(reference, row.chosen), _sum(reference, row.rejected)) for row in both}
         if job.resume:
             self._resume(job.resume)
+        identity.check_plan(self.step, self.total)
         for row in self.rows:
             for place in row.chosen + row.rejected:
                 self._allocate(place)
@@ -160,7 +162,7 @@ class Training:
         if self.lora and resumed is None:
             self._save(self.job.out / "initial")
         try:
-            while self.step < self.total:
+            while self.step < self.total and not self._out_of_patience:
                 began = time.perf_counter()
                 step, stop = self._take_step(began)
                 self.stopped = self.step < self.total and self.job.should_stop()
@@ -221,6 +223,10 @@ class Training:
             self.best, self.patience_used = loss, 0
         else:
             self.patience_used += 1
+        return self._out_of_patience
+
+    @property
+    def _out_of_patience(self) -> bool:
         patience = self.options.get("early_stopping_patience")
         return patience is not None and self.patience_used >= patience
 
@@ -393,11 +399,18 @@ class Training:
         self.saved = self.step
         state = {
             "global_step": self.step,
+            "max_steps": self.total,
             "best": None if math.isinf(self.best) else self.best,
             "patience_used": self.patience_used,
-            "velocity": [[*parameter, value] for parameter, value in self.velocity.items()],
         }
-        self._save(directory, **{"trainer_state.json": json.dumps(state)})
+        counts = {"steps_watched": self.step - self.begun, "planned_steps": self.total}
+        known = self.job.identity and identity.grown(self.job.identity, {**counts, **self.motion.facts()})
+        files = {
+            "optimizer.json": json.dumps([[*parameter, value] for parameter, value in self.velocity.items()]),
+            **({identity.FILE: known} if known else {}),
+            "trainer_state.json": json.dumps(state),
+        }
+        self._save(directory, **files)
         limit = self.options.get("save_total_limit", 2)
         if limit:
             kept = sorted(self.job.out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
@@ -409,9 +422,11 @@ class Training:
         if not file.is_file():
             raise MissingError(f"{directory} is no checkpoint of the fake backend (no trainer_state.json)")
         state = json.loads(file.read_text(encoding="utf-8"))
-        self.step, self.patience_used = state["global_step"], state["patience_used"]
+        self.step = self.begun = state["global_step"]
+        self.patience_used = state["patience_used"]
         self.best = math.inf if state["best"] is None else state["best"]
-        self.velocity.update({tuple(parameter): value for *parameter, value in state["velocity"]})
+        velocity = json.loads((directory / "optimizer.json").read_text(encoding="utf-8"))
+        self.velocity.update({tuple(parameter): value for *parameter, value in velocity})
         if self.lora:
             self.model = FakeModel(self.model.base, Adapter.read(directory))
         else:

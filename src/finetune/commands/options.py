@@ -208,7 +208,13 @@ def listen(moment: str, stage: Stage, report: Report | None) -> None:
 
 
 def working(
-    recipe: Recipe, run: Run, only: list[str] | None, *, force: bool = False, resume: Path | None = None
+    recipe: Recipe,
+    run: Run,
+    only: list[str] | None,
+    *,
+    force: bool = False,
+    resume: Path | None = None,
+    changed: bool = False,
 ) -> list[Report]:
     """`pipeline.run_stages`, told on stderr. Whatever libraries print goes to stderr too: stdout is for results."""
     from finetune.commands.validate import refuse_faults
@@ -216,7 +222,7 @@ def working(
 
     refuse_faults(recipe, only)
     with redirect_stdout(sys.stderr):
-        return run_stages(recipe, run, only, force=force, resume=resume, listener=listen)
+        return run_stages(recipe, run, only, force=force, resume=resume, changed=changed, listener=listen)
 
 
 def show_plan(recipe: Recipe, run: Run, only: list[str] | None, *, force: bool, as_json: bool) -> None:

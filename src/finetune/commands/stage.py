@@ -53,11 +53,14 @@ def make(name: str) -> click.Command:
         dry_run: bool,
         as_json: bool,
         resume: str | None = None,
+        changed: bool = False,
     ) -> None:
+        if changed and resume is None:
+            raise UsageError("--changed goes with --resume: it lets a training go on that is not the checkpoint's")
         if resume is not None and Path(resume).is_file() and recipe is None and config is None:
             recipe, resume = resume, "last"  # `--resume RECIPE`: the option took the argument for its own value
         loaded = load_recipe(recipe, config, example, overrides)
-        one(loaded, name, run_path, force=force, dry_run=dry_run, as_json=as_json, resume=resume)
+        one(loaded, name, run_path, force=force, dry_run=dry_run, as_json=as_json, resume=resume, changed=changed)
 
     command = click.command(name, help=_help(name))(recipe_options(run_options(output_options(callback))))
     if name in RESUMABLE:
@@ -69,6 +72,9 @@ def make(name: str) -> click.Command:
                 metavar="[CHECKPOINT]",
                 help="Go on from a checkpoint; without a value from the newest.",
             )
+        )
+        command.params.append(
+            click.Option(["--changed"], is_flag=True, help="With --resume: go on though the training is another now.")
         )
     return command
 
@@ -82,6 +88,7 @@ def one(
     dry_run: bool = False,
     as_json: bool = False,
     resume: str | None = None,
+    changed: bool = False,
 ) -> None:
     """Run one stage with what it needs, and print what came out."""
     from finetune.pipeline import checkpoint, chosen, run_directory
@@ -94,7 +101,7 @@ def one(
         return
     if start is not None:
         console.say(f"going on from {start}")
-    reports = working(recipe, run, [name], force=force, resume=start)
+    reports = working(recipe, run, [name], force=force, resume=start, changed=changed)
     _show(run, name, reports, as_json)
 
 

@@ -35,7 +35,11 @@ def run(recipe: Recipe, run: Run) -> Result:
             source = _source(recipe, run, done)
             mark = _mark(recipe, run, target)
             entry = before.get(target.name)
-            if entry is None or entry["made_from"] != mark or entry["sha256"] != digest(run.path / entry["path"]):
+            if (
+                entry is None
+                or entry["made_from"] != mark
+                or entry["sha256"] != digest(_whole(run.path / entry["path"]))
+            ):
                 entry = _export(source, target, folder, mark)
             done[target.name] = run.path / entry["path"]
             found.append(entry)
@@ -83,13 +87,18 @@ def _export(source: Source, target: Target, folder: Path, mark: str) -> Export:
         "name": target.name,
         "path": path.relative_to(folder.parent).as_posix(),
         "backend": target.format.backend,
-        "bytes": size(path),
+        "bytes": size(_whole(path)),
         "seconds": round(time.perf_counter() - begin, 3),
         "mended": list(exported.mended),
         "notes": list(exported.notes),
         "made_from": mark,
-        "sha256": digest(path),
+        "sha256": digest(_whole(path)),
     }
+
+
+def _whole(path: Path) -> Path:
+    """All of an export: what the runtime loads, and for a Modelfile its directory, with the weights that it names."""
+    return path.parent if path.name == "Modelfile" else path
 
 
 def size(path: Path) -> int:
