@@ -420,7 +420,8 @@ REPORTED = {"first_loss": 1e-6, "last_loss": 1e-6, "tokens": 1, "trained_tokens"
 PREPARED_SO = {"vocab_size": 1, "rows": 1, "eval_rows": 1, "tokens": -1, "trained_tokens": 1, "trained_tokens_min": 1,
                "longest_row": 1, "lost_answer_tokens": 1, "unigram_entropy": 1e-6, "preference_rows": 1}  # fmt: skip
 TWO_LOGS = [
-    Break(f"a {key} that the trainer's own log has otherwise", trained_log(lambda log, key=key: log[4].update({key: value})),
+    Break(f"a {key} that the trainer's own log has otherwise",
+          trained_log(lambda log, key=key, value=value: log[4].update({key: value})),
           "log_as_trained")
     for key, value in {"loss": 0.5, "learning_rate": 1.1e-4, "grad_norm": 0.1, "seconds": 9.5, "tokens": 5,
                        "trained_tokens": 3, "epoch": 1.25, "rows": [5], "time": "2026-01-01T00:00:00.000Z",
@@ -510,9 +511,11 @@ BREAKS = [
     Break("no rows scored", gone(SCORES), f"{NO_ROWS} artifacts_intact"),
     # labels
     Break("labels shifted by one", row(lambda r: r["labels"].append(r["labels"].pop(0))), "labels_aligned asked_as_trained"),
-    Break("a prompt that is trained", row(lambda r: r.update(labels=r["input_ids"])), "labels_are_answers tokens_as_prepared prepared_as_reported"),
+    Break("a prompt that is trained", row(lambda r: r.update(labels=r["input_ids"])),
+          "labels_are_answers tokens_as_prepared prepared_as_reported"),
     Break("an end of turn that is masked", row(end_masked), "end_of_turn_trained tokens_as_prepared prepared_as_reported"),
-    Break("half an answer masked", row(shorter), "labels_are_answers prompts_as_served tokens_as_prepared asked_as_trained prepared_as_reported"),
+    Break("half an answer masked", row(shorter),
+          "labels_are_answers prompts_as_served tokens_as_prepared asked_as_trained prepared_as_reported"),
     Break(
         "a row without labels",
         row(lambda r: r.update(labels=[-100] * len(r["labels"]))),
@@ -733,8 +736,10 @@ BREAKS = [
     Break("an artifact gone", gone("train/trainer_logs.json"), "artifacts_intact log_as_trained", settled=False),
     Break("an artifact changed", touched("merge/model/config.json"), "artifacts_intact sizes_as_reported", settled=False),
     Break("a file of an artifact gone", gone("merge/model/config.json"), "artifacts_intact sizes_as_reported", settled=False),
-    Break("an adapter that lacks parameters", metrics("train", trainable_parameters=10**9), "saved_whole settings_as_asked resume_parameters"),
-    Break("an aligned adapter that lacks parameters", metrics("align", trainable_parameters=10**9), "saved_whole dpo_settings_as_asked"),
+    Break("an adapter that lacks parameters", metrics("train", trainable_parameters=10**9),
+          "saved_whole settings_as_asked resume_parameters"),
+    Break("an aligned adapter that lacks parameters", metrics("align", trainable_parameters=10**9),
+          "saved_whole dpo_settings_as_asked"),
     Break("parameters that nobody counted", metrics("train", trainable_parameters=None), NO_REPORT),
     Break("the adapter of an earlier checkpoint", instead("train/adapter", "train/checkpoint-9"), "saved_last"),
     Break("the adapter from before alignment", instead("align/adapter", "train/adapter"), "saved_last saved_whole"),
