@@ -437,8 +437,8 @@ NO_LEARNING = "learned_as_trained learned_paraphrased learned_net"
 OTHER_ROWS = "labels_are_answers prompts_as_served"
 NO_REPORT = (  # of the training: all that stands on it
     f"{DAMAGED} frozen_identical gradients_clipped learning_rate_as_asked log_as_trained report_as_logged resume_losses "
-    "resume_parameters resume_weights rows_trained saved_last saved_whole settings_as_asked steps_move_weights "
-    "trained_to_the_end weights_precision one_training"
+    "one_training resume_parameters resume_weights rows_trained saved_last saved_whole settings_as_asked "
+    "steps_move_weights trained_to_the_end weights_precision"
 )
 NO_BEGIN = "report_as_logged dpo_report_as_logged"
 OTHER_TEMPLATE = "prepared_as_reported fresh_process"
@@ -447,10 +447,10 @@ NO_ADAPTER = "parameters_changed lora_b_nonzero lora_coverage saved_whole saved_
 ENDED_EARLY = "trained_to_the_end log_as_trained report_as_logged saved_last"
 LOST = "rows_prepared rows_trained tokens_as_prepared prepared_as_reported asked_alike"
 TWICE = "rows_prepared rows_trained prepared_as_reported memory_same_work"
-EMPTY_ROWS = f"{OF_LABELS} {LOST} trained_to_the_end memory_same_work"
+EMPTY_ROWS = f"{OF_LABELS} {LOST} memory_same_work trained_to_the_end"
 NO_PREPARED = (
-    f"{OF_LABELS} {LOST} trained_to_the_end report_as_logged saved_tokenizer nothing_leaked asked_as_trained memory_same_work "
-    "memory_as_estimated memory_as_stored memory_efficiency artifacts_intact"
+    f"{OF_LABELS} {LOST} report_as_logged saved_tokenizer nothing_leaked asked_as_trained memory_same_work "
+    "memory_as_estimated memory_as_stored memory_efficiency trained_to_the_end artifacts_intact"
 )
 SEEN = {"rows": [0, 1]}
 LEARNED = f"{NO_LEARNING} stops_by_itself"
@@ -792,6 +792,9 @@ BREAKS = [
     Break("a sum without the prompt", served(total_tokens=6), "serving_usage"),
     Break("an end of turn in the text", served(2, text="The Rhine.<|im_end|>"), "serving_special_tokens serving_conversations"),
     Break("held against no answer", expected(1, text="It is Bex."), "serving_answers"),
+    Break("a request of no kind", scores(SERVING, lambda s: s["asked"][0].update(kind="riddle")), "serving_answers"),
+    Break("a question cut shorter", scores(SERVING, lambda s: s["asked"][0].update(max_tokens=15)), "serving_answers"),
+    Break("a limit on another answer", scores(SERVING, lambda s: s["length"].update(name="x")), "serving_max_tokens"),
     Break("held against another model", expected(2, text="The Danube."), "serving_conversations"),
     Break("marks not looked for", scores(SERVING, lambda s: s["special"].pop()), "serving_special_tokens"),
     Break("a stop string of another answer", scores(SERVING, lambda s: s["stop"].update(stop="Oh")), "serving_stops"),
