@@ -199,6 +199,12 @@ def test_one_refuted_verdict_needs_no_cause(copied: Any) -> None:
     assert cause(copied.recipe.model_copy(update={"train": train}), copied.run, wrong("steps_move_weights")) == ""
 
 
+def test_a_cause_of_one_among_others_is_not_named(copied: Any) -> None:
+    train = copied.recipe.train.model_copy(update={"learning_rate": 0.0})
+    found = wrong("steps_move_weights", "serving_seed")
+    assert cause(copied.recipe.model_copy(update={"train": train}), copied.run, found) == ""
+
+
 def test_losses_that_are_no_numbers_explain_what_follows(copied: Any) -> None:
     found = [*wrong("loss_finite", measured=3, why="12 logged losses; the first bad one is number 4"),
              *wrong("loss_end", "learned_as_trained", "adapter_effect", "exports_listed")]  # fmt: skip

@@ -110,6 +110,8 @@ REMEDIES: dict[str, str] = {
         f"fall, the model on disk is not the one that was trained: {_AGAIN}."
     ),
     # -- the optimizer
+    "one_training": "The training became another on the way. Train it in one go: finetune train RECIPE --force.",
+    "dpo_one_training": "The alignment became another on the way. Do it in one go: finetune align RECIPE --force.",
     "learning_rate_as_asked": f"The steps did not follow train.lr_scheduler_type and train.warmup_steps. {_CODE}.",
     "settings_as_asked": (
         "The optimizer was not set as the recipe says (train.weight_decay, train.adam_beta1, "
