@@ -320,13 +320,25 @@ def set_to(path: str, value: Any) -> Callable[[Any], None]:
         ("hop", "merged"), ("reference", "adapter"), ("path", "merge/model"), ("backend", "torch"), ("bytes", 7),
         ("mended", ["a"]), ("dtype", "bfloat16"), ("prompts.compared", 12), ("vocabulary.compared", 9),
         ("greedy.compared", 18), ("greedy.gaps", [0.0]), ("stops.at", [3]), ("stop.compared", 15), ("stop.stopped", 15),
-        ("learned.known", 11), ("learned.kept", 11), ("stop.leaks", 1), ("distributions.positions", 1),
-        ("answers.0.text", "Oh."), ("answers.0.finish", "length"), ("answers", []),
+        ("learned.known", 11), ("learned.kept", 11), ("stop.leaks", 1), ("answers.18.text", "Oh."),
+        ("distributions.positions", 1), ("answers.0.text", "Oh."), ("answers.0.finish", "length"), ("answers", []),
     ],
 )  # fmt: skip
 def test_a_fact_or_count_that_does_not_follow_from_the_rest_is_found(copied, key, value):
     edit_json(copied.run, BUNDLE, set_to(key, value))
     assert f"{COUNTED}[bundle]" in failed(copied)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("learned.kept", 11), ("learned.known", 13), ("stop.stopped", 15), ("greedy.tokens_agreed", 216),
+        ("answers.0.text", "Oh."), ("answers.0.finish", "length"),
+    ],
+)  # fmt: skip
+def test_where_every_answer_is_the_same_the_counts_are_those_of_the_answers(copied, key, value):
+    edit_json(copied.run, MERGED, set_to(key, value))
+    assert f"{COUNTED}[merged]" in failed(copied)
 
 
 def refuted(ran: Any) -> set[str]:

@@ -10,7 +10,6 @@ import time
 from array import array
 from collections import defaultdict
 from collections.abc import Generator
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,53 +26,18 @@ from finetune.backends.fake_model import (
     Place,
     bucket,
     merged,
-    places,
     save_adapter,
     save_model,
 )
+from finetune.backends.fake_rows import Gradient, Row, read_rows
 from finetune.backends.motion import CLIPPED_STEPS, Motion
-from finetune.core.files import read_jsonl, read_object
-from finetune.errors import MissingError, StageError, UsageError
+from finetune.core.files import read_object
+from finetune.errors import MissingError, UsageError
 from finetune.recipe import trackers
 from finetune.recipe.sections import Optimization
 
 # ("A", module, slot, bucket), ("B", topic, tail, slot); in full training ("T", topic, tail, token), ("E", last, token).
 Parameter = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A data row as places to predict: the answer's (SFT), or the chosen and the rejected answer's (DPO)."""
-
-    number: int
-    tokens: int
-    chosen: list[Place]
-    rejected: list[Place] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, value: dict[str, Any], index: int) -> Row:
-        number = int(value.get("row", index))
-        if "prompt_ids" in value:
-            prompt, chosen, rejected = value["prompt_ids"], value["chosen_ids"], value["rejected_ids"]
-            tokens = 2 * len(prompt) + len(chosen) + len(rejected)
-            return cls(number, tokens, _answer(prompt, chosen), _answer(prompt, rejected))
-        ids, labels = value["input_ids"], value["labels"]
-        # A causal model predicts from the token before, so the first token is never trained.
-        return cls(number, len(ids), places(ids, [at for at, label in enumerate(labels) if at and label != -100]))
-
-
-@dataclass
-class Gradient:
-    """Sums over a step: per (context, token) and per bigram, with how often each context occurred."""
-
-    rows: dict[tuple[Key, int], float] = field(default_factory=lambda: defaultdict(float))
-    bigram: dict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
-    seen: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
-
-    def scale(self, factor: float) -> None:
-        for part in (self.rows, self.bigram):
-            for key in part:
-                part[key] *= factor  # type: ignore[index]
 
 
 class Training:
@@ -87,8 +51,8 @@ class Training:
         if trackers.named(self.options.get("report_to")):
             section = "align" if job.objective == "dpo" else "train"
             raise UsageError(f"{section}.report_to: the fake backend reports to no tracker; leave it out")
-        self.rows = _read(job.rows)
-        self.eval_rows = _read(job.eval_rows) if job.eval_rows else []
+        self.rows = read_rows(job.rows)
+        self.eval_rows = read_rows(job.eval_rows) if job.eval_rows else []
         self.step, self.best, self.patience_used = 0, math.inf, 0
         self.stopped = False
         self.saved: int | None = None
@@ -431,17 +395,6 @@ class Training:
             self.model = FakeModel(self.model.base, Adapter.read(directory))
         else:
             self.model = FakeModel(Base.read(directory))
-
-
-def _read(file: Path) -> list[Row]:
-    rows = [Row.of(value, index) for index, value in enumerate(read_jsonl(file))]
-    if not rows:
-        raise StageError(f"{file} has no rows to train on")
-    return rows
-
-
-def _answer(prompt: list[int], answer: list[int]) -> list[Place]:
-    return places([*prompt, *answer], range(len(prompt), len(prompt) + len(answer)))
 
 
 def _sum(model: FakeModel, answer: list[Place]) -> float:
