@@ -138,6 +138,12 @@ CHECKS: tuple[Check, ...] = (
         training=False,
     ),
     Check(
+        name="records",
+        parts="finetune.checks.records:PARTS",
+        help="Every file holds the records declared of it; log, reports and files tell of one another.",
+        training=False,
+    ),
+    Check(
         name="labels",
         parts="finetune.checks.labels:PARTS",
         help="Every row trains its answer, all of it, and nothing else; the end-of-turn token carries a label.",
@@ -159,7 +165,7 @@ CHECKS: tuple[Check, ...] = (
         name="parameters",
         parts="finetune.checks.parameters:PARTS",
         help="LoRA tensors changed, B is non-zero in every target module, frozen weights are bit-identical.",
-        wanted=_trains,
+        wanted=lambda recipe: recipe.train is not None or recipe.align is not None,
     ),
     Check(
         name="optimizer",

@@ -10,6 +10,7 @@ from finetune.checks.parts import single
 from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, evidence, layout, seal
+from finetune.run.records.evaluated import FRESH_QUESTIONS
 from finetune.stages import BY_NAME, MODELS, plan
 from finetune.stages.fetch import count_parameters
 
@@ -54,6 +55,7 @@ def _sizes(recipe: Recipe, run: Run) -> Verdict:
     told, merged = (evidence.read(run, layout.report(stage))["metrics"] for stage in ("fetch", "merge"))
     model = evidence.required(run, layout.MERGED)
     sizes = {
+        "the model asked for": (found["path"], recipe.model.path),
         "bytes of the model": (told["bytes"], sum(file["size"] for file in found["files"].values())),
         "parameters of the model": (told.get("parameters"), count_parameters(Path(found["base"]))),
         "bytes of the merged model": (
@@ -79,6 +81,9 @@ def _fresh(recipe: Recipe, run: Run) -> Verdict:
     shared = [key for key in fresh["scores"] if key in expected]
     if not shared or (of != "rows" and len(shared) < len(fresh["scores"])):  # of rows, `evaluate` scored a sample
         return missing(name, "<=", bound, "nats a token", FRESH, "nothing was scored, or what 'evaluate' knows not of")
+    if of != "rows" and len(shared) < min(FRESH_QUESTIONS, len(expected)):
+        why = f"{len(shared)} of the first {min(FRESH_QUESTIONS, len(expected))} answers were scored"
+        return missing(name, "<=", bound, "nats a token", FRESH, why)
     distance = worst(abs(fresh["scores"][key] - expected[key]) for key in shared)
     why = f"merged model loaded in a process of its own, {len(shared)} answers scored; worst distance from 'evaluate'"
     return judge(name, distance, "<=", bound, "nats a token", FRESH, why)

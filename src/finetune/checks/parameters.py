@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.backends import TensorFacts
 from finetune.checks import Verdict, judge
-from finetune.checks.parts import SFT, is_lora, lora, single, tensors, trains
+from finetune.checks.parts import SFT, Training, is_lora, lora, of_trainings, single, tensors, trains
 from finetune.core.files import digest, read_object
 from finetune.errors import StageError
 from finetune.recipe import Recipe
@@ -87,12 +87,12 @@ def _layers(names: Iterable[str]) -> set[int]:
     return {int(match[1]) for name in names if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))}
 
 
-def _frozen(recipe: Recipe, run: Run) -> Verdict:
-    facts = SFT.facts(run)
+def _frozen(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    facts = training.facts(run)
     before, after = facts["frozen_sha256_before"], facts["frozen_sha256_after"]
     same = None if not before or not after else float(before == after)
     why = f"SHA-256 over {facts['frozen_parameters']:,} frozen parameters in memory, before and after training"
-    return judge("frozen_identical", same, "==", 1.0, "yes", SFT.report, why)
+    return judge(f"{training.prefix}frozen_identical", same, "==", 1.0, "yes", training.report, why)
 
 
 def _base(recipe: Recipe, run: Run) -> Verdict:
@@ -141,7 +141,7 @@ PARTS = (
     single("lora_b_nonzero", _matrices, layout.TRAINED.path, _adapts),
     single("lora_coverage", _coverage, layout.TRAINED.path, _adapts),
     single("kinds_changed", _kinds_changed, layout.TRAINED_MODEL.path, lambda recipe: not is_lora(recipe)),
-    single("frozen_identical", _frozen, SFT.report, _adapts),
+    *of_trainings("frozen_identical", _frozen, when=lambda recipe, training: is_lora(recipe)),
     single("base_intact", _base, layout.MODEL.path, _adapts),
     single("weights_precision", _precision, SFT.report),
     single("adapter_effect", _effect, layout.ROW_SCORES.path),

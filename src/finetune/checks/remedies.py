@@ -200,6 +200,10 @@ REMEDIES: dict[str, str] = {
     "dpo_loss_confirmed": f"The trainer's loss is not that of align.loss_type for the model on disk. {_CODE}.",
     # -- the files
     "sealed": f"Bring the file that is named back from a copy, or {_AGAIN}.",
+    "rows_scored": "Have the rows scored again with: finetune evaluate RECIPE --force.",
+    "counts_as_reported": f"Bring the file that is named back from a copy, or {_AGAIN}.",
+    "records_whole": "Have the file that is named made again with: finetune run RECIPE.",
+    "told_of": f"Bring the file that is named back from a copy, or {_AGAIN}.",
     "stages_finished": "Mend what stopped the run, and go on where it stopped with: finetune run RECIPE.",
     "artifacts_intact": (
         "Bring the file that is named back from a copy, or have it made again with: finetune run RECIPE."

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from finetune.backends import Tokenizer
 from finetune.checks import Verdict, judge
 from finetune.checks.parts import Training, of_0_1, of_trainings, single
 from finetune.checks.rows import labelled, rendering
-from finetune.data import encode
+from finetune.core.files import digest
+from finetune.data import encode, sources
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Optimization
 from finetune.run import Run, evidence, layout
@@ -172,6 +174,12 @@ def _prepared_as_reported(recipe: Recipe, run: Run) -> Verdict:
         found["preference_rows"] = len(evidence.rows(run, layout.PAIRS))
     for name, value in found.items():
         numbers.same(name, told.get(name), value)
+    listed = evidence.maybe(run, layout.SOURCES)  # version 0.1 kept none
+    files = [str(path) for path in sources.local_files(recipe, "prepare")]
+    if listed is not None:
+        numbers.same("the data files", sorted(listed), sorted(files))
+        for name in files:
+            numbers.same(f"the SHA-256 of {name}", listed.get(name), digest(Path(name)))
     return numbers.verdict(
         "prepared_as_reported", layout.PREPARED.path, f"{layout.PREPARED.path}, as the files have them"
     )

@@ -75,22 +75,29 @@ def _prepared(recipe: Recipe, run: Run) -> Verdict:
     """Rows of the data that are neither prepared, nor held out, nor left out as the recipe says; and rows given twice."""
     examples = examples_again(recipe.data)
     assert recipe.data is not None
-    counted = Counter(row["row"] for row in evidence.rows(run, layout.TRAIN_ROWS))
+    rows = evidence.rows(run, layout.TRAIN_ROWS)
+    counted = Counter(row["row"] for row in rows)
     if not recipe.data.eval_path:
         counted.update(row["row"] for row in evidence.maybe_rows(run, layout.EVAL_ROWS))
     absent = [number for number in range(len(examples)) if number not in counted]
     lost = [number for number in absent if not _left_out(examples, number, counted, recipe, run)]
     twice = [number for number, times in counted.items() if times > 1 or number >= len(examples)]
+    moved = [
+        row["row"]
+        for row in rows
+        if row["row"] < len(examples)
+        and (row["file"], row["line"]) != (str(examples[row["row"]].file), examples[row["row"]].line)
+    ]
     why = f"of {len(examples)} rows of the data {len(counted)} are prepared"
     if len(absent) > len(lost):
         why += f", {len(absent) - len(lost)} left out as the recipe says"
-    for said, numbers in (("lost", lost), ("twice, or of no row", twice)):
+    for said, numbers in (("lost", lost), ("twice, or of no row", twice), ("said to be of another line", moved)):
         if numbers and numbers[0] < len(examples):
             first = examples[numbers[0]]
             why += f"; {said}: {len(numbers)}, first {first.file}:{first.line}"
         elif numbers:
             why += f"; {said}: {len(numbers)}"
-    return judge("rows_prepared", len(lost) + len(twice), "==", 0, "rows lost or repeated", ROWS, why)
+    return judge("rows_prepared", len(lost) + len(twice) + len(moved), "==", 0, "rows lost or repeated", ROWS, why)
 
 
 def _left_out(examples: list[formats.Example], number: int, counted: Counter[int], recipe: Recipe, run: Run) -> bool:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.core.files import write_json, write_jsonl
-from finetune.errors import MissingError, StageError
+from finetune.errors import MissingError, StageError, first_line
 from finetune.run.layout import (
     CHAT_TEMPLATE,
     EVENTS,
     MODEL,
+    REPORTS,
     ROW_SCORES,
     SCHEMA,
     TRAINED,
@@ -23,6 +24,7 @@ from finetune.run.layout import (
     Rows,
     Text,
 )
+from finetune.run.log import PREVIOUS
 from finetune.run.records import evaluated, trained
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def read(run: Run, file: Document[R]) -> R:
     path = required(run, file)
     value = _parse(path, file, _bytes(path, file))
     if file.path.endswith("/report.json") and isinstance(value, dict):
-        _known(path, file, value.get("schema", 0))
+        _known(path, file, value)
     found: R = _validated(path, file, file.record, value)
     return found
 
@@ -131,9 +133,16 @@ def _parse(path: Path, file: File, content: bytes, line: int | None = None) -> A
         raise EvidenceError(path, file.stage, place + what) from None
 
 
-def _known(path: Path, file: File, schema: Any) -> None:
-    if schema not in range(SCHEMA + 1):
+def _known(path: Path, file: File, report: dict[str, Any]) -> None:
+    """Whether a report is of a schema that is known, and whole as one: those of version 0.1 have none of the later keys."""
+    schema, later = report.get("schema", 0), ("asked", "files", "made_with")
+    if isinstance(schema, bool) or schema not in range(SCHEMA + 1):
         raise EvidenceError(path, file.stage, f"its schema is {schema!r}, and this version knows 0 to {SCHEMA}")
+    odd = [key for key in later if (key in report) != (schema > 0)]
+    if odd:
+        raise EvidenceError(
+            path, file.stage, f"its schema is {schema}, and '{odd[0]}' is {'there' if not schema else 'not'}"
+        )
 
 
 def _validated(path: Path, file: File, record: Any, value: Any) -> Any:
@@ -189,6 +198,31 @@ def steps(run: Run, stage: str) -> list[Step]:
             found.append({key: value for key, value in event.items() if key not in ("event", "stage", "prev")})
     checked: list[Step] = _validated(run.events_path, EVENTS, list[Step], found)
     return checked
+
+
+def event_faults(run: Run) -> list[str]:
+    """What is wrong with the events of a run, each with its line: a kind that is none, a key that is not there or not what
+    it should be. Raises StageError for a line that is no event."""
+    from finetune.run.records import Time
+    from finetune.run.records.events import KINDS
+
+    found = []
+    for line in run.log():
+        rest = {key: value for key, value in line.event.items() if key not in ("time", "event", PREVIOUS)}
+        kind = line.event["event"]
+        if kind == "step":
+            rest = {"time": line.event["time"], **{key: value for key, value in rest.items() if key != "stage"}}
+        record = trained.Step if kind == "step" else KINDS.get(kind)
+        place = f"{EVENTS.path}:{line.number}"
+        if record is None or ("stage" in line.event and line.event["stage"] not in REPORTS):
+            found.append(f"{place} is of no known kind or stage ('{kind}', '{line.event.get('stage')}')")
+            continue
+        for wanted, value in ((record, rest), (Time, line.event["time"])):
+            try:
+                _adapter(wanted).validate_python(value)
+            except ValueError as error:
+                found.append(f"{place} is damaged: {first_line(error)}")
+    return found
 
 
 def row_scores(run: Run) -> tuple[Mapping[str, evaluated.RowScore], Mapping[str, evaluated.RowScore]] | None:

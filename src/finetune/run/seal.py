@@ -191,7 +191,7 @@ def _rest(run: Run, manifest: Mapping[str, Any], lines: list[Line]) -> Iterator[
 def changed(run: Run, report: Report) -> list[Found]:
     """What a stage left that is not as it left it: files changed, gone, or there that it did not write."""
     there = {f"{report.stage}/{name}": sha for name, sha in digests(run.path / report.stage).items() if name != REPORT}
-    if not report.files:  # of version 0.1, which listed artifacts alone
+    if report.schema == 0:  # of version 0.1, which listed artifacts alone
         return [*_artifacts(report, there)]
     found = [
         Found(file=name, why="is gone" if name not in there else "was changed after it was written")

@@ -6,7 +6,11 @@ named. A key that an earlier version did not write is `NotRequired`, and says so
 
 from __future__ import annotations
 
-from pydantic import ConfigDict, with_config
+from typing import Annotated
+
+from pydantic import ConfigDict, StringConstraints, with_config
 
 record = with_config(ConfigDict(strict=True, extra="forbid"))
 open_record = with_config(ConfigDict(strict=True, extra="allow"))  # a trainer's own numbers go with a step
+Time = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")]  # UTC, ISO 8601
+Sha = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 as hexadecimal digits

@@ -11,6 +11,8 @@ from finetune.run.records import record
 
 Sum = Annotated[list[float], Len(2, 2)]  # of log-probabilities, and how many tokens they are of
 
+FRESH_QUESTIONS = 8  # so many answers (or rows, or pairs) a fresh process scores
+
 
 @record
 class Answer(TypedDict):

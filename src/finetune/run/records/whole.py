@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NotRequired
+from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from finetune.run.records import record
+from finetune.run.records import Time, record
 
 
 @record
@@ -85,19 +85,37 @@ class StoredVerdicts(TypedDict):
     cause: NotRequired[str]
 
 
+@record
+class Peak(TypedDict):
+    """Bytes: of the process (resident set), and of the device where there is one."""
+
+    process: int
+    device: NotRequired[int]
+
+
+@record
+class MadeWith(TypedDict):
+    """What computed a stage (see `finetune.code`); of a training that was taken over from version 0.1, what is known."""
+
+    python: str
+    libraries: dict[str, str]
+    modules: NotRequired[dict[str, str]]
+    finetune: NotRequired[str]
+
+
 class _Report(TypedDict):
     """What every stage's report says; see `finetune.run.report.Report`."""
 
     stage: str
     fingerprint: str
-    started: str
+    started: Time
     seconds: float
     artifacts: dict[str, str]
-    peak: dict[str, int]
+    peak: Peak
     notes: list[str]
     asked: NotRequired[str | None]  # these four are not there in a run of version 0.1
     files: NotRequired[dict[str, str]]
-    made_with: NotRequired[dict[str, Any]]
+    made_with: NotRequired[MadeWith]
     schema: NotRequired[int]
 
 
