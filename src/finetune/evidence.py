@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,18 @@ def tensor_bytes(file: Path) -> int:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     return file.stat().st_size - 8 - length
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; NaN without a value, and where one is NaN (`statistics.fmean` raises at infinities of both signs)."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def perplexity(total: float, count: int) -> float:
+    """exp of the mean negative log-probability (nats) of `count` tokens whose log-probabilities add up to `total`: NaN
+    without a token or where `total` is, infinity where it is beyond a float."""
+    nats = -total / count if count else math.nan
+    return math.inf if nats > math.log(sys.float_info.max) else math.exp(nats)
 
 
 def model_settings(recipe: Recipe) -> dict[str, Any]:

@@ -277,13 +277,13 @@ class Training:
         for (key, token), total in gradient.rows.items():
             mean = total / gradient.seen[key]
             if adapter is None:
-                square += (total / weight) ** 2
+                square += _square(total / weight)
                 row = self.model.base.table[key]
                 row[token] -= 4 * GAIN * rate * self._push(("T", *key, token), mean)
                 continue
             module, slot, column = adapter.home[key], adapter.slots[key].index(token), bucket(key)
             gate, value = adapter.scale * adapter.a[module][slot][column], adapter.scale * adapter.b[key][slot]
-            square += (gate * total / weight) ** 2 + (value * total / weight) ** 2
+            square += _square(gate * total / weight) + _square(value * total / weight)
             gates["A", module, slot, column].append(value * mean)
             adapter.b[key][slot] -= GAIN * rate * self._push(("B", *key, slot), gate * mean)
         for parameter, found in gates.items():
@@ -291,7 +291,7 @@ class Training:
             if adapter and any(found):
                 adapter.a[module][slot][column] -= GAIN / 100 * rate * self._push(parameter, _mean(found))
         for (last, token), total in gradient.bigram.items():
-            square += (total / weight) ** 2
+            square += _square(total / weight)
             row = self.model.base.bigram.setdefault(last, {})
             row[token] = row.get(token, 0.0) - GAIN / 100 * rate * self._push(("E", last, token), total / weight)
         return math.sqrt(square)
@@ -391,6 +391,11 @@ def _answer(prompt: list[int], answer: list[int]) -> list[Place]:
 
 def _sum(model: FakeModel, answer: list[Place]) -> float:
     return sum(model.log_probability(place) for place in answer)
+
+
+def _square(value: float) -> float:
+    """Infinite where it is beyond a float; `value**2` raises there."""
+    return value * value
 
 
 def _mean(values: list[float]) -> float:

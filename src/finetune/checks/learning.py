@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune import evidence
-from finetune.checks import Verdict, judge, missing
+from finetune.checks import Verdict, judge, missing, silence
 from finetune.recipe import Recipe
 from finetune.run import Run
 
@@ -69,4 +69,5 @@ def _learned(name: str, answers: list[dict[str, Any]], final: str, bound: float,
     likelier = sum(a["phases"][final]["logprob"] > a["phases"]["base"]["logprob"] for a in answers)
     right = sum(a["phases"][final]["correct"] for a in answers)
     why = f"{how}: {right} of {len(answers)} right after, expected answer likelier in {likelier}"
+    why += silence([a["phases"][final]["text"] for a in answers])
     return judge(name, share, ">", bound, "share improved", ANSWERS, why)

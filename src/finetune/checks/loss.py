@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import evidence
-from finetune.checks import Verdict, judge, missing
+from finetune.checks import Verdict, finite, judge, missing
 from finetune.recipe import Recipe
 from finetune.run import Run
 
@@ -20,6 +20,7 @@ ROWS = "evaluate/rows.json"
 # honest runs (docs/detection.md); half as much again.
 FIRST_CEILING = 1.6
 DROPOUT_FACTOR = 4.0  # dropout makes the logged loss noisy; the independent score runs without it
+NO_LOSS = 1e100  # nats: NaN, infinity, and what float32 cannot hold; its square is beyond a float
 PACKED_TOLERANCE = 0.5  # packing hides which rows a step held, so the first step stands against the mean of all rows
 
 
@@ -64,8 +65,10 @@ def fall(losses: Sequence[float]) -> tuple[float, float]:
     """
     size = window(len(losses))
     first, last = losses[:size], losses[-size:]
+    if not all(abs(loss) < NO_LOSS for loss in (*first, *last)):
+        return math.nan, math.nan
     before, after = statistics.fmean(first), statistics.fmean(last)
-    if not (math.isfinite(before) and math.isfinite(after) and before > 0):
+    if not before > 0:
         return math.nan, math.nan
     error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / size)
     drop = before - after
@@ -144,7 +147,7 @@ def _scored_again(recipe: Recipe, run: Run, steps: list[dict[str, Any]]) -> list
         tolerance, because = max(tolerance, PACKED_TOLERANCE), " (rows of the step unknown: all rows)"
     elif _has_dropout(run):
         tolerance, because = tolerance * DROPOUT_FACTOR, " (the model trains with dropout)"
-    distance = abs(logged - answers) / answers if answers else math.nan
+    distance = abs(logged - answers) / answers if answers else None
     before, after = nll(base, list(base), "answer"), nll(trained, list(base), "answer")
     verdicts = [
         judge(
@@ -153,8 +156,8 @@ def _scored_again(recipe: Recipe, run: Run, steps: list[dict[str, Any]]) -> list
             f"{everything:.4f} on everything{because}",
         ),
         judge(
-            names[1], 1 - after / before if before else math.nan, ">", recipe.expect.loss_reduction_min, "relative fall",
-            ROWS, f"training rows scored afresh from disk: {before:.4f} before, {after:.4f} after",
+            names[1], finite(1 - after / finite(before)) if before else None, ">", recipe.expect.loss_reduction_min,
+            "relative fall", ROWS, f"training rows scored afresh from disk: {before:.4f} before, {after:.4f} after",
         ),
     ]  # fmt: skip
     return verdicts if _plain(recipe) else verdicts[1:]

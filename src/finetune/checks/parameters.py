@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from finetune import evidence
 from finetune.backends import TensorFacts, get
-from finetune.checks import Verdict, judge, missing
+from finetune.checks import Verdict, finite, judge, missing
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
 from finetune.run import Run, digest
@@ -52,8 +53,9 @@ def _changed(recipe: Recipe, before: dict[str, TensorFacts], after: dict[str, Te
 def _matrices(after: dict[str, TensorFacts]) -> Verdict:
     """B starts at zero, so a zero B is an adapter that does nothing there."""
     matrices = {name: facts for name, facts in after.items() if "lora_B" in name or "lora_embedding_B" in name}
-    dead = [name for name, facts in matrices.items() if not facts.norm > 0]
-    why = f"{len(matrices)} B matrices" + (f"; the first zero one is {dead[0]}" if dead else ", none is zero")
+    dead = [name for name, facts in matrices.items() if not 0 < facts.norm < math.inf]
+    why = f"{len(matrices)} B matrices"
+    why += f"; the norm of {dead[0]} is {matrices[dead[0]].norm:g}" if dead else ", none is zero"
     alive = (len(matrices) - len(dead)) / len(matrices) if matrices else None
     return judge("lora_b_nonzero", alive, "==", 1.0, "share", "train/adapter", why)
 
@@ -144,4 +146,4 @@ def _effect(run: Run) -> Verdict:
     base, trained = scores
     moved = [abs(trained[row]["answer"][0] - base[row]["answer"][0]) / max(1, base[row]["answer"][1]) for row in base]
     why = f"mean change of the answers' log-probability over {len(moved)} rows, with training on and off"
-    return judge(name, sum(moved) / len(moved), ">", EFFECT, "nats a token", place, why)
+    return judge(name, finite(evidence.mean(moved)), ">", EFFECT, "nats a token", place, why)

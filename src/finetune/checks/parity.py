@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
-from finetune.checks import Verdict, judge, missing, short
+from finetune.checks import Verdict, judge, missing, short, silence
 from finetune.parity.bounds import Bounds, bits, bounds
 from finetune.recipe import Recipe
 from finetune.run import Run
@@ -13,6 +14,7 @@ from finetune.run import Run
 FACTOR_TOLERANCE = 0.02
 SHOWN = 3
 PLAIN = "plain text"
+NO_NUMBERS = "weights that hold NaN or infinity, which make probabilities NaN (see weights_finite)"
 _CAUSES = {
     "doubled_begin": "the begin token is there twice: the template writes it and the runtime adds it",
     "added_begin": "the runtime puts a token before the prompt that training did not have (add_bos_token)",
@@ -44,7 +46,7 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
             why = f"'{name}' was compared by an earlier version; compare it again with: finetune compare RECIPE"
             verdicts.append(missing(f"prompt_parity[{name}]", "==", 1.0, "share", path, why))
             continue
-        seen["bits_promised"] = bits(name, recipe)
+        seen |= {"bits_promised": bits(name, recipe), "probes": recipe.evaluate.probes is not None}
         verdicts += _hop(name, seen, bounds(name, recipe, seen["dtype"]), path)
     return verdicts
 
@@ -55,7 +57,7 @@ def _hop(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> list[Verd
         verdicts += _distributions(name, seen, bound, path)
     verdicts += [_greedy(name, seen, bound, path), _stop(name, seen, bound, path), _leaks(name, seen, path)]
     verdicts.append(_stops_at(name, seen, path))
-    if seen["learned"]["known"]:
+    if seen["learned"]["known"] or seen["probes"]:
         verdicts.append(_learned(name, seen, bound, path))
     if seen["served"] is not None:
         verdicts.append(_served(name, seen, bound, path))
@@ -130,6 +132,9 @@ def _distributions(name: str, seen: dict[str, Any], bound: Bounds, path: str) ->
 
 def _greedy(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
     found = seen["greedy"]
+    if found["compared"] and not found["tokens"]:
+        why = f"all {found['compared']} answers of '{seen['reference']}' are empty: the model answers nothing"
+        return missing(f"greedy_parity[{name}]", ">=", bound.greedy, "share", path, why)
     ties = sum(gap is not None and gap <= bound.tie for gap in found["gaps"])
     why = f"{found['equal']} of {found['compared']} greedy answers are the same token by token"
     why += f" ({found['tokens_agreed']} of {found['tokens']} tokens)"
@@ -140,6 +145,7 @@ def _greedy(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdic
         why += f"expected {first['expected_next']!r}, found {first['found_next']!r}"
         if "expected_top5" in first:
             why += f"; {_tops(first['expected_top5'])} against {_tops(first['found_top5'])}"
+    why += silence([each["text"] for each in seen["answers"]])
     share = (found["equal"] + ties) / found["compared"] if found["compared"] else None
     return _explained(judge(f"greedy_parity[{name}]", share, ">=", bound.greedy, "share", path, why), seen)
 
@@ -155,7 +161,7 @@ def _stop(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
     verdict = judge(
         f"stop_parity[{name}]", found["stopped"] / found["compared"], ">=", bound.stopped, "share", path, why
     )
-    weights = seen["distributions"] is not None and seen["distributions"]["mean"] > bound.kl_mean
+    weights = seen["distributions"] is not None and not seen["distributions"]["mean"] <= bound.kl_mean
     return _explained(verdict, seen, of=None if weights and not seen["stops"]["missing"] else "eos_token_id")
 
 
@@ -179,6 +185,9 @@ def _leaks(name: str, seen: dict[str, Any], path: str) -> Verdict:
 def _learned(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
     found = seen["learned"]
     known, kept = found["known"], found["kept"]
+    if not known:
+        why = f"'{seen['reference']}' answers none of the probes"
+        return missing(f"learned_parity[{name}]", ">=", bound.learned, "share", path, why)
     why = f"{kept} of the {known} probes that '{seen['reference']}' answers are answered"
     if found["lost"]:
         lost = found["lost"][0]
@@ -193,7 +202,8 @@ def _served(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdic
     why = f"{found['equal']} of {found['compared']} answers of the runtime's own server are those of the runtime"
     if first := found["first"]:
         why += f"; {short(first['prompt'])!r}: expected {short(first['expected'])!r}, found {short(first['found'])!r}. "
-        why += "Likely cause: the server renders the conversation otherwise, or changes it"
+        cause = "the server renders the conversation otherwise, or changes it"
+        why += f"Likely cause: {NO_NUMBERS if _of_nan(seen) else cause}"
     return judge(f"served_parity[{name}]", _share(found), ">=", bound.greedy, "share", path, why)
 
 
@@ -229,7 +239,7 @@ def _exact(name: str, seen: dict[str, Any], path: str) -> Verdict:
 
 
 def _off(found: dict[str, Any]) -> str:
-    names = [each["name"] for each in found["off"]]
+    names = [each["name"] + (" (NaN)" if _is_nan(each["roundings"]) else "") for each in found["off"]]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"not base + adapter: {', '.join(names[:SHOWN])}{more}"
 
@@ -257,6 +267,8 @@ def _explained(verdict: Verdict, seen: dict[str, Any], of: str | None = None) ->
 
 
 def _cause(seen: dict[str, Any], of: str | None) -> str:
+    if _of_nan(seen):
+        return NO_NUMBERS
     different = _different(seen)
     if chosen := [each for each in different if of is None or each["name"] == of] or different:
         return _named(chosen)
@@ -276,6 +288,15 @@ def _cause(seen: dict[str, Any], of: str | None) -> str:
     return (
         "other weights than those of the model it is made from (an export of an older run, or tensors put elsewhere?)"
     )
+
+
+def _of_nan(seen: dict[str, Any]) -> bool:
+    """Whether the probabilities themselves are none."""
+    return seen["distributions"] is not None and _is_nan(seen["distributions"]["mean"])
+
+
+def _is_nan(value: float | None) -> bool:
+    return value is not None and math.isnan(value)
 
 
 def _named(different: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune import evidence
-from finetune.checks import Verdict, judge, missing, worst
+from finetune.checks import Verdict, finite, judge, missing, worst
 from finetune.checks.artifacts import DRIFT
 from finetune.checks.loss import window
 from finetune.checks.rows import first_pass, rendering, tokens_of_steps
@@ -84,7 +84,7 @@ def _logged(align: Align, run: Run) -> list[Verdict]:
     margins = [step.get("rewards/margins") for step in steps]
     logged = [margin for margin in margins if isinstance(margin, int | float)]
     size = window(len(logged))
-    growth = statistics.fmean(logged[-size:]) - logged[0] if len(logged) > 1 else None
+    growth = finite(evidence.mean(logged[-size:]) - logged[0]) if len(logged) > 1 else None
     verdicts.append(
         judge("dpo_margin_grows", growth, ">", 0.0, "reward", EVENTS, "margin of the last steps less that of the first")
     )
@@ -106,14 +106,14 @@ def _scored(recipe: Recipe, run: Run) -> list[Verdict]:
         ]
     gains = {pair["row"]: _gain(pair["phases"]["aligned"], pair["phases"][reference]) for pair in pairs}
     margins = [recipe.align.beta * (gain["chosen"] - gain["rejected"]) for gain in gains.values()]
-    won = sum(margin > 0 for margin in margins) / len(margins)
+    won = sum(finite(margin) > 0 for margin in margins) / len(margins)
     return [
         judge(
             "dpo_prefers_chosen", won, ">=", bound, "share", PAIRS,
             f"pairs, of {len(pairs)}, whose chosen answer gained on the rejected one, scored afresh from disk",
         ),
         judge(
-            "dpo_margin", statistics.fmean(margins), ">", 0.0, "reward", PAIRS,
+            "dpo_margin", finite(evidence.mean(margins)), ">", 0.0, "reward", PAIRS,
             "mean reward margin over the pairs, scored afresh from disk",
         ),
         *_account(recipe, run, gains),
@@ -148,8 +148,8 @@ def _account(recipe: Recipe, run: Run, gains: dict[int, Gain]) -> list[Verdict]:
         why = "the pairs or the rewards that the trainer spoke of are unknown"
         return [missing(name, "<=", bound, unit, ACCOUNT, why) for name in names]
     tokens = {key: statistics.fmean(lengths[row][key] for row in rows) for key in ("chosen", "rejected")}
-    rewards = {key: align.beta * statistics.fmean(gains[row][key] for row in rows) for key in tokens}
-    loss = statistics.fmean(LOSSES[align.loss_type](align, gains[row], lengths[row]) for row in rows)
+    rewards = {key: align.beta * evidence.mean([gains[row][key] for row in rows]) for key in tokens}
+    loss = evidence.mean([LOSSES[align.loss_type](align, gains[row], lengths[row]) for row in rows])
     off = worst(abs(said[key] - rewards[key]) / (align.beta * tokens[key]) for key in tokens)
     both = ", ".join(f"{key} {said[key]:.4f} against {rewards[key]:.4f}" for key in tokens)
     return [
@@ -183,13 +183,14 @@ def _robust(align: Align, gain: Gain, tokens: Tokens) -> float:
 def _ipo(align: Align, gain: Gain, tokens: Tokens) -> float:
     """https://arxiv.org/abs/2310.12036, equation 17; gains are a token's, as TRL has it."""
     apart = gain["chosen"] / max(1, tokens["chosen"]) - gain["rejected"] / max(1, tokens["rejected"])
-    return (apart - 1 / (2 * align.beta)) ** 2
+    off = apart - 1 / (2 * align.beta)
+    return off * off
 
 
 # The loss of one pair: gains are log-probabilities after less before (nats), tokens the answers' lengths.
 LOSSES: dict[str, Callable[[Align, Gain, Tokens], float]] = {
     "sigmoid": lambda align, gain, tokens: _softplus(-_margin(align, gain)),
-    "hinge": lambda align, gain, tokens: max(0.0, 1 - _margin(align, gain)),
+    "hinge": lambda align, gain, tokens: worst((0.0, 1 - _margin(align, gain))),
     "robust": _robust,
     "ipo": _ipo,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from finetune import evidence
@@ -174,8 +175,14 @@ def _greedy(recipe: Recipe, run: Run, answers: list[dict[str, Any]]) -> Verdict:
         return judge(name, None, "<=", bound, unit, ANSWERS, why)
     phase = max(read, key=lambda each: _sortable(read[each]["gap"]))
     worst, tokens = read[phase]["worst"], sum(each["tokens"] for each in read.values())
+    if worst is None:
+        return missing(name, "<=", bound, unit, GREEDY, f"'{phase}' said nothing, not even an end of turn")
     why = f"{tokens} tokens of the answers read again in one pass, every one the likeliest"
-    if not read[phase]["gap"] <= bound:
+    if math.isnan(read[phase]["gap"]):
+        why = (
+            f"the probabilities of '{phase}' are NaN at token {worst['position']} of its answer to {worst['prompt']!r}"
+        )
+    elif not read[phase]["gap"] <= bound:
         why = f"'{phase}' said {worst['said']!r} where {worst['likeliest']!r} was likelier, as token {worst['position']} of "
         why += f"its answer to {worst['prompt']!r}: it was drawn, or the prompt was not what the model saw"
     return judge(name, read[phase]["gap"], "<=", bound, unit, GREEDY, why)
@@ -186,5 +193,5 @@ def _ended(said: dict[str, Any], most: int) -> bool:
     return len(said["ids"]) < most if said["finish"] == "stop" else len(said["ids"]) == most
 
 
-def _sortable(value: float) -> float:
-    return value if value == value else float("inf")
+def _sortable(gap: float | None) -> float:
+    return math.inf if gap is None or math.isnan(gap) else gap

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune import evidence
 from finetune.backends import get
-from finetune.checks import Verdict, judge, missing, worst
+from finetune.checks import Verdict, finite, judge, missing, silence, worst
 from finetune.checks.artifacts import DRIFT, FRESH
 from finetune.data import sources
 from finetune.errors import FinetuneError, first_line
@@ -38,6 +38,7 @@ def _controls(recipe: Recipe, run: Run) -> Verdict:
     known = [a for a in controls if a["phases"]["base"]["correct"]]
     if len(known) < KNOWN_MIN:
         why = f"the base answers {len(known)} of {len(controls)} controls; at least {KNOWN_MIN} are needed"
+        why += silence([a["phases"]["base"]["text"] for a in controls])
         return missing(name, ">=", bound, "share", ANSWERS, why)
     final = list(known[0]["phases"])[-1]
     kept = [a for a in known if a["phases"][final]["correct"]]
@@ -45,6 +46,7 @@ def _controls(recipe: Recipe, run: Run) -> Verdict:
     why = f"{len(kept)} of the {len(known)} controls known before are known after"
     if lost:
         why += f"; lost: {lost['prompt']!r} -> {lost['phases'][final]['text'][:60]!r}"
+    why += silence([a["phases"][final]["text"] for a in controls])
     return judge(name, len(kept) / len(known), ">=", bound, "share", ANSWERS, why)
 
 
@@ -58,7 +60,7 @@ def _heldout(recipe: Recipe, run: Run) -> list[Verdict]:
     before, after = values["base"]["perplexity"], values[final]["perplexity"]
     why = f"perplexity of text never trained: {before:.2f} before, {after:.2f} after, {values['base']['tokens']} tokens"
     return [
-        judge(name, after / before, "<=", bound, "ratio", HELDOUT, why),
+        judge(name, after / finite(before) if before else None, "<=", bound, "ratio", HELDOUT, why),
         _whole(recipe, run, values),
         _confirmed(recipe, run, values),
     ]
@@ -92,9 +94,8 @@ def _confirmed(recipe: Recipe, run: Run, values: dict[str, Any]) -> Verdict:
         return missing(name, "<=", bound, unit, FRESH, "no fresh process scored the held-out text")
     apart: dict[str, float] = {}
     for phase, value in values.items():
-        total, count = map(sum, zip(*value["texts"], strict=True))
         apart[f"in '{phase}' the perplexity {value['perplexity']:.2f} is not that of its texts"] = _distance(
-            value["perplexity"], -total / count
+            value["perplexity"], [total for total, _ in value["texts"]], [count for _, count in value["texts"]]
         )
     final = list(values)[-1]
     for number, ((total, count), (again, tokens)) in enumerate(zip(values[final]["texts"], fresh, strict=False), 1):
@@ -106,5 +107,9 @@ def _confirmed(recipe: Recipe, run: Run, values: dict[str, Any]) -> Verdict:
     return judge(name, distance, "<=", bound, unit, HELDOUT, why)
 
 
-def _distance(perplexity: float, nats: float) -> float:
-    return abs(math.log(perplexity) - nats) if perplexity > 0 else math.nan
+def _distance(perplexity: float, totals: list[float], counts: list[int]) -> float:
+    """Nats a token between a perplexity and that of texts with these log-probabilities and tokens."""
+    found = evidence.perplexity(sum(totals), sum(counts))
+    if perplexity == found:  # both may be infinite
+        return 0.0
+    return abs(math.log(perplexity) - math.log(found)) if perplexity > 0 and found > 0 else math.nan

@@ -59,7 +59,31 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     for verdict in verdicts:
         if verdict.name not in chosen or chosen[verdict.name].passed:
             chosen[verdict.name] = verdict
-    return [*chosen.values(), _tokenizer(recipe, run)]
+    return [*chosen.values(), _finite(recipe, run), _tokenizer(recipe, run)]
+
+
+def _finite(recipe: Recipe, run: Run) -> Verdict:
+    """Every tensor of what was trained and merged is of numbers; where not, the first model of the run that has others."""
+    name, unit, place = "weights_finite", "tensors with NaN or infinity", "merge/model"
+    made = [f"{stage}/{kind}" for stage in ("train", "align") for kind in ("adapter", "model")]
+    try:
+        odd = {each: _not_finite(recipe, run.path / each) for each in made if (run.path / each).is_dir()}
+        odd[place] = _not_finite(recipe, run.path / place)
+        count = sum(map(len, odd.values()))
+        why = f"every tensor of {', '.join(odd)} has a finite norm"
+        if count:
+            odd = {"the base": _not_finite(recipe, Path(evidence.fetched(run)["base"])), **odd}
+            first = next(each for each, names in odd.items() if names)
+            why = f"NaN or infinity in {count} tensors of what was trained and merged; they begin in {first}: {odd[first][0]}"
+    except FinetuneError as error:
+        return missing(name, "==", 0, unit, place, first_line(error))
+    return judge(name, count, "==", 0, unit, place, why)
+
+
+def _not_finite(recipe: Recipe, directory: Path) -> list[str]:
+    """The tensors whose norm is no finite number."""
+    stored = get(recipe.backend).tensors(directory)
+    return [name for name, facts in stored.items() if not math.isfinite(facts.norm)]
 
 
 def _tokenizer(recipe: Recipe, run: Run) -> Verdict:
@@ -129,7 +153,10 @@ def _last(recipe: Recipe, trained: Trained) -> list[Verdict]:
     except FinetuneError as error:
         return [missing(name, "==", 0, "tensors differ", place, first_line(error))]
     ours = trained.tensors
-    differing = [tensor for tensor in {**last, **ours} if last.get(tensor) != ours.get(tensor)]
+    known, there = ({tensor: (facts.sha256, facts.shape) for tensor, facts in each.items()} for each in (ours, last))
+    differing = [
+        tensor for tensor in {**last, **ours} if known.get(tensor) != there.get(tensor)
+    ]  # NaN norms equal none
     why = f"{trained.place} against the checkpoint of the last step, {len(last)} tensors bit by bit"
     why += f"; first: {differing[0]}" if differing else ""
     return [judge(name, len(differing), "==", 0, "tensors differ", place, why)]

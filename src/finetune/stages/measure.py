@@ -74,7 +74,7 @@ def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
         score_request(recipe.backend, model, None, pairs, evidence.model_settings(recipe)), out / "fresh-request.json"
     )
     names = [str(place) for place in range(len(questions))] or [str(row["row"]) for row in rows]
-    means = [sum(values) / len(values) for values in answer["scores"][: len(names)]]
+    means = [evidence.mean(values) for values in answer["scores"][: len(names)]]
     return {
         "template_sha256": template.digest,
         "of": of,
