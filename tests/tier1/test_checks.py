@@ -322,6 +322,16 @@ def zero_b(adapter: dict[str, Any]) -> None:
         context[-1] = [0.0] * len(context[-1])
 
 
+def not_finite(model: str, value: float) -> Broken:
+    """One weight of a model of the run."""
+
+    def change(weights: dict[str, Any]) -> None:
+        row = weights["table"][0][2]
+        row[next(iter(row))] = value
+
+    return lambda run: edit_json(run, f"{model}/fake_model.json", change)
+
+
 def untrained(run: Run) -> None:
     shutil.rmtree(run.path / "train" / "adapter")
     shutil.copytree(run.path / "train" / "initial", run.path / "train" / "adapter")
@@ -750,6 +760,8 @@ BREAKS = [
     Break("another lora_alpha", configured("train", lora_alpha=32), "adapter_config"),
     Break("another lora_alpha after alignment", configured("align", lora_alpha=32), "adapter_config"),
     Break("another base named", configured("train", base_model_name_or_path="other"), "adapter_config"),
+    Break("a merged weight of NaN", not_finite("merge/model", math.nan), "weights_finite"),
+    Break("a merged weight that is infinite", not_finite("merge/model", -math.inf), "weights_finite"),
     Break("a merged model without a tokenizer", gone("merge/model/tokenizer_config.json"), NO_TOKENIZER),
     Break("an adapter without its configuration", gone("train/adapter/adapter_config.json"), "adapter_config artifacts_intact"),
     Break("a rank that the adapter does not say", unsaid("train", "r"), "adapter_config"),
