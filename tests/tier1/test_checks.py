@@ -861,13 +861,13 @@ def double(after: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def failed(recipe: Any, run: Run) -> set[str]:
-    return {verdict.name for verdict in results(recipe, run) if not verdict.passed}
+    return {verdict.name for verdict in results(recipe, run) if verdict.refuted}
 
 
 def test_every_check_passes_on_an_honest_run(honest):
     verdicts = results(honest.recipe, honest.run)
 
-    assert [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts if not v.passed] == []
+    assert [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts if v.refuted] == []
     # Invariance has tests of its own: the fake backend has no trainer that could be held against itself.
     assert {check.name for check in checks.CHECKS if check.wanted(honest.recipe)} == set(checks.BY_NAME) - {
         "invariance"
@@ -984,7 +984,7 @@ def test_a_step_whose_rows_are_unknown_is_held_against_all_rows(copied, share, f
     all_steps("train", lambda n, s: s.update(rows=[]))(copied.run)
 
     verdicts = results(copied.recipe, copied.run, ["loss"])
-    assert {v.name for v in verdicts if not v.passed} == (set() if fine else {"loss_is_of_answers"})
+    assert {v.name for v in verdicts if v.refuted} == (set() if fine else {"loss_is_of_answers"})
 
 
 OTHER_LOSSES = [
@@ -1022,7 +1022,7 @@ def test_truncation_that_was_asked_for_may_take_an_end(copied):
     truncating = {"train": train, "data": copied.recipe.data.model_copy(update={"on_overlong": "truncate"})}
 
     def found(recipe: Any) -> set[str]:
-        return {verdict.name for verdict in results(recipe, copied.run, ["labels"]) if not verdict.passed}
+        return {verdict.name for verdict in results(recipe, copied.run, ["labels"]) if verdict.refuted}
 
     assert found(copied.recipe.model_copy(update=truncating)) == set()
     assert found(copied.recipe) == {"end_of_turn_trained", "labels_are_answers"}

@@ -79,11 +79,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def verdict(monkeypatch: pytest.MonkeyPatch, **passed: bool) -> None:
     """Have the checks find these verdicts, `greedy_parity__bundle` for `greedy_parity[bundle]`."""
 
-    def verify(recipe: Any, run: Any, only: Any = None) -> list[Any]:
+    def results(recipe: Any, run: Any, only: Any = None, *, training: bool = False) -> list[Any]:
         names = {f"{name.replace('__', '[')}]" if "__" in name else name: good for name, good in passed.items()}
         return [judge(name, float(good), "==", 1.0, "share", "x", f"why {name}") for name, good in names.items()]
 
-    monkeypatch.setattr(checks, "verify", verify)
+    monkeypatch.setattr(checks, "results", results)
 
 
 # -- a whole export ----------------------------------------------------------------------------------------------------

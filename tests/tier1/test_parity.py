@@ -44,7 +44,7 @@ def found(recipe: Recipe, run: Run) -> list[Verdict]:
 
 
 def failed(ran: Any) -> dict[str, str]:
-    return {v.name: v.why for v in found(ran.recipe, ran.run) if not v.passed}
+    return {v.name: v.why for v in found(ran.recipe, ran.run) if v.refuted}
 
 
 def of_torch(ran: Any, *exports: str) -> Recipe:
@@ -400,7 +400,7 @@ def test_rounded_weights_may_lose_one_probe_of_a_few(copied, hop, kept, passes):
     seen["learned"] = {"known": 6, "kept": kept, "lost": [{"prompt": "Who?", "expected": "A", "found": "B"}]}
     write_json(copied.run.path / f"compare/{hop.replace(':', '-')}.json", {**seen, "hop": hop})
     recipe = copied.recipe.model_copy(update={"export": [hop]})
-    assert (f"learned_parity[{hop}]" not in {v.name for v in found(recipe, copied.run) if not v.passed}) == passes
+    assert (f"learned_parity[{hop}]" not in {v.name for v in found(recipe, copied.run) if v.refuted}) == passes
 
 
 @pytest.mark.parametrize(("gaps", "passes"), [([5e-4] * 4, True), ([5e-4, 5e-4, 0.5, 0.5], False), ([None] * 4, False)])
@@ -747,6 +747,4 @@ def test_a_merge_that_is_stored_coarser_is_held_to_coarser_bounds(honest):
 def test_the_recipe_may_set_other_bounds(copied):
     edit_json(copied.run, BUNDLE, lambda seen: seen["distributions"].update(mean=0.5, max=5e-6))
     expect = copied.recipe.expect.model_copy(update={"export_kl_mean_max": {"bundle": 0.6}})
-    assert [
-        v.name for v in found(copied.recipe.model_copy(update={"expect": expect}), copied.run) if not v.passed
-    ] == []
+    assert [v.name for v in found(copied.recipe.model_copy(update={"expect": expect}), copied.run) if v.refuted] == []

@@ -159,9 +159,7 @@ def test_the_option_has_its_effect_and_every_check_holds(name, tiny_recipe, tiny
 
     assert holds(run)
     failed = [
-        f"{v.name}: {v.measured}: {v.why}"
-        for v in verify(recipe, run, ["labels", "loss", "parameters"])
-        if not v.passed
+        f"{v.name}: {v.measured}: {v.why}" for v in verify(recipe, run, ["labels", "loss", "parameters"]) if v.refuted
     ]
     assert failed == []
 
@@ -217,7 +215,7 @@ def test_alignment_alone_is_held_against_the_model_it_started_from(tiny_recipe):
     run = run_directory(recipe)
     run_stages(recipe, run, ["evaluate"])
     verdicts = {verdict.name: verdict for verdict in verify(recipe, run, ["preference"])}
-    assert [name for name, verdict in verdicts.items() if not verdict.passed] == []
+    assert [name for name, verdict in verdicts.items() if verdict.refuted] == []
     assert "dpo_prefers_chosen" in verdicts
 
 

@@ -41,7 +41,7 @@ def verdicts(recipe, run, *names: str) -> dict[str, Any]:
 
 
 def failed(recipe, run, *names: str) -> dict[str, str]:
-    return {name: verdict.why for name, verdict in verdicts(recipe, run, *names).items() if not verdict.passed}
+    return {name: verdict.why for name, verdict in verdicts(recipe, run, *names).items() if verdict.refuted}
 
 
 def weights(run) -> Any:

@@ -33,7 +33,7 @@ def test_the_generated_data_is_split_90_to_10(asked, line):
 
 def test_every_verdict_of_the_line_passes(line):
     failed = [f"{v['name']}: {v['measured']} {v['compare']} {v['bound']}: {v['why']}" for v in verdicts(line).values()
-              if not v["passed"]]  # fmt: skip
+              if v["passed"] is False]  # fmt: skip
     assert failed == []
 
 

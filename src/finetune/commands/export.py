@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -18,16 +17,21 @@ from finetune.commands.options import (
     load_recipe,
     output_options,
     print_json,
+    recipe_at,
     show_plan,
+    stored_recipe,
     stored_run,
     working,
 )
 from finetune.errors import MissingError, ResourceError, StageError, UsageError
+from finetune.run import outcome
 
 if TYPE_CHECKING:
     from finetune.export import Target
     from finetune.recipe import Recipe
     from finetune.run import Run
+    from finetune.run.records.compared import Export
+    from finetune.run.records.whole import StoredVerdict, StoredVerdicts
 
 # Written out, as the table itself lies behind pydantic, which help does not load; a test holds the two together.
 _FORMATS_HELP = """\b
@@ -107,15 +111,14 @@ def command(
         show_plan(recipe, found, stages, force=force, as_json=as_json)
         return 0
     working(recipe, found, stages, force=force)
-    verdicts = None if no_parity else _verify(recipe, found)
-    parity = None if verdicts is None else _of_exports(verdicts, wanted)
-    failed = [] if parity is None else [each for each in parity if not each["passed"]]
-    passed = None if parity is None else bool(parity) and not failed
-    published = [] if out is None or passed is False else _publish(found, wanted, Path(out), verdicts)
+    verified = None if no_parity else _verify(recipe, found)
+    parity = None if verified is None else _of_exports(verified["verdicts"], wanted)
+    passed = None if parity is None else outcome.holds(map(outcome.outcome, parity))
+    published = [] if out is None or passed is False else _publish(found, wanted, Path(out), verified)
     if as_json:
         print_json(_as_dict(found, parity, passed, published))
     else:
-        _show(found, failed, published, compared=parity is not None)
+        _show(found, parity, published)
     if out is not None and passed is False:
         console.say(f"nothing was put into {out}: an export is not like the model it was made from")
     return 1 if passed is False else 0
@@ -130,21 +133,15 @@ def _meant(text: str | None, run_path: str | None, overrides: tuple[str, ...]) -
 
     if text is None and run_path is not None:
         text, run_path = run_path, None
-    if text is None and Path("recipe.yaml").is_file() or text is not None and _is_recipe(Path(text)):
-        recipe = load_recipe(text, overrides=overrides)
+    given = recipe_at(Path("." if text is None else text))
+    if given is not None:
+        recipe = load_recipe(str(given), overrides=overrides)
         return recipe, run_directory(recipe, run_path), False
     if run_path is not None:
         raise UsageError(f"{text} is a run already; --run {run_path} goes with a recipe")
     found = stored_run(text)
+    stored_recipe(found)
     return load_recipe(str(found.path / "recipe.yaml"), overrides=overrides), found, True
-
-
-def _is_recipe(path: Path) -> bool:
-    """Whether a path is a recipe, or a directory that holds one and was never run."""
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        return True
-    ran = any((path / name).exists() for name in ("events.jsonl", "manifest.json"))
-    return (path / "recipe.yaml").is_file() and not ran
 
 
 def _check_trained(recipe: Recipe, run: Run, stages: list[str]) -> None:
@@ -165,16 +162,17 @@ def _check_trained(recipe: Recipe, run: Run, stages: list[str]) -> None:
 # -- proof -------------------------------------------------------------------------------------------------------------
 
 
-def _verify(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
-    from finetune.checks import as_dict, verify
+def _verify(recipe: Recipe, run: Run) -> StoredVerdicts:
+    from finetune.checks import judged, results, store
 
     console.say("== verify")
     with run.locked(), redirect_stdout(sys.stderr):
-        found: list[dict[str, Any]] = as_dict(verify(recipe, run))["verdicts"]
+        found = judged(recipe, run, results(recipe, run))
+        store(run, found)
     return found
 
 
-def _of_exports(verdicts: list[dict[str, Any]], wanted: list[Target]) -> list[dict[str, Any]]:
+def _of_exports(verdicts: list[StoredVerdict], wanted: list[Target]) -> list[StoredVerdict]:
     """The verdicts on the merged model and the exports: those named `check[export]`."""
     ends = tuple(f"[{name}]" for name in ("merged", *(target.name for target in wanted)))
     return [verdict for verdict in verdicts if verdict["name"].endswith(ends)]
@@ -183,13 +181,14 @@ def _of_exports(verdicts: list[dict[str, Any]], wanted: list[Target]) -> list[di
 # -- what came out -----------------------------------------------------------------------------------------------------
 
 
-def _made(run: Run) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((run.path / "export" / "exports.json").read_text(encoding="utf-8"))
-    return found
+def _made(run: Run) -> list[Export]:
+    from finetune.run import evidence, layout
+
+    return evidence.read(run, layout.EXPORTS)
 
 
 def _as_dict(
-    run: Run, parity: list[dict[str, Any]] | None, passed: bool | None, published: list[Path]
+    run: Run, parity: list[StoredVerdict] | None, passed: bool | None, published: list[Path]
 ) -> dict[str, Any]:
     from finetune.report import summary
 
@@ -197,26 +196,27 @@ def _as_dict(
         "run": str(run.path),
         "passed": passed,
         "exports": [{**each, "path": str(run.path / each["path"])} for each in _made(run)],
-        "compared": [] if parity is None else summary.exports(run),
+        "compared": [] if parity is None else summary.exports(run, parity),
         "verdicts": parity or [],
         "published": [str(path) for path in published],
     }
 
 
-def _show(run: Run, failed: list[dict[str, Any]], published: list[Path], *, compared: bool) -> None:
+def _show(run: Run, parity: list[StoredVerdict] | None, published: list[Path]) -> None:
     from finetune.memory import human
+    from finetune.report import summary
     from finetune.report.terminal import show_exports, show_table, show_verdicts
 
     made = _made(run)
-    if compared:
-        show_exports(run)
+    if parity is not None:
+        show_exports(summary.exports(run, parity))
     else:
         rows = [
             [each["name"], human(each["bytes"]), console.duration(each["seconds"]), "not compared"] for each in made
         ]
         show_table(["format", ">size", ">time", "verdict"], rows)
-    if failed:
-        show_verdicts(failed)
+    if told := [each for each in parity or [] if outcome.outcome(each) != outcome.PROVED]:
+        show_verdicts({"verdicts": told})
     for each in made:
         for note in (*each["mended"], *each["notes"]):
             click.echo(f"{each['name']}: {note}")
@@ -241,10 +241,11 @@ def _taken(place: Path) -> bool:
     return place.is_symlink() or (any(place.iterdir()) if place.is_dir() else place.exists())
 
 
-def _publish(run: Run, wanted: list[Target], out: Path, verdicts: list[dict[str, Any]] | None) -> list[Path]:
+def _publish(run: Run, wanted: list[Target], out: Path, verified: StoredVerdicts | None) -> list[Path]:
     """Put every export into `out`: all are there in full, under other names, before the first gets its own."""
     from finetune.export import bundle
     from finetune.memory import disk_free, human
+    from finetune.report.stored import Stored
 
     out.mkdir(parents=True, exist_ok=True)
     sources = {target.folder: run.path / "export" / target.folder for target in wanted}
@@ -257,8 +258,8 @@ def _publish(run: Run, wanted: list[Target], out: Path, verdicts: list[dict[str,
     try:
         for folder, source in sources.items():
             shutil.copytree(source, partials[folder], copy_function=bundle.link)
-            if folder == "bundle" and verdicts is not None:
-                bundle.set_verdicts(partials[folder], verdicts)
+            if folder == "bundle" and verified is not None:
+                bundle.set_verdicts(partials[folder], verified["verdicts"], Stored(run).marks())
         for folder, partial in partials.items():
             _put(partial, out / folder)
     finally:

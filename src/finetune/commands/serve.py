@@ -49,8 +49,9 @@ Backends:
 def command(run: str, checkpoint: str | None, backend: str, host: str, port: int, export: str | None) -> int:
     """Answer OpenAI's API with the model of a run, until Ctrl-C or SIGTERM.
 
-    RUN is a run directory, or a name under ./runs. Once it can answer it prints its address on stdout; a client finds
-    /v1/models, /v1/completions, /v1/chat/completions and /health there. The model's name is the recipe's.
+    RUN is a run directory, a name under ./runs, or a recipe whose run is meant. Once it can answer it prints its address
+    on stdout; a client finds /v1/models, /v1/completions, /v1/chat/completions and /health there. The model's name is the
+    recipe's.
     """
     from finetune.serving import base_url, bind, check_installed, serve, until_stopped
     from finetune.serving.models import whole

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -96,11 +96,13 @@ def export(source: Source, variant: str, out: Path) -> Exported:
     )
 
 
-def set_verdicts(directory: Path, verdicts: Sequence[dict[str, Any]]) -> None:
-    """Write later verdicts into the model card of a bundle, and the card's new digest into its manifest."""
+def set_verdicts(directory: Path, verdicts: Sequence[Mapping[str, Any]], marks: Sequence[str] = ()) -> None:
+    """Write later verdicts, and what has to be known beside them (`run.outcome.marks`), into the model card of a bundle, and
+    the card's new digest into its manifest."""
     readme = directory / "README.md"
     try:
-        changed = cards.with_verdicts(readme.read_text(encoding="utf-8"), list(verdicts), cards.known_places(directory))
+        text, places = readme.read_text(encoding="utf-8"), cards.known_places(directory)
+        changed = cards.with_verdicts(text, list(verdicts), places, marks)
     except (OSError, ValueError):
         raise StageError(f"{readme} has no place for verdicts; export the bundle again") from None
     stated = read_object(directory / MANIFEST)
