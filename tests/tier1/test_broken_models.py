@@ -26,7 +26,7 @@ from finetune.parity.divergence import divergence
 from finetune.parity.observe import _served, _speed
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe.sections import Align
-from finetune.report import files
+from finetune.report import files, summary
 from finetune.run import Run, layout
 from finetune.stages import measure
 from finetune.stages.evaluate import _perplexity, _reread
@@ -74,7 +74,7 @@ def verified(directory: Path, town: Path, **changes: Any) -> dict[str, Verdict]:
     write_serving(run)
     expect = wanted.expect.model_copy(update={"memory_reduction_min": 0.3, "serving": True})
     verdicts = verify(wanted.model_copy(update={"expect": expect}), run)
-    files.write(run, files.render(run)[1])
+    files.write(run, files.render(summary.document(run))[1])
     return named(verdicts)
 
 
