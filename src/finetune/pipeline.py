@@ -238,20 +238,19 @@ def _why(stage: Stage, recipe: Recipe, run: Run, rerun: list[str], forced: bool,
     """Why a stage would run; empty when it is up to date."""
     if forced:
         return "forced"
-    if rerun and (stage.name not in TRAININGS or rerun[0] in TRAININGS):
-        return f"'{rerun[0]}' runs before it"
+    before = f"'{rerun[0]}' runs before it" if rerun else ""
     try:
         found = reason(stage, recipe, run, retrain=retrain)
     except FinetuneError:  # what it stands on is damaged
-        return f"'{rerun[0]}' runs before it" if rerun else "what it needs is damaged"
-    if found is None:
-        return ""
+        return before or "what it needs is damaged"
+    if found is None:  # a training is kept, whatever is prepared again: it was asked for the same
+        return before if stage.name not in TRAININGS or (rerun and rerun[0] in TRAININGS) else ""
     if not found.news:
         return "did not finish the last time" if run.events("stage_started", stage=stage.name) else found.why
     if found.why != "changed":
         return found.why
     changes = _changes(stage, recipe, run)
-    return f"changed: {', '.join(changes)}" if changes else "its data or an earlier stage changed"
+    return f"changed: {', '.join(changes)}" if changes else before or "its data or an earlier stage changed"
 
 
 def _changes(stage: Stage, recipe: Recipe, run: Run) -> list[str]:

@@ -97,7 +97,8 @@ def test_an_honest_resume_has_the_verdicts_of_an_uninterrupted_training(run, wan
     metrics = run.require("train").metrics
     assert (metrics["plans"], metrics["changed"], metrics["unexamined"]) == ([[0, 12]], [], [])
     assert run.events("resumed")[-1] | {"time": "", "prev": ""} == {
-        "time": "", "prev": "", "event": "resumed", "stage": "train", "step": 6, "examined": True, "changed": [], "longer": None,
+        "time": "", "prev": "", "event": "resumed", "stage": "train", "step": 6, "examined": True,
+        "changed": [], "longer": None,
         "checkpoint": str(run.path / "train" / "checkpoint-6"),
     }  # fmt: skip
     assert run.require("train").notes == []

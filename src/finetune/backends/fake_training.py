@@ -389,7 +389,8 @@ class Training:
         self.step = self.begun = state["global_step"]
         self.patience_used = state["patience_used"]
         self.best = math.inf if state["best"] is None else state["best"]
-        velocity = json.loads((directory / "optimizer.json").read_text(encoding="utf-8"))
+        stored = directory / "optimizer.json"  # version 0.1 had it in the trainer's state
+        velocity = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else state["velocity"]
         self.velocity.update({tuple(parameter): value for *parameter, value in velocity})
         if self.lora:
             self.model = FakeModel(self.model.base, Adapter.read(directory))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checks import Verdict, judge, missing, not_examined, worst
-from finetune.checks.parts import Training, is_lora, lora, of_trainings, tells
+from finetune.checks.parts import Training, fake_of_0_1, is_lora, lora, of_trainings, tells
 from finetune.core.files import read_object
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
@@ -26,6 +26,7 @@ OF_NO_WHOLE = ("layerwise", "lomo")  # optimizers that have no parameters of the
 SMALLEST_RATE = 1e-6  # below, a weight near 1 in single precision rounds the step itself
 LARGEST_EPSILON = 1e-7  # above, it holds small gradients back
 DRIFT = 1e-6  # relative, of a setting stored as a double
+UNTOLD = "version 0.1 made it with a fake backend that did not tell", "train it anew: finetune run RECIPE --retrain"
 UNINTERRUPTED = "train it in one go to have it examined: finetune {stage} RECIPE --force"
 
 
@@ -87,10 +88,12 @@ def _has_rates(recipe: Recipe, training: Training) -> bool:
 def _settings(recipe: Recipe, run: Run, training: Training) -> Verdict:
     """What the optimizer was set to when training ended, and the adapter's dropout while it was trained. What was not told
     is not as asked."""
-    wanted, found = _wanted(recipe, run, training), training.facts(run)
+    name, wanted, found = f"{training.prefix}settings_as_asked", _wanted(recipe, run, training), training.facts(run)
+    if fake_of_0_1(recipe, run, training):
+        return not_examined(name, "==", 0, "settings off", training.report, *UNTOLD)
     other = [key for key, value in wanted.items() if not _same(found.get(key), value)]
     why = ", ".join(_told(key, found) + (f" instead of {wanted[key]}" if key in other else "") for key in wanted)
-    return judge(f"{training.prefix}settings_as_asked", len(other), "==", 0, "settings off", training.report, why)
+    return judge(name, len(other), "==", 0, "settings off", training.report, why)
 
 
 def _wanted(recipe: Recipe, run: Run, training: Training) -> dict[str, float | None]:
@@ -198,7 +201,9 @@ def _is_adam(recipe: Recipe, training: Training) -> bool:
 def _clipped(recipe: Recipe, run: Run, training: Training) -> Verdict:
     name, unit = f"{training.prefix}gradients_clipped", "of max_grad_norm beyond it"
     most, facts = training.asked(recipe).max_grad_norm, training.facts(run)
-    norm = facts["clipped_norm"]
+    norm = facts.get("clipped_norm")
+    if norm is None and fake_of_0_1(recipe, run, training):
+        return not_examined(name, "<=", CLIPPED, unit, training.report, *UNTOLD)
     if norm is None and _took_none(facts):
         why = f"the training was resumed after its last step, {facts['steps']}, and took none since"
         remedy = UNINTERRUPTED.format(stage=training.stage)

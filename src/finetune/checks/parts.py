@@ -115,6 +115,17 @@ def of_trainings(
     return tuple(map(of, TRAININGS))
 
 
+def fake_of_0_1(recipe: Recipe, run: Run, training: Training) -> bool:
+    """Whether the fake backend of version 0.1 trained it, which told neither its settings nor its gradients' norms."""
+    return recipe.backend == "fake" and of_0_1(run, training)
+
+
+def of_0_1(run: Run, training: Training) -> bool:
+    """Whether version 0.1 made it, taken over since or not."""
+    report = run.require(training.stage)
+    return report.schema == 0 or "finetune" in report.made_with
+
+
 def is_lora(recipe: Recipe) -> bool:
     """Whether what is trained is an adapter. Alignment trains what the training before it did, else an adapter."""
     return recipe.train is None or recipe.train.method == "lora"

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from finetune.backends import Tokenizer
 from finetune.checks import Verdict, judge
-from finetune.checks.parts import Training, of_trainings, single
+from finetune.checks.parts import Training, of_0_1, of_trainings, single
 from finetune.checks.rows import labelled, rendering
 from finetune.data import encode
 from finetune.recipe import Recipe
@@ -99,7 +99,7 @@ def _report_as_logged(recipe: Recipe, run: Run, training: Training) -> Verdict:
         numbers.same("planned_steps", facts["planned_steps"], planned)
     if getattr(asked, "early_stopping_patience", None) is None:
         numbers.same("steps", facts["steps"], facts["planned_steps"])
-    if evidence.read(run, layout.TRAININGS[training.stage]).get("schema"):  # version 0.1 did not tell of its parts
+    if not of_0_1(run, training):  # which did not tell of its parts
         _resumed(numbers, facts)
     _speed(numbers, facts, [step for step in steps if step["step"] > (facts["resumed_from"] or 0)])
     return numbers.verdict(

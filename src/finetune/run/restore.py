@@ -66,7 +66,7 @@ def _tell_again(run: Run, report: Report) -> None:
     run.event("stage_started", stage=report.stage, fingerprint=report.fingerprint)
     logs = {"train": layout.TRAIN_LOGS, "align": layout.ALIGN_LOGS}.get(report.stage)
     if logs:
-        run.event("training", stage=report.stage, resumed_from=None)
+        run.event("training", stage=report.stage, resumed_from=report.metrics.get("resumed_from"))
         for step in evidence.read(run, logs):
             run.event("step", stage=report.stage, **{key: value for key, value in step.items() if key != "time"})
     run.write_report(report)
