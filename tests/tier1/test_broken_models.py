@@ -131,6 +131,13 @@ def test_a_broken_run_has_the_verdicts_of_an_honest_one_and_no_others(broken_bas
     assert broken_bases(change).keys() == expected
 
 
+def test_an_infinite_perplexity_is_reported_and_found_again_as_it_is(broken_bases):
+    found = broken_bases(always(LETTER))
+
+    assert found["evaluated_as_reported"].passed
+    assert found["heldout_confirmed"].passed
+
+
 def test_what_training_broke_runs_to_its_verdicts(town, tmp_path, monkeypatch):
     """Sound at first, NaN when it was saved: the verdicts tell where it began, and none of NaN has passed."""
     save = Training._save
@@ -302,20 +309,37 @@ def test_nan_passes_no_bound_and_says_what_it_is(compare):
     assert verdict.why == "why; what was measured is NaN, not a number"
 
 
-def test_a_gain_from_or_to_infinity_is_no_gain(copied):
+def test_a_gain_from_infinity_is_no_gain(copied):
     """A score of minus infinity before training would make any later one an infinite gain."""
-    edit_json(
-        copied.run, "evaluate/rows.json", lambda s: [v["answer"].__setitem__(0, -INF) for v in s["base"].values()]
-    )
-    edit_json(copied.run, "evaluate/heldout.json", lambda s: s["base"].update(perplexity=INF))
-    unknown = {"chosen": -INF}
-    edit_rows(
-        copied.run, "evaluate/preferences.jsonl", lambda s: [p["phases"]["trained"].update(unknown) for p in s] and s
-    )
+    edit_json(copied.run, layout.HELDOUT.path, lambda scored: scored["base"].update(perplexity=INF))
 
-    failed = {verdict.name for verdict in results(copied.recipe, copied.run) if not verdict.passed}
+    found = scored_so(copied, ("base", "trained"), -INF)
 
-    assert {"loss_confirmed", "adapter_effect", "heldout_perplexity", "dpo_margin", "dpo_prefers_chosen"} <= failed
+    assert {*GAINS, "heldout_perplexity"} <= found
+
+
+def test_a_gain_to_infinity_is_no_gain(copied):
+    assert scored_so(copied, ("trained", "aligned"), INF) >= GAINS
+
+
+GAINS = {"loss_confirmed", "adapter_effect", "dpo_margin", "dpo_prefers_chosen"}
+
+
+def scored_so(copied: Any, phases: tuple[str, str], value: float) -> set[str]:
+    """What is not proved where every row has this score in the one phase, and every chosen answer in the other."""
+    of_rows, of_pairs = phases
+
+    def rows(scored: Any) -> None:
+        for score in scored[of_rows].values():
+            score["answer"][0] = value
+
+    def pairs(scored: Any) -> None:
+        for pair in scored:
+            pair["phases"][of_pairs]["chosen"] = value
+
+    edit_json(copied.run, layout.ROW_SCORES.path, rows)
+    edit_rows(copied.run, layout.SCORED_PAIRS.path, pairs)
+    return {verdict.name for verdict in results(copied.recipe, copied.run) if not verdict.passed}
 
 
 # -- a server that answers nothing --------------------------------------------------------------------------------------

@@ -453,7 +453,9 @@ NO_REPORT = (  # of the training: all that stands on it
 NO_BEGIN = "report_as_logged dpo_report_as_logged"
 OTHER_TEMPLATE = "prepared_as_reported fresh_process"
 NO_TOKENIZER = "saved_tokenizer sizes_as_reported artifacts_intact"
+NOT_FINITE = "weights_finite sizes_as_reported"
 NO_ADAPTER = "parameters_changed lora_b_nonzero lora_coverage saved_whole saved_last adapter_config artifacts_intact"
+NO_ADAPTER += " weights_finite"
 ENDED_EARLY = "trained_to_the_end log_as_trained report_as_logged saved_last"
 LOST = "rows_prepared rows_trained tokens_as_prepared prepared_as_reported asked_alike"
 TWICE = "rows_prepared rows_trained prepared_as_reported memory_same_work"
@@ -499,6 +501,8 @@ BREAKS = [
         step("train", -1, loss=math.nan),
         f"loss_finite {OF_FALL} loss_end resume_losses",
     ),
+    Break("minus infinity at first", step("train", 1, loss=-math.inf), f"loss_finite {OF_FALL} loss_start loss_is_of_answers"),
+    Break("minus infinity at the end", step("train", -1, loss=-math.inf), f"loss_finite {OF_FALL} loss_end resume_losses"),
     Break("first loss above a guess", step("train", 1, loss=10.0), "loss_start loss_is_of_answers"),
     Break("a vocabulary that nobody counted", untold("prepare", "uniform_entropy"), "loss_start prepared_as_reported"),
     Break("words that nobody counted", untold("prepare", "unigram_entropy"), "loss_end prepared_as_reported"),
@@ -760,8 +764,8 @@ BREAKS = [
     Break("another lora_alpha", configured("train", lora_alpha=32), "adapter_config"),
     Break("another lora_alpha after alignment", configured("align", lora_alpha=32), "adapter_config"),
     Break("another base named", configured("train", base_model_name_or_path="other"), "adapter_config"),
-    Break("a merged weight of NaN", not_finite("merge/model", math.nan), "weights_finite"),
-    Break("a merged weight that is infinite", not_finite("merge/model", -math.inf), "weights_finite"),
+    Break("a merged weight of NaN", not_finite("merge/model", math.nan), NOT_FINITE),
+    Break("a merged weight that is infinite", not_finite("merge/model", -math.inf), NOT_FINITE),
     Break("a merged model without a tokenizer", gone("merge/model/tokenizer_config.json"), NO_TOKENIZER),
     Break("an adapter without its configuration", gone("train/adapter/adapter_config.json"), "adapter_config artifacts_intact"),
     Break("a rank that the adapter does not say", unsaid("train", "r"), "adapter_config"),
