@@ -323,7 +323,7 @@ def _no_sum(recipe: Recipe, run: Run) -> str:
 
 
 def _off(found: Exactness) -> str:
-    names = [each["name"] + (" (NaN)" if _is_nan(each["roundings"]) else "") for each in found["off"]]
+    names = [each["name"] + (" (NaN)" if math.isnan(each["roundings"] or 0.0) else "") for each in found["off"]]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"not base + adapter: {', '.join(names[:SHOWN])}{more}"
 
@@ -378,11 +378,8 @@ def _cause(one: _Seen, of: str | None) -> str:
 
 def _of_nan(one: _Seen) -> bool:
     """Whether the probabilities themselves are none."""
-    return one.hop["distributions"] is not None and _is_nan(one.hop["distributions"]["mean"])
-
-
-def _is_nan(value: float | None) -> bool:
-    return value is not None and math.isnan(value)
+    found = one.hop["distributions"]
+    return found is not None and math.isnan(found["mean"])
 
 
 def _named(different: list[Constant]) -> str:
