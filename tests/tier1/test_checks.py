@@ -322,6 +322,16 @@ def zero_b(adapter: dict[str, Any]) -> None:
         context[-1] = [0.0] * len(context[-1])
 
 
+def not_finite(model: str, value: float) -> Broken:
+    """One weight of a model of the run."""
+
+    def change(weights: dict[str, Any]) -> None:
+        row = weights["table"][0][2]
+        row[next(iter(row))] = value
+
+    return lambda run: edit_json(run, f"{model}/fake_model.json", change)
+
+
 def untrained(run: Run) -> None:
     shutil.rmtree(run.path / "train" / "adapter")
     shutil.copytree(run.path / "train" / "initial", run.path / "train" / "adapter")
@@ -443,7 +453,9 @@ NO_REPORT = (  # of the training: all that stands on it
 NO_BEGIN = "report_as_logged dpo_report_as_logged"
 OTHER_TEMPLATE = "prepared_as_reported fresh_process"
 NO_TOKENIZER = "saved_tokenizer sizes_as_reported artifacts_intact"
+NOT_FINITE = "weights_finite sizes_as_reported"
 NO_ADAPTER = "parameters_changed lora_b_nonzero lora_coverage saved_whole saved_last adapter_config artifacts_intact"
+NO_ADAPTER += " weights_finite"
 ENDED_EARLY = "trained_to_the_end log_as_trained report_as_logged saved_last"
 LOST = "rows_prepared rows_trained tokens_as_prepared prepared_as_reported asked_alike"
 TWICE = "rows_prepared rows_trained prepared_as_reported memory_same_work"
@@ -489,6 +501,8 @@ BREAKS = [
         step("train", -1, loss=math.nan),
         f"loss_finite {OF_FALL} loss_end resume_losses",
     ),
+    Break("minus infinity at first", step("train", 1, loss=-math.inf), f"loss_finite {OF_FALL} loss_start loss_is_of_answers"),
+    Break("minus infinity at the end", step("train", -1, loss=-math.inf), f"loss_finite {OF_FALL} loss_end resume_losses"),
     Break("first loss above a guess", step("train", 1, loss=10.0), "loss_start loss_is_of_answers"),
     Break("a vocabulary that nobody counted", untold("prepare", "uniform_entropy"), "loss_start prepared_as_reported"),
     Break("words that nobody counted", untold("prepare", "unigram_entropy"), "loss_end prepared_as_reported"),
@@ -750,6 +764,8 @@ BREAKS = [
     Break("another lora_alpha", configured("train", lora_alpha=32), "adapter_config"),
     Break("another lora_alpha after alignment", configured("align", lora_alpha=32), "adapter_config"),
     Break("another base named", configured("train", base_model_name_or_path="other"), "adapter_config"),
+    Break("a merged weight of NaN", not_finite("merge/model", math.nan), NOT_FINITE),
+    Break("a merged weight that is infinite", not_finite("merge/model", -math.inf), NOT_FINITE),
     Break("a merged model without a tokenizer", gone("merge/model/tokenizer_config.json"), NO_TOKENIZER),
     Break("an adapter without its configuration", gone("train/adapter/adapter_config.json"), "adapter_config artifacts_intact"),
     Break("a rank that the adapter does not say", unsaid("train", "r"), "adapter_config"),

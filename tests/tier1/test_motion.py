@@ -1,5 +1,6 @@
 """What is told of the optimizer's steps: those that moved nothing, and how far the first one went."""
 
+import math
 from array import array
 
 import pytest
@@ -42,3 +43,8 @@ def test_the_first_move_is_the_largest_one_over_the_rate_of_the_first_step_that_
 
 def test_an_optimizer_with_a_past_tells_no_first_move():
     assert "first_move" not in told((0.5, 1.25, 1.0), fresh=False)
+
+
+def test_a_first_move_to_nan_is_nan_wherever_the_weight_stands():
+    for weights in ((float("nan"), 1.0), (9.0, float("nan"))):
+        assert math.isnan(told((0.5, *weights))["first_move"])

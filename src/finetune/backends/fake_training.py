@@ -257,12 +257,12 @@ class Training:
         square, adapter = 0.0, self.model.adapter
         for (key, token), total in gradient.rows.items():
             if adapter is None:
-                square += (total / weight) ** 2
+                square += _square(total / weight)
                 continue
             module, slot, column = adapter.home[key], adapter.slots[key].index(token), bucket(key)
             gate, value = adapter.scale * adapter.a[module][slot][column], adapter.scale * adapter.b[key][slot]
-            square += (gate * total / weight) ** 2 + (value * total / weight) ** 2
-        return math.sqrt(square + sum((total / weight) ** 2 for total in gradient.bigram.values()))
+            square += _square(gate * total / weight) + _square(value * total / weight)
+        return math.sqrt(square + sum(_square(total / weight) for total in gradient.bigram.values()))
 
     def _update(self, gradient: Gradient, rate: float, weight: int) -> None:
         """Step every touched weight."""
@@ -400,6 +400,11 @@ class Training:
 
 def _sum(model: FakeModel, answer: list[Place]) -> float:
     return sum(model.log_probability(place) for place in answer)
+
+
+def _square(value: float) -> float:
+    """Infinite where it is beyond a float; `value**2` raises there."""
+    return value * value
 
 
 def _mean(values: list[float]) -> float:

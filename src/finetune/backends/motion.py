@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from typing import Any
 
@@ -40,4 +41,5 @@ class Motion:
 
 
 def _most(before: bytes, after: bytes) -> float:
-    return max((abs(new - old) for old, new in zip(array("f", before), array("f", after), strict=True)), default=0.0)
+    moves = [abs(new - old) for old, new in zip(array("f", before), array("f", after), strict=True)]
+    return math.nan if any(map(math.isnan, moves)) else max(moves, default=0.0)

@@ -7,7 +7,7 @@ owes for a recipe. What is owed and not delivered, for whatever reason, is a ref
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,8 @@ _HOLDS: dict[str, Callable[[float, float], bool]] = {
 def judge(name: str, measured: float | None, compare: str, bound: float, unit: str, evidence: str, why: str) -> Verdict:
     """A verdict from a measurement: proved when `measured compare bound` holds. None and NaN never prove anything."""
     holds = measured is not None and _HOLDS[compare](measured, bound)
+    if measured is not None and math.isnan(measured):
+        why += "; what was measured is NaN, not a number"
     return Verdict(
         name=name, outcome=PROVED if holds else REFUTED, measured=measured, compare=compare, bound=bound, unit=unit,
         evidence=evidence, why=why,
@@ -88,6 +90,16 @@ def worst(values: Iterable[float]) -> float:
     """The largest value, or NaN when any is NaN, which `max` would pass over."""
     found = list(values)
     return math.nan if any(math.isnan(value) for value in found) else max(found)
+
+
+def finite(value: float) -> float:
+    """`value`; NaN for infinity, which is beyond every least bound and yet no measure of a gain."""
+    return value if math.isfinite(value) else math.nan
+
+
+def silence(texts: Sequence[str]) -> str:
+    """What to say of a model that answers nothing, behind another sentence; empty where it said something."""
+    return f"; the model answers nothing: all {len(texts)} answers are empty" if texts and not any(texts) else ""
 
 
 def short(text: Any) -> str:

@@ -32,6 +32,7 @@ _ALIGNED = "dpo_(steps_move_weights|margin|margin_grows|prefers_chosen|step_size
 _BROKEN = f"loss_.*|gradients_finite|step_size|gradients_clipped|lora_b_nonzero|adapter_effect|{_LEARNED}|controls_kept"
 _BROKEN += (
     "|heldout_.*|answers_are_greedy|fresh_process|resume_.*|memory_same_work|(distribution|greedy|learned|stop)_.*"
+    "|weights_finite"
 )
 _ROWS = f"trained_tokens|labels_.*|end_of_turn_trained|prompts_as_served|tokens_as_prepared|loss_.*|{_LEARNED}"
 _PROMPTS = f"prompts_as_served|asked_as_trained|labels_are_answers|loss_is_of_answers|loss_start|{_LEARNED}"
@@ -174,11 +175,14 @@ def _other_prompts(facts: Facts) -> Iterator[Explained]:
 
 
 def _not_a_number(facts: Facts) -> Iterator[Explained]:
-    """The training broke: its losses or gradients are no numbers."""
+    """The training broke: its losses, gradients or weights are no numbers."""
     for verdict in facts.named("loss_finite|gradients_finite"):
         if verdict.measured:
             what = "losses" if verdict.name == "loss_finite" else "gradients"
             yield f"the training broke: {what} became NaN or infinite ({verdict.why})", facts.named(_BROKEN)
+    for verdict in facts.named("weights_finite"):
+        if verdict.measured:
+            yield f"there are weights that are no numbers ({verdict.why})", facts.named(_BROKEN)
 
 
 def _no_move(facts: Facts) -> Iterator[Explained]:

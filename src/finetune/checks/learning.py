@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from finetune.checks import Part, Verdict, judge
+from finetune.checks import Part, Verdict, judge, silence
 from finetune.checks.asked import BASE, answered, phases
 from finetune.checks.expected import is_expected, not_given
 from finetune.recipe import Recipe
@@ -87,6 +87,7 @@ def _learned(recipe: Recipe, name: str, answers: list[Question], how: str) -> Ve
     likelier = sum(asked["phases"][final]["logprob"] > asked["phases"][BASE]["logprob"] for asked in answers)
     right = sum(asked["phases"][final]["correct"] for asked in answers)
     why = f"{how}: {right} of {len(answers)} right after, expected answer likelier in {likelier}"
+    why += silence([asked["phases"][final]["text"] for asked in answers])
     return judge(name, share, *bound, ANSWERS, why)
 
 

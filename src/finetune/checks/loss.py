@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from finetune.checks import Verdict, judge, missing
+from finetune.checks import Verdict, finite, judge, missing
 from finetune.checks.parts import SFT, several, single, trains
+from finetune.core.arithmetic import mean
 from finetune.core.files import read_object
 from finetune.errors import StageError
 from finetune.recipe import Recipe
@@ -25,6 +26,7 @@ LEAST = 4  # steps, of which two windows show a fall and a scatter
 # honest runs (docs/detection.md); half as much again.
 FIRST_CEILING = 1.6
 DROPOUT_FACTOR = 4.0  # dropout makes the logged loss noisy; the independent score runs without it
+NO_LOSS = 1e100  # nats: NaN, infinity, and what float32 cannot hold; its square is beyond a float
 PACKED_TOLERANCE = 0.5  # packing hides which rows a step held, so the first step stands against the mean of all rows
 
 
@@ -40,8 +42,10 @@ def fall(losses: Sequence[float]) -> tuple[float, float]:
     """
     size = window(len(losses))
     first, last = losses[:size], losses[-size:]
+    if not all(abs(loss) < NO_LOSS for loss in (*first, *last)):
+        return math.nan, math.nan
     before, after = statistics.fmean(first), statistics.fmean(last)
-    if not (math.isfinite(before) and math.isfinite(after) and before > 0):
+    if not before > 0:
         return math.nan, math.nan
     error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / size)
     drop = before - after
@@ -92,7 +96,7 @@ def _fell(recipe: Recipe, run: Run) -> list[Verdict]:
 def _start(recipe: Recipe, run: Run) -> Verdict:
     first, uniform = _losses(run)[0], evidence.read(run, layout.PREPARED)["metrics"].get("uniform_entropy")
     return judge(
-        "loss_start", first / uniform if uniform else None, "<=", FIRST_CEILING, "of ln(vocabulary)", EVENTS,
+        "loss_start", finite(first) / uniform if uniform else None, "<=", FIRST_CEILING, "of ln(vocabulary)", EVENTS,
         f"the first loss {first:.3f} must not be far above a guess over the whole vocabulary; a broken mask also falls",
     )  # fmt: skip
 
@@ -118,7 +122,7 @@ def _end(recipe: Recipe, run: Run) -> Verdict:
     """Where the loss ended, in nats of the answers' likelihood: as logged, or else as scored again."""
     if _plain(recipe):
         losses = _losses(run)
-        end, place, what = statistics.fmean(losses[-window(len(losses)) :]), EVENTS, "the last window"
+        end, place, what = mean(losses[-window(len(losses)) :]), EVENTS, "the last window"
     else:
         base, trained = _scores(run)
         end, place = nll(trained, list(base), "answer"), ROWS
@@ -127,7 +131,7 @@ def _end(recipe: Recipe, run: Run) -> Verdict:
     if unigram is None:
         return missing("loss_end", "<", math.inf, "nats", layout.PREPARED.path, "no entropy of the answers recorded")
     why = f"{what} must beat a model that only knows how often each answer token occurs"
-    return judge("loss_end", end, "<", unigram, "nats", place, why)
+    return judge("loss_end", finite(end), "<", unigram, "nats", place, why)
 
 
 def _scores(run: Run) -> tuple[Scores, Scores]:
@@ -149,7 +153,7 @@ def _of_answers(recipe: Recipe, run: Run) -> Verdict:
         tolerance, because = max(tolerance, PACKED_TOLERANCE), " (rows of the step unknown: all rows)"
     elif _has_dropout(run):
         tolerance, because = tolerance * DROPOUT_FACTOR, " (the model trains with dropout)"
-    distance = abs(logged - answers) / answers if answers else math.nan
+    distance = abs(logged - answers) / answers if answers else None
     return judge(
         "loss_is_of_answers", distance, "<=", tolerance, "relative distance", ROWS,
         f"first logged loss {logged:.4f}; the same rows scored independently: {answers:.4f} on the answers, "
@@ -160,8 +164,9 @@ def _of_answers(recipe: Recipe, run: Run) -> Verdict:
 def _confirmed(recipe: Recipe, run: Run) -> Verdict:
     base, trained = _scores(run)
     before, after = nll(base, list(base), "answer"), nll(trained, list(base), "answer")
+    fell = finite(1 - after / finite(before)) if before else None
     return judge(
-        "loss_confirmed", 1 - after / before if before else math.nan, ">", recipe.expect.loss_reduction_min,
+        "loss_confirmed", fell, ">", recipe.expect.loss_reduction_min,
         "relative fall", ROWS, f"training rows scored afresh from disk: {before:.4f} before, {after:.4f} after",
     )  # fmt: skip
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.backends import TensorFacts
-from finetune.checks import Verdict, judge
+from finetune.checks import Verdict, finite, judge
 from finetune.checks.parts import SFT, Training, is_lora, lora, of_trainings, single, tensors, trains
+from finetune.core.arithmetic import mean
 from finetune.core.files import digest, read_object
 from finetune.errors import StageError
 from finetune.recipe import Recipe
@@ -43,8 +45,9 @@ def _matrices(recipe: Recipe, run: Run) -> Verdict:
     """B starts at zero, so a zero B is an adapter that does nothing there."""
     after = tensors(recipe, run.path / _place(recipe))
     matrices = {name: facts for name, facts in after.items() if "lora_B" in name or "lora_embedding_B" in name}
-    dead = [name for name, facts in matrices.items() if not facts.norm > 0]
-    why = f"{len(matrices)} B matrices" + (f"; the first zero one is {dead[0]}" if dead else ", none is zero")
+    dead = [name for name, facts in matrices.items() if not 0 < facts.norm < math.inf]
+    why = f"{len(matrices)} B matrices"
+    why += f"; the norm of {dead[0]} is {matrices[dead[0]].norm:g}" if dead else ", none is zero"
     alive = (len(matrices) - len(dead)) / len(matrices) if matrices else None
     return judge("lora_b_nonzero", alive, "==", 1.0, "share", _place(recipe), why)
 
@@ -128,8 +131,7 @@ def _effect(recipe: Recipe, run: Run) -> Verdict:
     base, trained = scores
     moved = [abs(trained[row]["answer"][0] - base[row]["answer"][0]) / max(1, base[row]["answer"][1]) for row in base]
     why = f"mean change of the answers' log-probability over {len(moved)} rows, with training on and off"
-    size = sum(moved) / len(moved)
-    return judge("adapter_effect", size, ">", EFFECT, "nats a token", layout.ROW_SCORES.path, why)
+    return judge("adapter_effect", finite(mean(moved)), ">", EFFECT, "nats a token", layout.ROW_SCORES.path, why)
 
 
 def _adapts(recipe: Recipe) -> bool:

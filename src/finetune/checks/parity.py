@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from finetune.backends import Serves, adapters, get
-from finetune.checks import Part, Verdict, carried_out, compared, judge, missing, not_examined, short
+from finetune.checks import Part, Verdict, carried_out, compared, judge, missing, not_examined, short, silence
 from finetune.checks.asked import sets
 from finetune.checks.compared import MERGED, hops, is_adapter
 from finetune.core.files import read_object
@@ -22,6 +23,7 @@ from finetune.run.records.compared import Constant, Difference, Exactness, Hop, 
 FACTOR_TOLERANCE = 0.02
 SHOWN = 3
 PLAIN = "plain text"
+NO_NUMBERS = "weights that hold NaN or infinity, which make probabilities NaN (see weights_finite)"
 _CAUSES = {
     "doubled_begin": "the begin token is there twice: the template writes it and the runtime adds it",
     "added_begin": "the runtime puts a token before the prompt that training did not have (add_bos_token)",
@@ -185,7 +187,10 @@ def _distributions(one: _Seen) -> list[Verdict]:
 
 
 def _greedy(one: _Seen) -> Verdict:
-    found = one.hop["greedy"]
+    found, name = one.hop["greedy"], one.named("greedy_parity")
+    if found["compared"] and not found["tokens"]:
+        why = f"all {found['compared']} answers of '{one.hop['reference']}' are empty: the model answers nothing"
+        return missing(name, ">=", one.bound.greedy, "share", one.path, why)
     ties = sum(gap is not None and gap <= one.bound.tie for gap in found["gaps"])
     why = f"{found['equal']} of {found['compared']} greedy answers are the same token by token"
     why += f" ({found['tokens_agreed']} of {found['tokens']} tokens)"
@@ -196,8 +201,9 @@ def _greedy(one: _Seen) -> Verdict:
         why += f"expected {first['expected_next']!r}, found {first['found_next']!r}"
         if "expected_top5" in first:
             why += f"; {_tops(first['expected_top5'])} against {_tops(first['found_top5'])}"
+    why += silence([each["text"] for each in one.hop["answers"]])
     share = (found["equal"] + ties) / found["compared"] if found["compared"] else None
-    return _explained(judge(one.named("greedy_parity"), share, ">=", one.bound.greedy, "share", one.path, why), one)
+    return _explained(judge(name, share, ">=", one.bound.greedy, "share", one.path, why), one)
 
 
 def _stop(one: _Seen) -> Verdict:
@@ -211,7 +217,7 @@ def _stop(one: _Seen) -> Verdict:
     verdict = judge(
         one.named("stop_parity"), found["stopped"] / found["compared"], ">=", one.bound.stopped, "share", one.path, why
     )
-    weights = one.hop["distributions"] is not None and one.hop["distributions"]["mean"] > one.bound.kl_mean
+    weights = one.hop["distributions"] is not None and not one.hop["distributions"]["mean"] <= one.bound.kl_mean
     return _explained(verdict, one, of=None if weights and not one.hop["stops"]["missing"] else "eos_token_id")
 
 
@@ -255,7 +261,8 @@ def _served(one: _Seen) -> Verdict:
     why = f"{found['equal']} of {found['compared']} answers of the runtime's own server are those of the runtime"
     if first := found["first"]:
         why += f"; {short(first['prompt'])!r}: expected {short(first['expected'])!r}, found {short(first['found'])!r}. "
-        why += "Likely cause: the server renders the conversation otherwise, or changes it"
+        cause = "the server renders the conversation otherwise, or changes it"
+        why += f"Likely cause: {NO_NUMBERS if _of_nan(one) else cause}"
     return judge(one.named("served_parity"), _share(found), ">=", one.bound.greedy, "share", one.path, why)
 
 
@@ -316,7 +323,7 @@ def _no_sum(recipe: Recipe, run: Run) -> str:
 
 
 def _off(found: Exactness) -> str:
-    names = [each["name"] for each in found["off"]]
+    names = [each["name"] + (" (NaN)" if math.isnan(each["roundings"] or 0.0) else "") for each in found["off"]]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"not base + adapter: {', '.join(names[:SHOWN])}{more}"
 
@@ -346,6 +353,8 @@ def _explained(verdict: Verdict, one: _Seen, of: str | None = None) -> Verdict:
 
 
 def _cause(one: _Seen, of: str | None) -> str:
+    if _of_nan(one):
+        return NO_NUMBERS
     different = _different(one.hop)
     if chosen := [each for each in different if of is None or each["name"] == of] or different:
         return _named(chosen)
@@ -365,6 +374,12 @@ def _cause(one: _Seen, of: str | None) -> str:
     return (
         "other weights than those of the model it is made from (an export of an older run, or tensors put elsewhere?)"
     )
+
+
+def _of_nan(one: _Seen) -> bool:
+    """Whether the probabilities themselves are none."""
+    found = one.hop["distributions"]
+    return found is not None and math.isnan(found["mean"])
 
 
 def _named(different: list[Constant]) -> str:

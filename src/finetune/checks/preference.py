@@ -6,11 +6,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 
-from finetune.checks import Part, Verdict, judge, missing, worst
+from finetune.checks import Part, Verdict, finite, judge, missing, worst
 from finetune.checks.artifacts import DRIFT
 from finetune.checks.asked import phases
 from finetune.checks.loss import window
 from finetune.checks.rows import first_pass, rendering, tokens_of_steps
+from finetune.core.arithmetic import mean
 from finetune.data import checks, formats, sources
 from finetune.errors import StageError
 from finetune.recipe import Recipe
@@ -94,7 +95,7 @@ def _logged(recipe: Recipe, run: Run) -> list[Verdict]:
     why = f"the first loss {steps[0]['loss']:.4f} must be {start:.4f}: policy and reference are the same model then"
     logged = [step["rewards/margins"] for step in steps if "rewards/margins" in step]
     size = window(len(logged))
-    growth = statistics.fmean(logged[-size:]) - logged[0] if len(logged) > 1 else None
+    growth = finite(mean(logged[-size:]) - logged[0]) if len(logged) > 1 else None
     return [
         judge("dpo_start", abs(steps[0]["loss"] - start), "<=", 1e-3, "nats", EVENTS, why),
         judge(
@@ -128,14 +129,14 @@ def _scored(recipe: Recipe, run: Run) -> list[Verdict]:
     """Pairs scored afresh with the aligned model and with the one before alignment."""
     align, gains = _section(recipe), _gains(recipe, run)
     margins = [align.beta * (gain["chosen"] - gain["rejected"]) for gain in gains.values()]
-    won = sum(margin > 0 for margin in margins) / len(margins)
+    won = sum(finite(margin) > 0 for margin in margins) / len(margins)
     return [
         judge(
             "dpo_prefers_chosen", won, ">=", recipe.expect.preference_accuracy_min, "share", PAIRS,
             f"pairs, of {len(gains)}, whose chosen answer gained on the rejected one, scored afresh from disk",
         ),
         judge(
-            "dpo_margin", statistics.fmean(margins), ">", 0.0, "reward", PAIRS,
+            "dpo_margin", finite(mean(margins)), ">", 0.0, "reward", PAIRS,
             "mean reward margin over the pairs, scored afresh from disk",
         ),
     ]  # fmt: skip
@@ -165,8 +166,8 @@ def _account(recipe: Recipe, run: Run) -> list[Verdict]:
     if why := _unknown(said, set(gains) & set(lengths), _steps(run)[-1]["step"]):
         return [missing(name, "<=", bound, unit, ACCOUNT, why) for name in CONFIRMED]
     tokens = {key: statistics.fmean(lengths[row][key] for row in rows) for key in ("chosen", "rejected")}
-    rewards = {key: align.beta * statistics.fmean(gains[row][key] for row in rows) for key in tokens}
-    loss = statistics.fmean(LOSSES[align.loss_type](align, gains[row], lengths[row]) for row in rows)
+    rewards = {key: align.beta * mean([gains[row][key] for row in rows]) for key in tokens}
+    loss = mean([LOSSES[align.loss_type](align, gains[row], lengths[row]) for row in rows])
     off = worst(abs(claimed[key] - rewards[key]) / (align.beta * tokens[key]) for key in tokens)
     both = ", ".join(f"{key} {claimed[key]:.4f} against {rewards[key]:.4f}" for key in tokens)
     return [
@@ -217,13 +218,14 @@ def _robust(align: Align, gain: Gain, tokens: Tokens) -> float:
 def _ipo(align: Align, gain: Gain, tokens: Tokens) -> float:
     """https://arxiv.org/abs/2310.12036, equation 17; gains are a token's, as TRL has it."""
     apart = gain["chosen"] / max(1, tokens["chosen"]) - gain["rejected"] / max(1, tokens["rejected"])
-    return (apart - 1 / (2 * align.beta)) ** 2
+    off = apart - 1 / (2 * align.beta)
+    return off * off
 
 
 # The loss of one pair: gains are log-probabilities after less before (nats), tokens the answers' lengths.
 LOSSES: dict[str, Callable[[Align, Gain, Tokens], float]] = {
     "sigmoid": lambda align, gain, tokens: _softplus(-_margin(align, gain)),
-    "hinge": lambda align, gain, tokens: max(0.0, 1 - _margin(align, gain)),
+    "hinge": lambda align, gain, tokens: worst((0.0, 1 - _margin(align, gain))),
     "robust": _robust,
     "ipo": _ipo,
 }

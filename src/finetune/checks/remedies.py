@@ -224,6 +224,11 @@ REMEDIES: dict[str, str] = {
     "adapter_config": (
         f"adapter_config.json is not that of the adapter beside it: bring it back from a copy, or {_AGAIN}."
     ),
+    "weights_finite": (
+        "A base that holds NaN or infinity cannot be trained: name another (model.path). Where they begin later, halve "
+        "train.learning_rate (1e-4 instead of 2e-4; align.learning_rate for align/), and use train.bf16: true or "
+        "model.dtype: float32 instead of float16."
+    ),
     "saved_tokenizer": f"The merged model's tokenizer is not the base's: {_MERGE}.",
     "fresh_process": f"Loaded anew, the merged model answers otherwise: {_MERGE}, then {_MEASURE}.",
     # -- experiments

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from finetune.backends import Tokenizer
 from finetune.checks import Part, Verdict, judge, missing
 from finetune.checks.asked import base_tokenizer, phases, sets
+from finetune.core.arithmetic import perplexity
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.evaluated import Answer, Question, Reread
@@ -19,7 +19,6 @@ ANSWERS, GREEDY, REPORT = layout.ANSWERS.path, layout.GREEDY.path, layout.report
 # Nats by which a token that was said may be behind the likeliest: what reading in one pass rounds otherwise than writing
 # token by token. Eleven honest runs in float32 gave 0; the bounds are the ties that exports are allowed (parity.bounds).
 GAP = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.2}
-LARGEST = math.log(sys.float_info.max)
 SUM = 1e-9  # relative distance of a mean taken again from the same numbers
 
 
@@ -40,12 +39,16 @@ def _greedy(recipe: Recipe, run: Run) -> list[Verdict]:
         if why := _of_others(phase, read[phase], answers, tokenizer):
             return [missing(name, "<=", bound, unit, GREEDY, why)]
     phase = max(read, key=lambda each: _sortable(read[each]["gap"]))
-    worst, tokens = read[phase]["worst"], sum(each["tokens"] for each in read.values())
+    gap, worst, tokens = read[phase]["gap"], read[phase]["worst"], sum(each["tokens"] for each in read.values())
+    assert gap is not None and worst is not None, "those of others were told apart"
     why = f"{tokens} tokens of the answers read again in one pass, every one the likeliest"
-    if not read[phase]["gap"] <= bound:
+    if math.isnan(gap):
+        why = f"the probabilities of '{phase}' are NaN at token {worst['position']} of its answer to "
+        why += f"{worst['prompt']!r}"
+    elif not gap <= bound:
         why = f"'{phase}' said {worst['said']!r} where {worst['likeliest']!r} was likelier, as token {worst['position']} of "
         why += f"its answer to {worst['prompt']!r}: it was drawn, or the prompt was not what the model saw"
-    return [judge(name, read[phase]["gap"], "<=", bound, unit, GREEDY, why)]
+    return [judge(name, gap, "<=", bound, unit, GREEDY, why)]
 
 
 def _ended(said: Answer, most: int) -> bool:
@@ -61,6 +64,10 @@ def _of_others(phase: str, read: Reread, answers: list[Question], tokenizer: Tok
     if (read["answers"], read["tokens"]) != (len(chosen), count):
         why = f"'{phase}' has {count} tokens in {len(chosen)} answers, and {read['tokens']} in {read['answers']} were "
         return why + "read again"
+    if worst is None or read["gap"] is None:
+        return (
+            f"'{phase}' names no token as the least likely one" if count else f"'{phase}' said nothing, not even an end"
+        )
     there = tokens.get(worst["prompt"], [])
     said = tokenizer.decode(there[worst["position"] : worst["position"] + 1]) if worst["position"] >= 0 else ""
     if not said or said != worst["said"]:
@@ -73,8 +80,8 @@ def _tokens(said: Answer, tokenizer: Tokenizer) -> list[int]:
     return [*said["ids"], *(tokenizer.eos_ids[:1] if said["finish"] == "stop" else ())]
 
 
-def _sortable(value: float) -> float:
-    return value if value == value else float("inf")
+def _sortable(gap: float | None) -> float:
+    return math.inf if gap is None or math.isnan(gap) else gap
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ def _reported(recipe: Recipe, run: Run) -> list[Verdict]:
     """The numbers of the report, taken again from the answers and from the scores of held-out text."""
     said = evidence.read(run, layout.report("evaluate"))["metrics"]
     texts = evidence.read(run, layout.HELDOUT) if recipe.evaluate.heldout else {}
-    scored = {f"perplexity_{phase}": _perplexity(value["texts"]) for phase, value in texts.items()}
+    scored = {f"perplexity_{phase}": perplexity(value["texts"]) for phase, value in texts.items()}
     found = {**_shares(recipe, run), **scored}
     odd = [(REPORT, key, said.get(key)) for key in {**found, **said} if not _same(found.get(key), said.get(key))]
     beside = {f"perplexity_{phase}": value["perplexity"] for phase, value in texts.items()}
@@ -114,14 +121,11 @@ def _shares(recipe: Recipe, run: Run) -> dict[str, float]:
     }
 
 
-def _perplexity(texts: list[list[float]]) -> float:
-    nats = -sum(total for total, _ in texts) / sum(count for _, count in texts)
-    return math.exp(nats) if nats < LARGEST else math.inf
-
-
 def _same(one: Any, other: Any) -> bool:
     if one is None or other is None:
         return one is other
+    if one == other:  # infinity too
+        return True
     return bool(abs(one - other) <= SUM * max(abs(one), abs(other)) or (one != one and other != other))
 
 

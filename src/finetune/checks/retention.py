@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from finetune.checks import Part, Verdict, judge, missing, worst
+from finetune.checks import Part, Verdict, finite, judge, missing, silence, worst
 from finetune.checks.artifacts import DRIFT
 from finetune.checks.asked import BASE, answered, base_tokenizer, phases
 from finetune.checks.expected import not_given
+from finetune.core.arithmetic import perplexity
 from finetune.data import sources
 from finetune.errors import StageError
 from finetune.recipe import Recipe
@@ -27,15 +28,19 @@ def _controls(recipe: Recipe, run: Run) -> list[Verdict]:
         remedy = f"add evaluate.controls: FILE (JSONL), a line a question: {line}"
         return [not_given(recipe, name, ">=", bound, "share", ANSWERS, why, remedy)]
     controls, final = answered(recipe, run, "controls"), phases(recipe)[-1]
+    silent = silence([asked["phases"][final]["text"] for asked in controls])
     known = [asked for asked in controls if asked["phases"][BASE]["correct"]]
     if len(known) < KNOWN_MIN:
         why = f"the base answers {len(known)} of {len(controls)} controls; at least {KNOWN_MIN} are needed"
+        if silent:  # more questions would find nothing either
+            return [missing(name, ">=", bound, "share", ANSWERS, why + silent)]
         remedy = f"add lines to evaluate.controls ({file}): {line}"
         return [not_given(recipe, name, ">=", bound, "share", ANSWERS, why, remedy)]
     lost = [asked for asked in known if not asked["phases"][final]["correct"]]
     why = f"{len(known) - len(lost)} of the {len(known)} controls known before are known after"
     if lost:
         why += f"; lost: {lost[0]['prompt']!r} -> {lost[0]['phases'][final]['text'][:60]!r}"
+    why += silent
     return [judge(name, 1 - len(lost) / len(known), ">=", bound, "share", ANSWERS, why)]
 
 
@@ -57,7 +62,7 @@ def _heldout(recipe: Recipe, run: Run) -> list[Verdict]:
     before, after = values[BASE], values[phases(recipe)[-1]]
     why = f"perplexity of text never trained: {before['perplexity']:.2f} before, {after['perplexity']:.2f} after, "
     why += f"{before['tokens']} tokens"
-    ratio = after["perplexity"] / before["perplexity"] if before["perplexity"] else None
+    ratio = after["perplexity"] / finite(before["perplexity"]) if before["perplexity"] else None
     return [judge(name, ratio, "<=", bound, "ratio", HELDOUT, why), _whole(recipe, run, values)]
 
 
@@ -86,9 +91,8 @@ def _confirmed(recipe: Recipe, run: Run) -> list[Verdict]:
         return [missing(name, "<=", bound, unit, FRESH, why)]
     apart: dict[str, float] = {}
     for phase, value in values.items():
-        total, count = map(sum, zip(*value["texts"], strict=True))
         apart[f"in '{phase}' the perplexity {value['perplexity']:.2f} is not that of its texts"] = _distance(
-            value["perplexity"], -total / count
+            value["perplexity"], perplexity(value["texts"])
         )
     for number, (one, other) in enumerate(zip(final, fresh, strict=False), 1):
         apart[f"text {number} scored otherwise by a fresh process"] = abs(one[0] / one[1] - other[0] / other[1])
@@ -99,8 +103,11 @@ def _confirmed(recipe: Recipe, run: Run) -> list[Verdict]:
     return [judge(name, distance, "<=", bound, unit, HELDOUT, why)]
 
 
-def _distance(perplexity: float, nats: float) -> float:
-    return abs(math.log(perplexity) - nats) if perplexity > 0 else math.nan
+def _distance(said: float, found: float) -> float:
+    """Nats a token between two perplexities."""
+    if said == found:  # both may be infinite
+        return 0.0
+    return abs(math.log(said) - math.log(found)) if said > 0 and found > 0 else math.nan
 
 
 PARTS: tuple[Part, ...] = (

@@ -77,7 +77,10 @@ def _last(recipe: Recipe, run: Run, training: Training) -> Verdict:
         why = f"the checkpoint of the last step, {place}, is not there, or not whole"
         return missing("saved_last", "==", 0, "tensors differ", training.stage, why)
     last, ours = tensors(recipe, checkpoint), tensors(recipe, result)
-    differing = [tensor for tensor in {**last, **ours} if last.get(tensor) != ours.get(tensor)]
+    known, there = ({tensor: (facts.sha256, facts.shape) for tensor, facts in each.items()} for each in (ours, last))
+    differing = [
+        tensor for tensor in {**there, **known} if known.get(tensor) != there.get(tensor)
+    ]  # NaN norms equal none
     why = f"{_place(recipe, run, training)} against the checkpoint of the last step, {len(last)} tensors bit by bit"
     why += f"; first: {differing[0]}" if differing else ""
     return judge("saved_last", len(differing) if last else None, "==", 0, "tensors differ", place, why)
@@ -121,6 +124,26 @@ def _plain(value: Any) -> Any:
 # -- of the run --------------------------------------------------------------------------------------------------------
 
 
+def _finite(recipe: Recipe, run: Run) -> Verdict:
+    """Every tensor of what was trained and merged is of numbers; where not, the first model of the run that has others."""
+    made = [_place(recipe, run, training) for training in TRAININGS if training.section(recipe) is not None]
+    odd = {place: _not_finite(recipe, run.path / place) for place in (*made, MERGED)}
+    count = sum(map(len, odd.values()))
+    why = f"every tensor of {', '.join(odd)} has a finite norm"
+    if count:
+        odd = {"the base": _not_finite(recipe, Path(evidence.fetched(run)["base"])), **odd}
+        first = next(place for place, names in odd.items() if names)
+        why = (
+            f"NaN or infinity in {count} tensors of what was trained and merged; they begin in {first}: {odd[first][0]}"
+        )
+    return judge("weights_finite", count, "==", 0, "tensors with NaN or infinity", MERGED, why)
+
+
+def _not_finite(recipe: Recipe, directory: Path) -> list[str]:
+    """The tensors whose norm is no finite number."""
+    return [name for name, facts in tensors(recipe, directory).items() if not math.isfinite(facts.norm)]
+
+
 def _tokenizer(recipe: Recipe, run: Run) -> Verdict:
     """The tokenizer that goes with the result, against the base's: what each id means, and the ids of the run's texts."""
     backend = get(recipe.backend)
@@ -152,5 +175,6 @@ PARTS = (
     _of_each("saved_precision", _precise, "train", lambda recipe, training: tells(recipe, "saved_precision")),
     _of_each("saved_last", _last, "train", _keeps_last),
     _of_each("adapter_config", _configured, "train", lambda recipe, training: is_lora(recipe)),
+    single("weights_finite", _finite, MERGED, lambda recipe: True),
     single("saved_tokenizer", _tokenizer, MERGED, lambda recipe: True),
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from finetune.checks import Part, Verdict, judge, missing, short
+from finetune.checks import Part, Verdict, judge, missing, short, silence
 from finetune.checks.asked import base_tokenizer, phases
 from finetune.parity.material import special_texts
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
-from finetune.run.records.measured import Asked, Served
+from finetune.run.records.measured import Asked, Expected, Served, Told
 from finetune.serving.experiment import TOKENS
 
 MEASURED = layout.SERVING.path
@@ -51,7 +51,9 @@ def _prompts(seen: Served) -> Verdict:
     if odd:
         wanted, found = odd[0]["expected"]["prompt_tokens"], odd[0]["found"]["prompt_tokens"]
         why += f"; {short(odd[0]['name'])!r} has {found} instead of {wanted}. Likely cause: "
-        if found is None:
+        if refused := odd[0]["found"].get("refused"):
+            why += f"the server refuses the request: {short(refused)}"
+        elif found is None:
             why += "the server does not count"
         elif found == wanted + 1:
             why += "a begin token is there twice"
@@ -70,13 +72,15 @@ def _answers(seen: Served, name: str, kind: str, what: str) -> Verdict:
     why = f"{_of(asked, odd)} {what}" + (f", {ties} of them part at a tie" if ties else "")
     if odd:
         expected, found = odd[0]["expected"], odd[0]["found"]
-        why += f"; {short(odd[0]['name'])!r}: {short(found['text'])!r} ({found['finish']}) instead of "
-        why += f"{short(expected['text'])!r} ({expected['finish']})"
-        if found["text"].startswith(expected["text"]) and found["finish"] == "length":
+        why += f"; {short(odd[0]['name'])!r}: {_said(found)} instead of {_said(expected)}"
+        if found["text"] is None:
+            why += ". Likely cause: the server cannot run this model (see weights_finite)"
+        elif found["text"].startswith(expected["text"]) and found["finish"] == "length":
             why += ". Likely cause: the server does not know the end-of-turn token"
         elif found["prompt_tokens"] == expected["prompt_tokens"] and not _marks(seen, found["text"]):
             why += ". Likely cause: it serves another model, or draws where it should take the likeliest token"
             why += ", or puts the turns in another order" if kind == CONVERSATION else ""
+    why += silence([each["found"]["text"] or "" for each in asked])
     return judge(name, _share(asked, odd), "==", 1.0, "share", MEASURED, why)
 
 
@@ -118,7 +122,7 @@ def _stops(seen: Served) -> Verdict:
     found = stop["found"]
     right = found["text"] == stop["expected"] and found["finish"] == "stop"
     right = right and _begins(seen, stop["name"], stop["expected"] + stop["stop"])
-    why = f"asked to stop before {stop['stop']!r}: {short(found['text'])!r} ({found['finish']})"
+    why = f"asked to stop before {stop['stop']!r}: {_said(found)}"
     if not right:
         why += f" instead of {short(stop['expected'])!r} (stop)"
     return judge(name, float(right), "==", 1.0, "honoured", MEASURED, why)
@@ -130,30 +134,35 @@ def _begins(seen: Served, name: str, text: str) -> bool:
 
 
 def _length(seen: Served) -> Verdict:
-    asked, found = seen["length"], seen["length"]["found"]
+    name, asked, found = "serving_max_tokens", seen["length"], seen["length"]["found"]
+    if not asked["expected"] and not found["text"]:
+        return missing(name, "==", 1.0, "honoured", MEASURED, "the model says nothing that could be cut off")
     right = (found["text"], found["finish"]) == (asked["expected"], "length")
     right = right and found["completion_tokens"] == asked["max_tokens"]
     right = right and _begins(seen, asked["name"], asked["expected"])
-    why = f"asked for {asked['max_tokens']} tokens at most: {found['completion_tokens']}, {short(found['text'])!r} "
-    why += f"({found['finish']})"
+    why = f"asked for {asked['max_tokens']} tokens at most: {found['completion_tokens']}, {_said(found)}"
     if not right:
         why += f" instead of {short(asked['expected'])!r} (length)"
-    return judge("serving_max_tokens", float(right), "==", 1.0, "honoured", MEASURED, why)
+    return judge(name, float(right), "==", 1.0, "honoured", MEASURED, why)
 
 
 def _sampling(seen: Served) -> list[Verdict]:
     drawn = seen["sampling"]
-    texts, count = drawn["texts"], len(set(drawn["texts"]))
-    likeliest = sum(text == drawn["greedy"] for text in drawn["likeliest_only"])
+    texts = drawn["texts"]
+    count = len({text for text in texts if text is not None})
+    likeliest = sum(text is not None and text == drawn["greedy"] for text in drawn["likeliest_only"])
+    same = texts[0] is not None and drawn["again"] == texts[0]
     why = f"{count} different answers of {len(texts)} drawn at temperature {drawn['temperature']:g}, each with its own seed"
-    if count == 1:
+    if not any(texts):
+        why += f": the model answers nothing, or the server refuses to draw ({texts.count(None)} refused)"
+    elif count == 1:
         cause = "temperature" if texts[0] == drawn["greedy"] else "seed"
         why += f": {short(texts[0])!r}. Likely cause: the server does not heed a request's {cause}"
     return [
         judge("serving_temperature", count, ">", 1, "different answers", MEASURED, why),
         judge(
-            "serving_seed", float(drawn["again"] == texts[0]), "==", 1.0, "the same", MEASURED,
-            f"the same seed twice: {short(texts[0])!r} and {short(drawn['again'])!r}",
+            "serving_seed", float(same), "==", 1.0, "the same", MEASURED,
+            f"the same seed twice: {_drawn(texts[0])} and {_drawn(drawn['again'])}",
         ),
         judge(
             "serving_top_p", likeliest, "==", len(drawn["likeliest_only"]), "answers", MEASURED,
@@ -168,6 +177,9 @@ def _streaming(seen: Served) -> Verdict:
     whole = next((each["found"] for each in seen["asked"] if each["name"] == seen["stream"]["name"]), None)
     if whole is None:
         return missing(name, "==", 0, unit, MEASURED, f"{seen['stream']['name']!r} was not asked in one piece")
+    for how, told in (("no stream", found), ("no answer in one piece", whole)):
+        if told["text"] is None:
+            return missing(name, "==", 0, unit, MEASURED, f"{how}: {_said(told)}")
     keys = [key for key in TOLD if found[key] != whole[key]]
     why = "a stream gives the same text, end and counts as an answer in one piece"
     if keys:
@@ -202,12 +214,25 @@ def _special(recipe: Recipe, run: Run) -> list[Verdict]:
     if unsought := [word for word in marks if word not in seen["special"]]:
         why = f"the marks of a turn that were looked for lack {', '.join(map(repr, unsought))}"
         return [missing(name, "==", 0, unit, MEASURED, why)]
-    texts = [each["found"]["text"] for each in (*seen["asked"], seen["stream"], seen["length"])]
+    texts = [each["found"]["text"] or "" for each in (*seen["asked"], seen["stream"], seen["length"])]
+    if not any(texts):
+        return [missing(name, "==", 0, unit, MEASURED, "no answer has a text")]
     leaks = [(word, text) for text in texts for word in _marks(seen, text)]
     why = f"no mark of a turn stands in {len(texts)} answers"
     if leaks:
         why = f"{leaks[0][0]!r} stands in {short(leaks[0][1])!r}: the server does not take it for a special token"
     return [judge(name, len({text for _, text in leaks}), "==", 0, unit, MEASURED, why)]
+
+
+def _said(found: Told | Expected) -> str:
+    """An answer, quoted; or that it was refused, and why."""
+    if found["text"] is None:
+        return f"refused ({short(found.get('refused'))})"
+    return f"{short(found['text'])!r} ({found['finish']})"
+
+
+def _drawn(text: str | None) -> str:
+    return "refused" if text is None else repr(short(text))
 
 
 def _marks(seen: Served, text: str) -> list[str]:

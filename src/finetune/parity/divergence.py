@@ -17,7 +17,7 @@ BLOCK = 64  # positions at once: 25 MB for a vocabulary of 49,152
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """`kl` and `same_top` (is the likeliest token the same) for every position."""
+    """`kl` and `same_top` (is the likeliest token the same; of NaN there is none) for every position."""
 
     kl: list[float]
     same_top: list[bool]
@@ -44,9 +44,10 @@ def divergence(reference: Path, candidate: Path) -> Divergence:
         weight = numpy.exp(p)
         with numpy.errstate(invalid="ignore"):
             terms = numpy.where(weight > 0, weight * (p - q), 0.0)  # p ln p is 0 where p is
-        terms[numpy.isnan(p) | numpy.isnan(q)] = numpy.nan
+        unknown = numpy.isnan(p) | numpy.isnan(q)
+        terms[unknown] = numpy.nan
         kl += [float(value) for value in terms.sum(-1)]
-        same += [bool(value) for value in p.argmax(-1) == q.argmax(-1)]
+        same += [bool(value) for value in (p.argmax(-1) == q.argmax(-1)) & ~unknown.any(-1)]
     return Divergence(kl=kl, same_top=same)
 
 
@@ -55,7 +56,8 @@ def _normal(rows: Any) -> Any:
     import numpy
 
     wide = numpy.asarray(rows, dtype=numpy.float64)
-    return wide - numpy.log(numpy.exp(wide).sum(-1, keepdims=True))
+    with numpy.errstate(all="ignore"):  # rows without a finite number become NaN, which is what they are
+        return wide - numpy.log(numpy.exp(wide).sum(-1, keepdims=True))
 
 
 def top(file: Path, position: int, count: int = 5) -> list[tuple[int, float]]:

@@ -253,12 +253,13 @@ def served(found: dict[str, Any], material: Material) -> dict[str, Any] | None:
     differing = [
         (i, own, got)
         for i, own, got in both
-        if (own["text"].strip(), own["finish"]) != (got["text"].strip(), got["finish"])
+        if got["text"] is None or (own["text"].strip(), own["finish"]) != (got["text"].strip(), got["finish"])
     ]
     first = None
     if differing:
         i, own, got = differing[0]
-        first = {"prompt": material["questions"][i]["prompt"], "expected": own["text"], "found": got["text"]}
+        said = f"no answer: {got['finish']}" if got["text"] is None else got["text"]
+        first = {"prompt": material["questions"][i]["prompt"], "expected": own["text"], "found": said}
     return {"compared": len(both), "equal": len(both) - len(differing), "first": first}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Backend, Serves, get
+from finetune.errors import StageError, first_line
 from finetune.parity import stored
 from finetune.run.records.compared import Material
 
@@ -39,8 +40,7 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
         asked = [each["messages"] for each in material["questions"] if each["messages"]][: request["served"]]
         served = None
         if isinstance(backend, Serves) and asked:
-            answered = backend.chat(model, asked, max_new_tokens=material["max_new_tokens"])
-            served = [{"text": each.text, "finish": each.finish} for each in answered]
+            served = _served(backend, model, asked, material["max_new_tokens"])
     finally:
         if hasattr(handle, "close"):  # a model that was handed to a server
             handle.close()
@@ -61,6 +61,15 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _served(backend: Serves, model: Path, asked: list[Any], most: int) -> list[dict[str, Any]]:
+    """What the runtime's own server answers; where it gives none, no text, and why in place of the end."""
+    try:
+        answered = backend.chat(model, asked, max_new_tokens=most)
+    except StageError as error:
+        return [{"text": None, "finish": first_line(error)}] * len(asked)
+    return [{"text": each.text, "finish": each.finish} for each in answered]
+
+
 def pairs(material: Material, answers: list[list[int]]) -> list[tuple[list[int], list[int]]]:
     """(context, target) of every wanted position: the texts, the rows, then the answers; see `spans`."""
     whole = [*(text["ids"] for text in material["texts"]), *material["rows"]]
@@ -69,15 +78,20 @@ def pairs(material: Material, answers: list[list[int]]) -> list[tuple[list[int],
 
 
 def _speed(backend: Backend, handle: Any, prompts: list[list[int]], answers: list[Any]) -> dict[str, float | None]:
-    """Tokens a second, reading the longest prompt and writing the longest answer, timed beyond its first token."""
+    """Tokens a second, reading the longest prompt and writing the longest answer, timed beyond its first token; None
+    where there is nothing to time."""
+    if not prompts:
+        return {"prompt_tokens_per_second": None, "generation_tokens_per_second": None}
     prompt = max(prompts, key=len)
     first = _seconds(backend, handle, prompt, 1)
     longest = max(range(len(answers)), key=lambda number: len(answers[number].ids))
     count = len(answers[longest].ids)
-    rest = _seconds(backend, handle, prompts[longest], count) - _seconds(backend, handle, prompts[longest], 1)
+    rest = 0.0
+    if count > SHORT:  # runtimes refuse to write 0 tokens, or write on to the end of the context
+        rest = _seconds(backend, handle, prompts[longest], count) - _seconds(backend, handle, prompts[longest], 1)
     return {
         "prompt_tokens_per_second": len(prompt) / first if first > 0 else None,
-        "generation_tokens_per_second": (count - 1) / rest if count > SHORT and rest > 0 else None,
+        "generation_tokens_per_second": (count - 1) / rest if rest > 0 else None,
     }
 
 

@@ -45,7 +45,8 @@ class Asked:
 
 def measure(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     """What the server answered. `asked`: every request with what was expected; `stream`, `stop`, `length`, `sampling`: one
-    request each; `special`: texts that must not stand in an answer."""
+    request each; `special`: texts that must not stand in an answer. Where it refused, the text is None and `refused` says
+    why."""
     if recipe.backend != BACKEND:
         raise UsageError(f"expect.serving asks the server of the backend '{BACKEND}', not of '{recipe.backend}'")
     check_installed(BACKEND)
@@ -164,9 +165,10 @@ def _length(ask: Callable[..., dict[str, Any]], asked: Asked, tokenizer: Tokeniz
 def _sampling(ask: Callable[..., dict[str, Any]], asked: Asked) -> dict[str, Any]:
     """One request drawn with several seeds, with the first one again, and with nothing left to draw from."""
 
-    def draw(seed: int, **more: Any) -> str:
+    def draw(seed: int, **more: Any) -> str | None:
         found = ask(asked.messages, max_tokens=asked.max_tokens, temperature=TEMPERATURE, seed=seed, **more)
-        return str(found["text"])
+        text: str | None = found["text"]
+        return text
 
     return {
         "name": asked.name,
@@ -180,7 +182,7 @@ def _sampling(ask: Callable[..., dict[str, Any]], asked: Asked) -> dict[str, Any
 
 
 def _client(address: str, name: str) -> Callable[..., dict[str, Any]]:
-    """A function that asks with OpenAI's own client. It raises StageError for a request that is refused."""
+    """A function that asks with OpenAI's own client. A request that is refused, or not answered, is an answer too."""
     import httpx2
     import openai
 
@@ -193,8 +195,10 @@ def _client(address: str, name: str) -> Callable[..., dict[str, Any]]:
             if stream:
                 return _joined(list(client.chat.completions.create(**request, stream=True)))
             answer = client.chat.completions.create(**request)
-        except openai.OpenAIError as error:
-            raise StageError(f"the server does not answer {request}: {first_line(error)}") from None
+        except (openai.OpenAIError, httpx2.HTTPError) as error:  # a stream that breaks off is httpx's
+            return {"text": None, "finish": None, **_usage(None), "refused": first_line(error)}
+        if not answer.choices:
+            return {"text": None, "finish": None, **_usage(answer.usage), "refused": "an answer without a choice"}
         return {
             "text": answer.choices[0].message.content or "",
             "finish": answer.choices[0].finish_reason,

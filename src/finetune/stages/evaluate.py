@@ -11,6 +11,7 @@ from typing import Any, cast
 from finetune.answers import is_correct
 from finetune.backends import Backend, Tokenizer, get
 from finetune.console import progress
+from finetune.core.arithmetic import mean, perplexity
 from finetune.data import encode, sources, templates
 from finetune.errors import DataError
 from finetune.recipe import Recipe
@@ -129,7 +130,7 @@ def _ask(
             "ids": list(answer.ids),
             "finish": answer.finish,
             "correct": is_correct(answer.text, question["answer"], question["match"]),
-            "logprob": sum(logprobs) / len(logprobs),
+            "logprob": mean(logprobs),
         }
 
 
@@ -137,12 +138,14 @@ def _reread(
     backend: Backend, handle: Any, questions: list[dict[str, Any]], phase: str, tokenizer: Tokenizer, folder: Path
 ) -> evaluated.Reread:
     """Some answers, read again in one pass: `gap` is how much likelier (nats) than a token that was said another one
-    was, at worst; an end that was said is the likeliest end-of-turn token."""
+    was, at worst; an end that was said is the likeliest end-of-turn token. None where nothing was said, not even an end."""
     import numpy
 
     chosen = questions[:: -(-len(questions) // REREAD)]
     answers = [question["phases"][phase] for question in chosen]
     targets = [[*answer["ids"], *(tokenizer.eos_ids[:1] if answer["finish"] == "stop" else ())] for answer in answers]
+    if not any(targets):
+        return {"answers": len(chosen), "tokens": 0, "gap": None, "worst": None}
     file = folder / ".greedy.npy"
     backend.distributions(handle, [(q["prompt_ids"], ids) for q, ids in zip(chosen, targets, strict=True)], file)
     rows = iter(numpy.load(file))
@@ -220,9 +223,8 @@ def _perplexity(backend: Backend, handle: Any, texts: list[str], tokenizer: Toke
     log-probabilities and the count of tokens of each."""
     encoded = [ids for ids in map(tokenizer.encode, texts) if len(ids) > 1]
     scored = backend.score(handle, [(ids[:1], ids[1:]) for ids in encoded])
-    total, count = sum(map(sum, scored)), sum(map(len, scored))
     each = [[sum(logprobs), len(logprobs)] for logprobs in scored]
-    return {"perplexity": math.exp(-total / count), "tokens": count, "texts": each}
+    return {"perplexity": perplexity(each), "tokens": sum(map(len, scored)), "texts": each}
 
 
 def _summary(questions: list[dict[str, Any]], heldout: dict[str, Any]) -> dict[str, Any]:

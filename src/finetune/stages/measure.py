@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune.backends import Job, get
 from finetune.console import progress
+from finetune.core.arithmetic import mean
 from finetune.core.files import write_jsonl
 from finetune.data import encode, sources, templates
 from finetune.errors import StageError
@@ -21,6 +22,7 @@ from finetune.experiment import in_fresh_process, score_request, train_request
 from finetune.invariance import measure as invariance
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
+from finetune.run.records.trained import Row
 from finetune.serving import experiment as serving
 from finetune.stages import Result
 from finetune.training import checkpoints, sft_job
@@ -68,7 +70,7 @@ def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
         chat = [{"role": "user", "content": question["prompt"]}]
         pairs.append([encode.prompt_ids(chat, **render), encode.answer_ids(chat, question["answer"], **render)])
     of = "answers" if questions else "rows" if recipe.train else "pairs"
-    rows = evidence.rows(run, layout.TRAIN_ROWS)[:FRESH_QUESTIONS] if of == "rows" else []
+    rows = _scored_rows(run)[:FRESH_QUESTIONS] if of == "rows" else []
     preferences = evidence.rows(run, layout.PAIRS)[:FRESH_QUESTIONS] if of == "pairs" else []
     pairs += [[row["input_ids"][:1], row["input_ids"][1:]] for row in rows]
     pairs += [[pair["prompt_ids"], pair["chosen_ids"]] for pair in preferences]
@@ -79,7 +81,7 @@ def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
         score_request(recipe.backend, model, None, pairs, evidence.model_settings(recipe)), out / "fresh-request.json"
     )
     names = [str(place) for place in range(len(questions))] or [str(row["row"]) for row in (*rows, *preferences)]
-    means = [sum(values) / len(values) for values in answer["scores"][: len(names)]]
+    means = [mean(values) for values in answer["scores"][: len(names)]]
     return {
         "template_sha256": template.digest,
         "of": of,
@@ -87,6 +89,12 @@ def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
         "heldout": [[sum(values), len(values)] for values in answer["scores"][len(names) :]],
         "peak_bytes": answer["peak_bytes"],
     }
+
+
+def _scored_rows(run: Run) -> list[Row]:
+    """The prepared rows that `evaluate` scored last: it takes a sample, and others could be held against nothing."""
+    *_, scored = evidence.read(run, layout.ROW_SCORES).values()
+    return [row for row in evidence.rows(run, layout.TRAIN_ROWS) if str(row["row"]) in scored]
 
 
 def _memory(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:

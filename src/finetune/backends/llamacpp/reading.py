@@ -12,6 +12,7 @@ from typing import Any
 from finetune.backends import Constant, Generation
 from finetune.backends.llamacpp.loading import GGUFTokenizer, library, load_model
 from finetune.backends.llamacpp.server import serve
+from finetune.errors import StageError
 
 # Hugging Face's names of GGUF metadata keys, which carry the architecture's name before them.
 KEYS = {
@@ -78,12 +79,18 @@ def render(gguf: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> 
 
 
 def chat(gguf: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, max_new_tokens: int) -> list[Generation]:
-    """Greedy answers of llama.cpp's OpenAI-compatible server."""
+    """Greedy answers of llama.cpp's OpenAI-compatible server. Raises StageError where it refuses, or is gone."""
     answers = []
     with serve(gguf, n_ctx=0) as address:
         for messages in conversations:
             body = {"messages": [dict(message) for message in messages], "temperature": 0, "max_tokens": max_new_tokens}
-            (choice,) = _post(f"{address}/v1/chat/completions", body)["choices"]
+            try:
+                (choice,) = _post(f"{address}/v1/chat/completions", body)["choices"]
+            except urllib.error.HTTPError as error:
+                why = _refusal(error.read().decode("utf-8", "replace"))
+                raise StageError(f"llama.cpp's server refuses to answer: {why}") from None
+            except OSError as error:  # the process has ended, or does not answer in time
+                raise StageError(f"llama.cpp's server does not answer: {error}") from None
             text = choice["message"].get("content") or ""
             answers.append(Generation(ids=(), text=text, finish=choice["finish_reason"]))
     return answers

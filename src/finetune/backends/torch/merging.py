@@ -15,20 +15,16 @@ from transformers import AutoTokenizer
 from finetune.backends import adapters
 from finetune.backends.torch.loading import load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
-from finetune.errors import StageError
 
 
 def merge(model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
     """Write base + adapter to `out` with the adapter's tokenizer (it carries the training's chat template), made to stop
     at the tokenizer's end-of-turn token too: `generate` looks for it in the generation settings alone.
 
-    Raises StageError when the merged weights hold NaN or infinity. `out` appears whole or not at all.
+    NaN and infinity are merged as they are: it is for the checks to refuse what was trained. `out` appears whole or not at
+    all.
     """
-    merged = load_adapter(load_model(model, {**settings, "device": "cpu"}), adapter)
-    try:
-        merged = merged.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise StageError(f"merging {adapter} failed: {error}") from None
+    merged = load_adapter(load_model(model, {**settings, "device": "cpu"}), adapter).merge_and_unload()
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     source = adapter if (adapter / "tokenizer_config.json").is_file() else model
@@ -51,20 +47,21 @@ ROUNDINGS = 2.0
 def factor(model: Path, adapter: Path, merged: Path) -> float | None:
     """How often the adapter is in the merged weights: the k in merged = base + k * scale * B A, by least squares.
 
-    1 for a sound merge, 0 for none, 2 for one done twice. None for adapters that are no plain LoRA (DoRA, PiSSA, others).
+    1 for a sound merge, 0 for none, 2 for one done twice. None for adapters that are no plain LoRA (DoRA, PiSSA, others);
+    NaN where base, adapter or result hold NaN, or the adapter adds nothing.
     """
     lora = _Lora.read(adapter)
     before, after = _Stored(model), _Stored(merged)
-    if lora is None or not lora.weights <= before.files.keys() & after.files.keys():
+    if lora is None or not lora.weights or not lora.weights <= before.files.keys() & after.files.keys():
         return None
     found = []
     for name in sorted(lora.weights)[:PROBED]:
         moved = after.read(name) - before.read(name)
         delta = lora.delta(name)
         size = float((delta * delta).sum())
-        if size > 0:
+        if size != 0:  # NaN is kept
             found.append(float((moved * delta).sum()) / size)
-    return median(found) if found else None
+    return math.nan if not found or any(map(math.isnan, found)) else median(found)
 
 
 def exactness(model: Path, adapter: Path, merged: Path) -> dict[str, Any] | None:

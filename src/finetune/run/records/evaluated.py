@@ -52,12 +52,13 @@ class Unlikely(TypedDict):
 
 @record
 class Reread(TypedDict):
-    """Answers read again in one pass: `gap` is how much likelier (nats) another token was than one that was said."""
+    """Answers read again in one pass: `gap` is how much likelier (nats) another token was than one that was said; None
+    where nothing was said, not even an end of turn."""
 
     answers: int
     tokens: int
-    gap: float
-    worst: Unlikely
+    gap: float | None
+    worst: Unlikely | None
 
 
 @record

@@ -58,13 +58,14 @@ class Resumed(TypedDict):
 
 @record
 class Told(TypedDict):
-    """What a server answered to one request."""
+    """What a server answered to one request; no text where it refused, and why."""
 
-    text: str
+    text: str | None
     finish: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
     total_tokens: int | None
+    refused: NotRequired[str]  # where it did
 
 
 @record
@@ -109,13 +110,15 @@ class Lengthened(TypedDict):
 
 @record
 class Sampled(TypedDict):
+    """Answers drawn with each seed, and with the first one again; None where the server refused."""
+
     name: str
     temperature: float
     seeds: list[int]
-    texts: list[str]
-    again: str
-    greedy: str
-    likeliest_only: list[str]
+    texts: list[str | None]
+    again: str | None
+    greedy: str | None
+    likeliest_only: list[str | None]
 
 
 @record
