@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -22,12 +20,13 @@ from finetune.commands.options import (
     stored_run,
     working,
 )
-from finetune.errors import MissingError, ResourceError, StageError, UsageError
+from finetune.errors import FinetuneError, MissingError, StageError, UsageError
 
 if TYPE_CHECKING:
     from finetune.export import Target
     from finetune.recipe import Recipe
     from finetune.run import Run
+    from finetune.run.records.whole import StoredVerdict
 
 # Written out, as the table itself lies behind pydantic, which help does not load; a test holds the two together.
 _FORMATS_HELP = """\b
@@ -65,6 +64,7 @@ def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 @click.option("--run", "run_path", metavar="DIR", type=FILE, help="For RECIPE: the run directory.")
 @click.option("--force", is_flag=True, help="Export again what is up to date, and replace what is in --out.")
+@click.option("--anyway", is_flag=True, help="Put exports out though the run was not proved, or is not as it was made.")
 @click.option("--dry-run", is_flag=True, help="Show which stages would run and why; run nothing.")
 @output_options
 def command(
@@ -75,15 +75,18 @@ def command(
     overrides: tuple[str, ...],
     run_path: str | None,
     force: bool,
+    anyway: bool,
     dry_run: bool,
     as_json: bool,
 ) -> int:
     """Write a trained model in other formats, and prove in each format's own runtime that it is still that model.
 
     RUN is a run directory, or a name under ./runs; RECIPE a file, whose stages run first where they have not yet.
-    Without either: ./recipe.yaml, else the newest run. Ends with 1 when an export is not like the model; then nothing
-    is put into --out.
+    Without either: ./recipe.yaml, else the newest run. Ends with 1 when an export is not like the model. Nothing is put
+    into --out, which ends with 1 too, where a verdict on the run is refuted or missing, or a file of it is not the one that
+    was made; --anyway does it all the same, and the card says so.
     """
+    from finetune import delivery, handout
     from finetune.export import FORMATS, targets
 
     named = targets(formats)
@@ -100,25 +103,37 @@ def command(
         )
     if out is not None:
         _check_out(Path(out), wanted, found, force=force)
+    elif anyway:
+        raise UsageError("--anyway goes with --out DIR: nothing else is refused")
     stages = ["export"] if no_parity else ["export", "compare"]
-    if stored:
-        _check_trained(recipe, found, stages)
-    if dry_run:
-        show_plan(recipe, found, stages, force=force, as_json=as_json)
-        return 0
-    working(recipe, found, stages, force=force)
-    verdicts = None if no_parity else _verify(recipe, found)
-    parity = None if verdicts is None else _of_exports(verdicts, wanted)
-    failed = [] if parity is None else [each for each in parity if not each["passed"]]
+    spoilt = [] if out is None or dry_run else _damage(found, force=force)
+    if spoilt:  # what is damaged is not made again behind the back of who wants it
+        if not anyway:
+            handout.refuse(found, f"nothing was put into {out}", spoilt)
+        _check_made(found, wanted)
+    else:
+        if stored:
+            _check_trained(recipe, found, stages)
+        if dry_run:
+            show_plan(recipe, found, stages, force=force, as_json=as_json)
+            return 0
+        working(recipe, found, stages, force=force)
+    parity = None if no_parity or spoilt else _of_exports(_verify(recipe, found), wanted)
+    failed = [each for each in parity or [] if each["passed"] is False]
     passed = None if parity is None else bool(parity) and not failed
-    published = [] if out is None or passed is False else _publish(found, wanted, Path(out), verdicts)
+    refused = [] if out is None else _refused(recipe, found, wanted, spoilt)
+    published = []
+    if out is not None and (anyway or not refused):
+        for reason in refused:
+            click.echo(f"warning: exported although: {reason}", err=True)
+        published = delivery.deliver(found, wanted, Path(out), verdicts=_standing(found), although=refused)
     if as_json:
         print_json(_as_dict(found, parity, passed, published))
     else:
         _show(found, failed, published, compared=parity is not None)
-    if out is not None and passed is False:
-        console.say(f"nothing was put into {out}: an export is not like the model it was made from")
-    return 1 if passed is False else 0
+    if not published:
+        handout.refuse(found, f"nothing was put into {out}", refused)
+    return 1 if passed is False and not published else 0
 
 
 # -- what is meant -----------------------------------------------------------------------------------------------------
@@ -165,19 +180,54 @@ def _check_trained(recipe: Recipe, run: Run, stages: list[str]) -> None:
 # -- proof -------------------------------------------------------------------------------------------------------------
 
 
-def _verify(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
+def _verify(recipe: Recipe, run: Run) -> list[StoredVerdict]:
     from finetune.checks import as_dict, verify
 
     console.say("== verify")
     with run.locked(), redirect_stdout(sys.stderr):
-        found: list[dict[str, Any]] = as_dict(verify(recipe, run))["verdicts"]
-    return found
+        return as_dict(verify(recipe, run))["verdicts"]
 
 
-def _of_exports(verdicts: list[dict[str, Any]], wanted: list[Target]) -> list[dict[str, Any]]:
+def _of_exports(verdicts: list[StoredVerdict], wanted: list[Target]) -> list[StoredVerdict]:
     """The verdicts on the merged model and the exports: those named `check[export]`."""
     ends = tuple(f"[{name}]" for name in ("merged", *(target.name for target in wanted)))
     return [verdict for verdict in verdicts if verdict["name"].endswith(ends)]
+
+
+def _damage(run: Run, *, force: bool) -> list[str]:
+    """What is not as it was made; with `force`, but for what is to be made again."""
+    from finetune import handout
+
+    return [str(each) for each in handout.damage(run, but=("export", "compare") if force else ())] if run.exists else []
+
+
+def _check_made(run: Run, wanted: list[Target]) -> None:
+    from finetune import delivery
+
+    for target, place in zip(wanted, delivery.places(run, wanted), strict=True):
+        if not place.is_dir():
+            raise MissingError(
+                f"{run.path} has no export {target.name}, and none is made of what is damaged. Make it whole first with: "
+                f"finetune run {run.path / 'recipe.yaml'} --run {run.path}"
+            )
+
+
+def _refused(recipe: Recipe, run: Run, wanted: list[Target], spoilt: list[str]) -> list[str]:
+    """Why these exports are not to be handed out."""
+    from finetune import delivery, handout
+
+    changed = map(str, handout.changed(run, delivery.places(run, wanted)))
+    return list(dict.fromkeys([*spoilt, *handout.unproved(run, recipe), *changed]))
+
+
+def _standing(run: Run) -> list[StoredVerdict] | None:
+    """The verdicts for the card; None where those that are stored do not stand for what is there."""
+    from finetune import handout
+
+    try:
+        return handout.verdicts(run)["verdicts"]
+    except FinetuneError:  # said already, as a reason
+        return None
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------
@@ -189,7 +239,7 @@ def _made(run: Run) -> list[dict[str, Any]]:
 
 
 def _as_dict(
-    run: Run, parity: list[dict[str, Any]] | None, passed: bool | None, published: list[Path]
+    run: Run, parity: list[StoredVerdict] | None, passed: bool | None, published: list[Path]
 ) -> dict[str, Any]:
     from finetune.report import summary
 
@@ -203,7 +253,7 @@ def _as_dict(
     }
 
 
-def _show(run: Run, failed: list[dict[str, Any]], published: list[Path], *, compared: bool) -> None:
+def _show(run: Run, failed: list[StoredVerdict], published: list[Path], *, compared: bool) -> None:
     from finetune.memory import human
     from finetune.report.terminal import show_exports, show_table, show_verdicts
 
@@ -239,45 +289,3 @@ def _check_out(out: Path, wanted: list[Target], run: Run, *, force: bool) -> Non
 
 def _taken(place: Path) -> bool:
     return place.is_symlink() or (any(place.iterdir()) if place.is_dir() else place.exists())
-
-
-def _publish(run: Run, wanted: list[Target], out: Path, verdicts: list[dict[str, Any]] | None) -> list[Path]:
-    """Put every export into `out`: all are there in full, under other names, before the first gets its own."""
-    from finetune.export import bundle
-    from finetune.memory import disk_free, human
-
-    out.mkdir(parents=True, exist_ok=True)
-    sources = {target.folder: run.path / "export" / target.folder for target in wanted}
-    sizes = [file.stat() for source in sources.values() for file in source.rglob("*") if file.is_file()]
-    device = out.stat().st_dev
-    needed = sum(each.st_size for each in sizes if each.st_dev != device or each.st_size < bundle.LARGE)
-    if needed > disk_free(out):
-        raise ResourceError(f"{out} has {human(disk_free(out))} free, and the exports need {human(needed)}")
-    partials = {folder: out / f".{folder}.{os.getpid()}.partial" for folder in sources}
-    try:
-        for folder, source in sources.items():
-            shutil.copytree(source, partials[folder], copy_function=bundle.link)
-            if folder == "bundle" and verdicts is not None:
-                bundle.set_verdicts(partials[folder], verdicts)
-        for folder, partial in partials.items():
-            _put(partial, out / folder)
-    finally:
-        for partial in partials.values():
-            shutil.rmtree(partial, ignore_errors=True)
-    return [out / folder for folder in sources]
-
-
-def _put(partial: Path, place: Path) -> None:
-    """Rename a finished directory into its place; what was there goes only when that has worked."""
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")
-    there = place.is_symlink() or place.exists()
-    if there:
-        place.rename(old)
-    try:
-        partial.rename(place)
-    except OSError:
-        if there:
-            old.rename(place)
-        raise
-    if there:
-        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
