@@ -1,0 +1,103 @@
+"""A run that version 0.1.0 made verifies, and goes on, under this one: its trainings are kept, the rest is made again.
+
+`support/run-0.1.0.tar.gz` is such a run, whole, with its data; `@ROOT@` stands for the folder it was made in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune import pipeline
+from finetune.checks import NOT_EXAMINED, results
+from finetune.core.files import digest
+from finetune.data.sources import local_files
+from finetune.recipe import Recipe, load
+from finetune.run import Run, seal
+from finetune.stages import BY_NAME, inputs, plan
+
+STORED = Path(__file__).parents[1] / "support" / "run-0.1.0.tar.gz"
+TRAININGS = ("train", "align")
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> tuple[Recipe, Run]:
+    """The stored run, laid out in a folder of its own, with the digests that version 0.1.0 would have given it there."""
+    with tarfile.open(STORED) as archive:
+        for member in archive:
+            stream = archive.extractfile(member)
+            assert stream is not None
+            path = tmp_path / member.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(stream.read().replace(b"@ROOT@", str(tmp_path).encode()))
+    run = Run(tmp_path / "runs" / "town")
+    recipe = load(run.path / "recipe.yaml")
+    reports: dict[str, dict[str, Any]] = {}
+    for stage in plan(recipe):
+        path = run.path / stage.name / "report.json"
+        report = reports[stage.name] = json.loads(path.read_text())
+        report["artifacts"] = {name: digest(run.path / name) for name in report["artifacts"]}
+        before = {
+            need: [reports[need]["fingerprint"], reports[need]["artifacts"]] for need in stage.needs if need in reports
+        }
+        files = {str(file): digest(file) for file in local_files(recipe, stage.name)}
+        # As stages/__init__.py of 0.1.0 has it.
+        text = json.dumps(["0.1.0", inputs(BY_NAME[stage.name], recipe), files, before], sort_keys=True, default=str)
+        report["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()
+        path.write_text(json.dumps(report))
+    return recipe, run
+
+
+def test_it_verifies(earlier: tuple[Recipe, Run]) -> None:
+    verdicts = {verdict.name: verdict for verdict in results(*earlier)}
+
+    assert [f"{each.name}: {each.why}" for each in verdicts.values() if each.refuted] == []
+    assert verdicts["sealed"].outcome == NOT_EXAMINED
+    assert len(verdicts) >= 90
+
+
+def test_what_is_changed_in_it_is_seen_all_the_same(earlier: tuple[Recipe, Run]) -> None:
+    recipe, run = earlier
+    (run.path / "merge" / "model" / "fake_model.json").write_text("{}")
+    assert "artifacts_intact" in {verdict.name for verdict in results(recipe, run) if verdict.refuted}
+
+
+def test_its_trainings_are_kept_and_marked_and_all_else_is_made_again(earlier: tuple[Recipe, Run]) -> None:
+    recipe, run = earlier
+    before = {name: run.require(name) for name in TRAININGS}
+    planned = {step.stage: step for step in pipeline.preview(recipe, run)}
+    assert planned["prepare"].why == "made by version 0.1"
+    reports = {report.stage: report for report in pipeline.run_stages(recipe, run)}
+
+    for name in TRAININGS:
+        assert (reports[name].started, reports[name].artifacts) == (before[name].started, before[name].artifacts)
+    assert all(reports[name].started > before["align"].started for name in reports if name not in TRAININGS)
+    kept = run.manifest()["kept"]
+    assert set(kept) == set(TRAININGS)
+    assert all(changes[0].startswith("finetune 0.1.0 -> ") for changes in kept.values())
+    assert seal.faults(Run(run.path)) == []
+    assert [verdict.name for verdict in results(recipe, Run(run.path)) if verdict.refuted] == []
+    assert not [step for step in pipeline.preview(recipe, Run(run.path)) if step.runs]
+
+
+def test_a_training_that_the_recipe_now_asks_otherwise_is_done_anew(earlier: tuple[Recipe, Run]) -> None:
+    recipe, run = earlier
+    assert recipe.train is not None
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 2e-4})})
+    before = run.require("train").started
+    pipeline.run_stages(other, run, ["train"])
+    assert run.require("train").started > before
+
+
+def test_retrain_does_a_kept_training_anew(earlier: tuple[Recipe, Run]) -> None:
+    recipe, run = earlier
+    pipeline.run_stages(recipe, run)
+    before = run.require("train").started
+    pipeline.run_stages(recipe, run, retrain=True)
+    assert run.require("train").started > before
+    assert run.manifest()["kept"] == {}
