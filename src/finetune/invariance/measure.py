@@ -12,7 +12,7 @@ from finetune.backends import Job, get
 from finetune.core.files import digest, write_jsonl
 from finetune.errors import UsageError
 from finetune.experiment import in_fresh_process, train_request
-from finetune.invariance import shrink
+from finetune.invariance import MEASURED, shrink
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout, seal
 from finetune.run.records.measured import Invariances
@@ -55,7 +55,7 @@ def write(recipe: Recipe, run: Run) -> dict[str, Any]:
     file = evidence.write(run, layout.INVARIANCE, cast(Invariances, found))
     report = run.report("measure")
     if report is not None and seal.is_as_recorded(run, layout.report("measure").path):
-        run.write_report(written_anew(report, layout.INVARIANCE.path, digest(file)))
+        run.write_report(written_anew(report, MEASURED, digest(file)))
     seal.close(run)
     return found
 
