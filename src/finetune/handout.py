@@ -97,6 +97,7 @@ def damage(run: Run, but: Iterable[str] = ()) -> list[Found]:
     Verdicts are left to `unproved`: every check writes them anew.
     """
     found = [each for each in seal.faults(run) if each.file != VERDICTS]
+    finished = _finished(run)
     for stage in layout.REPORTS:
         if stage in but:
             continue
@@ -105,8 +106,20 @@ def damage(run: Run, but: Iterable[str] = ()) -> list[Found]:
         except FinetuneError as error:
             found.append(Found(file=f"{stage}/{REPORT}", why=f"cannot be read: {first_line(error)}"))
             continue
-        found += seal.changed(run, report) if report else []
+        if report:
+            found += seal.changed(run, report)
+        elif stage in finished:
+            found.append(Found(file=f"{stage}/{REPORT}", why="is gone"))
     return found
+
+
+def _finished(run: Run) -> set[str]:
+    """The stages that the log says have finished and were not begun again; none where it cannot be read."""
+    try:
+        last = {event["stage"]: event["event"] for event in run.events() if event["event"].startswith("stage_")}
+    except FinetuneError:  # `seal.faults` names it
+        return set()
+    return {stage for stage, event in last.items() if event == "stage_finished"}
 
 
 def changed(run: Run, paths: Iterable[Path]) -> list[Found]:

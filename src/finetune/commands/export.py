@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -26,8 +25,10 @@ if TYPE_CHECKING:
     from finetune.export import Target
     from finetune.recipe import Recipe
     from finetune.run import Run
+    from finetune.run.records.compared import Export
     from finetune.run.records.whole import StoredVerdict
 
+UNCOMPARED = "the exports were not compared with the model that they were made from"
 # Written out, as the table itself lies behind pydantic, which help does not load; a test holds the two together.
 _FORMATS_HELP = """\b
 Formats, and their variants:
@@ -86,7 +87,7 @@ def command(
     into --out, which ends with 1 too, where a verdict on the run is refuted or missing, or a file of it is not the one that
     was made; --anyway does it all the same, and the card says so.
     """
-    from finetune import delivery, handout
+    from finetune import handout
     from finetune.export import FORMATS, targets
 
     named = targets(formats)
@@ -121,12 +122,8 @@ def command(
     parity = None if no_parity or spoilt else _of_exports(_verify(recipe, found), wanted)
     failed = [each for each in parity or [] if each["passed"] is False]
     passed = None if parity is None else bool(parity) and not failed
-    refused = [] if out is None else _refused(recipe, found, wanted, spoilt)
-    published = []
-    if out is not None and (anyway or not refused):
-        for reason in refused:
-            click.echo(f"warning: exported although: {reason}", err=True)
-        published = delivery.deliver(found, wanted, Path(out), verdicts=_standing(found), although=refused)
+    refused = [] if out is None else _refused(recipe, found, wanted, [*spoilt, *([UNCOMPARED] if parity == [] else [])])
+    published = [] if out is None or refused and not anyway else _deliver(found, wanted, Path(out), refused)
     if as_json:
         print_json(_as_dict(found, parity, passed, published))
     else:
@@ -202,40 +199,43 @@ def _damage(run: Run, *, force: bool) -> list[str]:
 
 
 def _check_made(run: Run, wanted: list[Target]) -> None:
-    from finetune import delivery
-
-    for target, place in zip(wanted, delivery.places(run, wanted), strict=True):
-        if not place.is_dir():
+    """Raise MissingError for an export that is not there, EvidenceError where the list of them cannot be read."""
+    there = {entry["name"] for entry in _made(run)}
+    for target in wanted:
+        if target.name not in there:
             raise MissingError(
                 f"{run.path} has no export {target.name}, and none is made of what is damaged. Make it whole first with: "
                 f"finetune run {run.path / 'recipe.yaml'} --run {run.path}"
             )
 
 
-def _refused(recipe: Recipe, run: Run, wanted: list[Target], spoilt: list[str]) -> list[str]:
-    """Why these exports are not to be handed out."""
+def _refused(recipe: Recipe, run: Run, wanted: list[Target], known: list[str]) -> list[str]:
+    """Why these exports are not to be handed out, with what is known already."""
     from finetune import delivery, handout
 
     changed = map(str, handout.changed(run, delivery.places(run, wanted)))
-    return list(dict.fromkeys([*spoilt, *handout.unproved(run, recipe), *changed]))
+    return list(dict.fromkeys([*known, *handout.unproved(run, recipe), *changed]))
 
 
-def _standing(run: Run) -> list[StoredVerdict] | None:
-    """The verdicts for the card; None where those that are stored do not stand for what is there."""
-    from finetune import handout
+def _deliver(run: Run, wanted: list[Target], out: Path, although: list[str]) -> list[Path]:
+    from finetune import delivery, handout
 
+    for reason in although:
+        click.echo(f"warning: exported although: {reason}", err=True)
     try:
-        return handout.verdicts(run)["verdicts"]
-    except FinetuneError:  # said already, as a reason
-        return None
+        verdicts = handout.verdicts(run)["verdicts"]
+    except FinetuneError:  # one of the reasons: the card keeps what it had
+        verdicts = None
+    return delivery.deliver(run, wanted, out, verdicts=verdicts, although=although)
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------
 
 
-def _made(run: Run) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((run.path / "export" / "exports.json").read_text(encoding="utf-8"))
-    return found
+def _made(run: Run) -> list[Export]:
+    from finetune.run import evidence, layout
+
+    return evidence.read(run, layout.EXPORTS)
 
 
 def _as_dict(
