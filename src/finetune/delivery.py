@@ -37,6 +37,7 @@ def deliver(
     no room, StageError for a copy that is not like its original.
     """
     out.mkdir(parents=True, exist_ok=True)
+    although = [card.without_places(reason, card.known_places(run.path, out)) for reason in although]
     sources = {place.name: place for place in places(run, wanted)}
     needed = sum(file.stat().st_size for source in sources.values() for file in source.rglob("*") if file.is_file())
     if needed > disk_free(out):

@@ -146,7 +146,7 @@ def _inside(run: Run, path: Path) -> list[Found]:
         return [Found(file=name, why="was left by no stage that finished")]
     if not seal.is_as_recorded(run, f"{stage}/{REPORT}"):
         return [Found(file=f"{stage}/{REPORT}", why="was changed after it was written")]
-    return [*seal.changed(run, report, name), *(_listed(run, path) if stage == "export" else [])]
+    return seal.changed(run, report, name) or (_listed(run, path) if stage == "export" else [])
 
 
 def _listed(run: Run, path: Path) -> list[Found]:

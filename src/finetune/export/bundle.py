@@ -107,9 +107,8 @@ def set_card(directory: Path, verdicts: Sequence[Mapping[str, Any]] | None, alth
         text = text if verdicts is None else cards.with_verdicts(text, list(verdicts), places)
     except (OSError, StageError, ValueError):
         raise StageError(f"the card or the manifest in {directory} is damaged; export the bundle again") from None
-    reasons = [cards.without_places(each, places) for each in although]
-    if reasons:
-        text, stated = cards.with_warning(text, reasons), {**stated, ALTHOUGH: reasons}
+    if although:
+        text, stated = cards.with_warning(text, although), {**stated, ALTHOUGH: list(although)}
     write_text(readme, text)
     write_json(directory / MANIFEST, {**stated, "files": {**stated["files"], README: _fact(readme)}})
 
