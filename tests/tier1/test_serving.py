@@ -23,7 +23,7 @@ from finetune.pipeline import run_stages
 from finetune.recipe import Recipe
 from finetune.recipe import load as load_recipe
 from finetune.run import Report, Run, evidence, layout, seal
-from finetune.run.report import left_by
+from finetune.run.report import left_by, written_anew
 from finetune.serving import SERVERS, base_url, bind, serving
 from finetune.serving.models import Found, exported, final, from_checkpoint, loaded, whole
 from finetune.serving.requests import Refused, checked
@@ -285,7 +285,9 @@ def test_an_adapter_that_is_served_and_its_base_are_looked_at(
     base = tmp_path / "base"
     shutil.copytree(evidence.fetched(torch_run)["base"], base)
     write_json(torch_run.path / "fetch" / "model.json", {**json.loads(kept), "base": str(base)})
-    write_report(torch_run, "fetch", torch_run.path / "fetch" / "model.json")
+    report = torch_run.require("fetch")
+    listed = digest(torch_run.path / "fetch" / "model.json")
+    torch_run.write_report(written_anew(report, "fetch/model.json", listed))
     prove(torch_run, load_recipe(torch_run.path / "recipe.yaml"))
     call(torch_run.path, "--port", 0)
     assert len(seen) == 2
