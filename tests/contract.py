@@ -386,19 +386,24 @@ class TrainingContract(InferenceContract):
         assert backend.tokenizer(adapter).eos_ids == backend.tokenizer(model_dir).eos_ids
 
     def test_an_adam_tells_its_settings_the_size_of_its_first_step_and_what_it_was_given(self, backend, trained):
-        if backend.name == "fake":
-            assert not {"adam_beta1", "first_move", "clipped_norm"} & set(trained.facts)  # it has none
-            return
         facts = trained.facts
         assert (facts["adam_beta1"], facts["adam_beta2"], facts["adam_epsilon"]) == pytest.approx((0.9, 0.999, 1e-8))
+        assert (facts["weight_decay"], facts["lora_dropout"]) == (0.0, 0.0)
         assert facts["optimized_parameters"] == facts["trainable_parameters"]
-        assert facts["first_move"] == pytest.approx(1, rel=0.01)
+        if backend.name == "fake":
+            assert "first_move" not in facts  # it is no Adam
+        else:
+            assert facts["first_move"] == pytest.approx(1, rel=0.01)
         assert 0 < facts["clipped_norm"] <= 1.0001
         assert facts["planned_steps"] == 4
 
+    def test_decay_and_dropout_are_told_as_they_were(self, backend, job, lora, tmp_path):
+        options = {"weight_decay": 0.25, "max_steps": 2, "save_strategy": "no"}
+        facts = run(backend, job(tmp_path, lora={**lora, "lora_dropout": 0.125}, **options)).facts
+        assert facts["weight_decay"] == 0.25
+        assert facts["lora_dropout"] == pytest.approx(0.125)
+
     def test_what_the_optimizer_gets_is_clipped(self, backend, job, tmp_path):
-        if backend.name == "fake":
-            return
         clipped = run(backend, job(tmp_path, max_grad_norm=0.1, max_steps=2))
         assert min(step.grad_norm for step in clipped.steps) > 0.1
         assert clipped.facts["clipped_norm"] == pytest.approx(0.1, rel=1e-3)

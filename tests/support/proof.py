@@ -17,7 +17,9 @@ def prove(run: Run, recipe: Recipe, *, refuted: Iterable[str] = (), but: Iterabl
     """Store a verdict on everything that the recipe calls for (`but` for some), as `verify` does: these refuted, the rest
     proved."""
     names = [name for check in CHECKS if check.wanted(recipe) for name in owed(check, recipe)]
-    proved = [judge(name, 1.0, "==", 1.0, "share", ".", "as told") for name in [*dict.fromkeys(names)] if name not in but]
+    proved = [
+        judge(name, 1.0, "==", 1.0, "share", ".", "as told") for name in [*dict.fromkeys(names)] if name not in but
+    ]
     verdicts = [replace(each, outcome=REFUTED) if each.name in refuted else each for each in proved]
     path = evidence.write(run, layout.VERDICTS, as_dict(verdicts))
     run.event("verified", passed=not refuted, sha256=digest(path))

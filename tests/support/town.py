@@ -145,15 +145,18 @@ def write_memory(run: Run, *, lora: int = 30 * MIB, full: int = 100 * MIB, estim
     """
     base = full // 4
     adapter = (lora - base) // 4
+    rows = read_jsonl(run.path / "prepare" / "train.jsonl")
+    lengths = sorted((len(row["input_ids"]) for row in rows), reverse=True)[:3]
+    tokens = sum(lengths)
 
     def side(weights: int, trained: int, guess: int) -> dict[str, Any]:
         parts = {"weight_bytes": weights, "gradient_bytes": trained, "optimizer_bytes": 2 * trained}
         state = sum(parts.values())
         peak = {"peak_process_bytes": state + 300 * MIB, "peak_device_bytes": None}
-        steps = {"tokens": [192, 192], "losses": [3.0, 2.9], "estimated": {"training_state": guess}}
+        steps = {"tokens": [tokens, tokens], "losses": [3.0, 2.9], "estimated": {"training_state": guess}}
         return {**parts, "training_state_bytes": state, **peak, **steps}
 
-    shape = {"batch_size": 3, "tokens_per_row": 64, "tokens": 384, "dtype": "float32"}
+    shape = {"batch_size": 3, "tokens_per_row": lengths[0], "tokens": 2 * tokens, "dtype": "float32"}
     write_json(
         run.path / "measure" / "memory.json",
         {
@@ -182,18 +185,21 @@ def write_serving(run: Run) -> None:
         {
             "server": "torch",
             "asked": [
-                asked("Capital of Tarn?", "question", "It is Bex.", 4, 9),
-                asked("Capital of Oloo?", "question", "It is Pernig.", 5, 9),
+                asked("What is the capital of Tarn?", "question", "It is Bex.", 10, 9),
+                asked("What is the capital of Oloo?", "question", "It is Pernig.", 13, 9),
                 asked("several turns", "conversation", "The Rhine.", 3, 30),
             ],
-            "stream": {"name": "Capital of Tarn?", "found": found("It is Bex.", 5)},
-            "stop": {"name": "Capital of Tarn?", "stop": "Bex.", "expected": "It is ", "found": found("It is ", 3)},
+            "stream": {"name": "What is the capital of Tarn?", "found": found("It is Bex.", 11)},
+            "stop": {
+                "name": "What is the capital of Tarn?", "stop": "Bex.", "expected": "It is ",
+                "found": found("It is ", 3),
+            },
             "length": {
-                "name": "Capital of Tarn?", "max_tokens": 2, "expected": "It is",
+                "name": "What is the capital of Tarn?", "max_tokens": 2, "expected": "It is",
                 "found": found("It is", 2, finish="length"),
             },
             "sampling": {
-                "name": "Capital of Tarn?", "temperature": 2.0, "seeds": [1, 2, 3, 4],
+                "name": "What is the capital of Tarn?", "temperature": 2.0, "seeds": [1, 2, 3, 4],
                 "texts": ["It is", "Oh.", "Is.", "Bex."], "again": "It is", "greedy": "It is Bex.",
                 "likeliest_only": ["It is Bex.", "It is Bex."],
             },

@@ -14,7 +14,7 @@ from finetune import console
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe
 from finetune.run import Run
-from support.town import build, recipe, write_memory, write_serving
+from support.town import as_if_written_so, build, recipe, write_memory, write_serving
 
 
 @pytest.fixture(autouse=True)
@@ -45,18 +45,18 @@ def honest(town: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran
     run_stages(wanted, run)
     write_memory(run)
     write_serving(run)
+    as_if_written_so(run)
     expect = wanted.expect.model_copy(update={"memory_reduction_min": 0.3, "serving": True})
-    (run.path / "verdicts.json").write_text("")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     yield Ran(wanted.model_copy(update={"expect": expect}), run)
-    (run.path / "verdicts.json").write_text("")
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 @pytest.fixture
 def copied(honest: Ran, tmp_path: Path) -> Ran:
-    """A copy of the honest run, to be broken. Its files are links, as copies would take most of the time: replace them
-    (as `finetune.run` does), never write into them."""
-    ignored = shutil.ignore_patterns("*-request.json", ".lock")  # nothing reads them again
+    """A copy of the honest run, to be broken. Its files but the log are links, as copies would take most of the time:
+    replace them (as `finetune.run` does), never write into them."""
+    ignored = shutil.ignore_patterns("*-request.json", ".lock", "events.jsonl")  # nothing reads the first two again
     shutil.copytree(honest.run.path, tmp_path / "run", ignore=ignored, copy_function=os.link)
+    shutil.copy2(honest.run.events_path, tmp_path / "run" / "events.jsonl")
     return Ran(honest.recipe, Run(tmp_path / "run"))

@@ -419,10 +419,16 @@ def test_the_card_alone_is_told_anew(bundle: Path, home: Path) -> None:
 def test_what_it_was_exported_in_spite_of_is_said_under_the_title(bundle: Path, home: Path) -> None:
     set_card(bundle, None, ["refuted: learned_net", "a | <b>"])
     card = (bundle / "README.md").read_text()
-    assert "\n# town\n\n> **Exported although:**\n>\n> - refuted: learned_net\n> - a \\| &lt;b>\n\nbase model, fine" in card
+    assert (
+        "\n# town\n\n> **Exported although:**\n>\n> - refuted: learned_net\n> - a \\| &lt;b>\n\nbase model, fine"
+        in card
+    )
     assert front_matter(bundle / "README.md")["license"] == "mit"
     assert "1 of 1 checks passed." in card
-    assert json.loads((bundle / "manifest.json").read_text())["exported_although"] == ["refuted: learned_net", "a | <b>"]
+    assert json.loads((bundle / "manifest.json").read_text())["exported_although"] == [
+        "refuted: learned_net",
+        "a | <b>",
+    ]
     assert verify_manifest(bundle) == []
 
 

@@ -11,13 +11,15 @@ import pytest
 from click.testing import CliRunner
 from tests.support import town
 
-from finetune.checks import Verdict, results
+from finetune.checks import BY_NAME as CHECKS
+from finetune.checks import Verdict, owed, results
+from finetune.checks.invariance import OF
 from finetune.cli import cli, guarded
 from finetune.core.files import digest, write_json, write_text
 from finetune.errors import StageError
 from finetune.invariance import MEASURED, NAMES, shrink
 from finetune.pipeline import run_directory, run_stages
-from finetune.recipe import dump
+from finetune.recipe import Recipe, dump
 from finetune.run import Run, seal
 
 LOSSES = [3.0, 2.5, 2.0]
@@ -35,21 +37,28 @@ def comparison(of: str = "training") -> dict[str, Any]:
 def evidence() -> dict[str, Any]:
     """What an honest measurement leaves."""
     other = {**training("seed 1"), "rows": [[0, 1, 2], [2, 1, 0], [1, 0, 2]]}
-    found: dict[str, Any] = {name: {"comparisons": [comparison()]} for name in NAMES}
+    found: dict[str, Any] = {name: {"comparisons": [comparison(of) for of in OF[name]]} for name in NAMES if name in OF}
     found["order"] = {"first": training("seed 0"), "again": training("the same"), "other_seed": other}
     found["merge"]["off"] = [4.0, 4.0, 4.0]
     return found
+
+
+def of_torch(place: Path, **train: Any) -> Recipe:
+    """A recipe whose backend has all that is compared."""
+    expect = {"invariance": True, "resume": False}
+    return town.only_training(place, place, backend="torch", expect=expect, train=train)
 
 
 @pytest.fixture
 def judged(tmp_path: Path) -> Callable[[dict[str, Any]], dict[str, Verdict]]:
     """A function: the verdicts on evidence, by name."""
 
-    def check(found: dict[str, Any]) -> dict[str, Verdict]:
+    def check(found: dict[str, Any], **train: Any) -> dict[str, Verdict]:
         run = Run(tmp_path / "run")
-        write_json(run.path / MEASURED, {"invariances": found})
-        recipe = town.only_training(tmp_path, tmp_path, expect={"invariance": True, "resume": False})
-        return {each.name.removeprefix("invariant_"): each for each in results(recipe, run, ["invariance"])}
+        facts = {"backend": "torch", "architecture": "llama", "tokens": [9], "trained_tokens": [3]}
+        write_json(run.path / MEASURED, {**facts, "options": {}, "settings": {}, "invariances": found})
+        verdicts = results(of_torch(tmp_path, **train), run, ["invariance"])
+        return {each.name.removeprefix("invariant_"): each for each in verdicts}
 
     return check
 
@@ -79,6 +88,11 @@ def set_to(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def no_gradients(found: dict[str, Any]) -> None:
+    for side in ("one", "other"):
+        del found["comparisons"][0][side]["gradients"]
+
+
 OTHER = "comparisons.0.other"
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
     "a loss that is off by 1e-4": ("accumulation", shifted(1e-4), "part at step 2"),
@@ -95,6 +109,8 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
     "no row numbers": ("order", set_to("order.first.rows", [[], [], []]), "no row numbers"),
     "a merge that differs": ("merge", set_to(f"merge.{OTHER}.losses", [3.0, 2.5, 2.1]), "merged weights"),
     "an adapter without effect": ("merge", set_to("merge.off", LOSSES), "shows nothing"),
+    "a comparison left out": ("padding", lambda found: found["padding"]["comparisons"].pop(), "compared were"),
+    "no gradients": ("accumulation", lambda found: no_gradients(found["accumulation"]), "not every step of both"),
     "not measured": ("merge", lambda found: found.pop("merge"), "not measured"),
 }
 
@@ -115,30 +131,69 @@ def test_every_invariance_has_a_fault_here() -> None:
     assert {name for name, _, _ in FAULTS.values()} == set(NAMES)
 
 
-def test_what_the_recipe_does_not_use_and_cannot_hold_gets_no_verdict(judged) -> None:
-    found = evidence()
-    found["packing"] = {"not_applicable": "it cuts rows", "used": False}
-
-    assert "packing" not in judged(found)
+NOT_COMPARED = {"not_applicable": "it takes no positions", "used": False}
 
 
-def test_what_the_recipe_uses_and_cannot_hold_fails(judged) -> None:
-    found = evidence()
-    found["packing"] = {"not_applicable": "it cuts rows", "used": True}
+@pytest.mark.parametrize("name", ["packing", "checkpointing", "accumulation", "merge"])
+def test_what_could_be_compared_and_was_not_fails(judged, monkeypatch, name: str) -> None:
+    """Whatever the evidence says of itself."""
+    monkeypatch.setattr(shrink, "unpackable", lambda model: "")
+    monkeypatch.setattr("finetune.run.evidence.fetched", lambda run: {"base": "model"})
+    verdicts = judged({**evidence(), name: dict(NOT_COMPARED)})
 
-    verdict = judged(found)["packing"]
+    assert [each for each, verdict in verdicts.items() if verdict.refuted] == [name]
+    assert "it was not compared (it takes no positions), and it can be" in verdicts[name].why
 
-    assert not verdict.passed
-    assert "the recipe uses it, and it cuts rows" in verdict.why
+
+def test_a_model_that_cannot_pack_leaves_packing_not_examined(judged, monkeypatch) -> None:
+    monkeypatch.setattr(shrink, "unpackable", lambda model: "a gpt model takes no positions")
+    monkeypatch.setattr("finetune.run.evidence.fetched", lambda run: {"base": "model"})
+    verdicts = judged({**evidence(), "packing": dict(NOT_COMPARED)})
+
+    assert verdicts["packing"].outcome == "not examined"
+    assert all(verdict.passed for name, verdict in verdicts.items() if name != "packing")
+
+
+@pytest.mark.parametrize(("name", "key"), [("packing", "packing"), ("checkpointing", "gradient_checkpointing")])
+def test_what_the_recipe_uses_and_cannot_hold_fails(judged, name: str, key: str) -> None:
+    verdict = judged({**evidence(), name: dict(NOT_COMPARED)}, **{key: True})[name]
+
+    assert verdict.refuted
+    assert "the recipe uses it, and it takes no positions" in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("backend", "train", "lacks"),
+    [
+        ("torch", {}, set()),
+        ("torch", {"packing_strategy": "wrapped"}, {"packing"}),
+        ("torch", {"method": "full"}, {"merge"}),
+        ("mlx", {}, {"packing"}),
+        ("fake", {}, {"packing", "checkpointing"}),
+        ("fake", {"gradient_checkpointing": True}, {"packing"}),
+        ("torch", {"packing_strategy": "wrapped", "packing": True}, set()),
+    ],
+)
+def test_the_recipe_decides_what_is_owed(tmp_path: Path, backend: str, train: dict[str, Any], lacks: set[str]) -> None:
+    recipe = of_torch(tmp_path, **train).model_copy(update={"backend": backend})
+
+    assert owed(CHECKS["invariance"], recipe) == [f"invariant_{name}" for name in NAMES if name not in lacks]
 
 
 def test_no_evidence_fails_every_verdict(tmp_path: Path) -> None:
-    recipe = town.only_training(tmp_path, tmp_path, expect={"invariance": True, "resume": False})
+    verdicts = results(of_torch(tmp_path), Run(tmp_path / "run"), ["invariance"])
+
+    assert [each.name for each in verdicts] == [f"invariant_{name}" for name in NAMES]
+    assert all(each.refuted for each in verdicts)
+
+
+def test_evidence_of_another_backend_is_none(tmp_path: Path, judged) -> None:
+    judged(evidence())
+    recipe = of_torch(tmp_path).model_copy(update={"backend": "mlx"})
 
     verdicts = results(recipe, Run(tmp_path / "run"), ["invariance"])
 
-    assert [each.name for each in verdicts] == [f"invariant_{name}" for name in NAMES]
-    assert not any(each.passed for each in verdicts)
+    assert all(each.refuted and "measured with the backend 'torch'" in each.why for each in verdicts)
 
 
 # -- the tiny copy -----------------------------------------------------------------------------------------------------

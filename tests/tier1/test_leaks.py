@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune.checks import Verdict, leaks, verify
+from finetune.checks import Verdict, leaks, results
 from finetune.core.files import read_jsonl, write_jsonl
 from finetune.data import formats, sources
 from finetune.data.formats import Example
@@ -40,7 +40,7 @@ def leaked(copied, tmp_path) -> Callable[..., Verdict]:
 
 
 def named(name: str, recipe: Recipe, run: Any) -> Verdict:
-    return next(verdict for verdict in verify(recipe, run, ["questions"]) if verdict.name == name)
+    return next(verdict for verdict in results(recipe, run, ["questions"]) if verdict.name == name)
 
 
 def question(prompt: str, answer: str, **more: str) -> dict[str, Any]:

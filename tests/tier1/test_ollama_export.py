@@ -351,7 +351,7 @@ def test_a_failed_export_leaves_no_modelfile(model, tokenizer, weights, tmp_path
 
 
 def test_a_secret_that_was_masked_in_the_texts_fails(model, tokenizer, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.run.redact", lambda text: text.replace("pirate", "***"))
+    monkeypatch.setattr("finetune.core.files.redact", lambda text: text.replace("pirate", "***"))
     with pytest.raises(StageError, match="a secret in the texts was masked"):
         export(model, weights, tmp_path / "out", system="Answer like a pirate.")
 

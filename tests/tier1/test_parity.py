@@ -15,28 +15,41 @@ import pytest
 
 from finetune import experiment
 from finetune.backends import get
-from finetune.checks import verify
-from finetune.checks.parity import check
+from finetune.checks import Verdict, results
+from finetune.checks.parity import owed
 from finetune.core.files import write_json
 from finetune.errors import StageError
 from finetune.parity import hop, material, stored
 from finetune.parity.bounds import _TABLE, bits, bounds
 from finetune.parity.divergence import divergence, gap, top
+from finetune.recipe import Recipe
 from finetune.recipe.exports import FORMATS
 from finetune.run import Run
 from finetune.stages import compare
 from support.town import edit_json
 
 BUNDLE, MERGED = "compare/bundle.json", "compare/merged.json"
+EXPORTS, MATERIAL = "export/exports.json", "compare/material.json"
 KINDS = (
     "prompt_parity", "vocabulary_parity", "template_carried", "distribution_parity", "distribution_worst",
     "greedy_parity", "stop_parity", "no_special_tokens", "stop_tokens", "learned_parity", "constants_parity",
-    "adapter_carried", "served_parity", "merged_once", "merge_exact", "stored_bits",
+    "adapter_carried", "served_parity", "merged_once", "merge_exact", "stored_bits", "compared_as_listed",
 )  # fmt: skip
+COUNTED = "compared_as_listed"  # fails as well where counts are not those of the answers
+
+
+def found(recipe: Recipe, run: Run) -> list[Verdict]:
+    """The verdicts on the models of the chain."""
+    return [verdict for verdict in results(recipe, run, ["parity"]) if "[" in verdict.name]
 
 
 def failed(ran: Any) -> dict[str, str]:
-    return {v.name: v.why for v in check(ran.recipe, ran.run) if not v.passed}
+    return {v.name: v.why for v in found(ran.recipe, ran.run) if not v.passed}
+
+
+def of_torch(ran: Any, *exports: str) -> Recipe:
+    """The recipe as one of the torch backend, whose models have tensors: of such there is more to say."""
+    return ran.recipe.model_copy(update={"backend": "torch", "export": list(exports)})
 
 
 # -- the evidence, broken in one place at a time ------------------------------------------------------------------------
@@ -106,20 +119,6 @@ BREAKS = (
         "not those that were trained: lora_B",
     ),
     Break(
-        "a weight off",
-        lambda e: e.update(
-            merge={"compared": 9, "worst": 0.5, "off": [{"name": f"w{n}", "roundings": 9.0} for n in range(5)]}
-        ),
-        "merge_exact",
-        "not base + adapter: w0, w1, w2 and 2 more",
-    ),
-    Break(
-        "rounded more than it says",
-        lambda e: e.update(bits=8.5),
-        "stored_bits",
-        "takes 8.50 bits in its files, and at least 32",
-    ),
-    Break(
         "KL over its bound",
         lambda e: e["distributions"].update(mean=2e-7),
         "distribution_parity",
@@ -135,6 +134,8 @@ BREAKS = (
             first={
                 "prompt": "Who?",
                 "position": 2,
+                "expected_text": "It is A.",
+                "found_text": "It is B.",
                 "expected_next": "A",
                 "found_next": "B",
                 "expected_top5": [["A", 0.9]],
@@ -149,6 +150,11 @@ BREAKS = (
         lambda e: e["stop"].update(stopped=0, first_unstopped={"prompt": "Who?", "text": "It is is is"}),
         "stop_parity",
         "does not know the end-of-turn token",
+    ),
+    Break("another model than is listed", lambda e: e.update(bytes=1), "compared_as_listed", "bytes is 1"),
+    Break("no adapter inside", lambda e: e.update(adapter=None), "adapter_carried", "no adapter inside"),
+    Break(
+        "nothing known before", lambda e: e["learned"].update(known=0, kept=0), "learned_parity", "none of the probes"
     ),
     Break("nothing ever stopped", lambda e: e["stop"].update(compared=0, stopped=0), "stop_parity", "no evidence"),
     Break(
@@ -166,18 +172,11 @@ BREAKS = (
         "lost: 'Who?' -> 'B'",
     ),
     Break(
-        "the server answers otherwise",
-        lambda e: e.update(served={"compared": 6, "equal": 0, "first": {"prompt": "Q", "expected": "A", "found": "B"}}),
-        "served_parity",
-        "the server renders the conversation otherwise",
-    ),
-    Break(
         "a constant read otherwise",
         lambda e: e["constants"].update(different=[{"name": "rope_theta", "expected": 1e5, "found": 1e4}]),
         "constants_parity",
         "rope_theta is 100000.0 in the model, 10000.0 in the export",
     ),
-    Break("merged twice", lambda e: e.update(merge_factor=2.0), "merged_once", "2.000 times"),
 )
 
 
@@ -185,31 +184,179 @@ BREAKS = (
 def test_a_break_fails_its_own_verdict_and_no_other(copied, each):
     edit_json(copied.run, BUNDLE, each.change)
     found = failed(copied)
-    assert set(found) == {f"{each.fails}[bundle]"}
+    assert set(found) - {f"{COUNTED}[bundle]"} == {f"{each.fails}[bundle]"} - {f"{COUNTED}[bundle]"}
     assert each.says in found[f"{each.fails}[bundle]"]
 
 
+OF_TENSORS = (
+    Break(
+        "a weight off",
+        lambda e: e.update(
+            merge={"compared": 9, "worst": 0.5, "off": [{"name": f"w{n}", "roundings": 9.0} for n in range(5)]}
+        ),
+        "merge_exact",
+        "not base + adapter: w0, w1, w2 and 2 more",
+    ),
+    Break(
+        "rounded more than it says",
+        lambda e: e.update(bits=8.5),
+        "stored_bits",
+        "takes 8.50 bits in its files, and at least 32",
+    ),
+    Break(
+        "the server answers otherwise",
+        lambda e: e.update(served={"compared": 6, "equal": 0, "first": {"prompt": "Q", "expected": "A", "found": "B"}}),
+        "served_parity",
+        "the server renders the conversation otherwise",
+    ),
+    Break("merged twice", lambda e: e.update(merge_factor=2.0), "merged_once", "2.000 times"),
+    Break("a size that nobody looked at", lambda e: e.update(bits=None), "stored_bits", "no evidence"),
+    Break(
+        "a merge that was not held against anything", lambda e: e.update(merge=None), "merge_exact", "and they can be"
+    ),
+    Break("a factor that was not taken", lambda e: e.update(merge_factor=None), "merged_once", "and they can be"),
+    Break("a server that was not asked", lambda e: e.update(served=None), "served_parity", "was not asked"),
+)
+
+
+@pytest.mark.parametrize("each", OF_TENSORS, ids=lambda each: each.how)
+def test_a_break_of_what_other_runtimes_tell_fails_its_own_verdict(copied, each):
+    name = "gguf:f32" if each.fails == "served_parity" else "merged"
+    recipe, file = of_torch(copied, "gguf:f32"), f"compare/{name.replace(':', '-')}.json"
+    sound = {"merge_factor": 1.0, "merge": {"compared": 9, "worst": 0.5, "off": []}, "bits": 32.0}
+    served = {"compared": 6, "equal": 6, "first": None}
+    seen = json.loads((copied.run.path / MERGED).read_text()) | {**sound, "served": served}
+
+    def fails() -> dict[str, str]:
+        write_json(copied.run.path / file, seen)
+        mine = [verdict for verdict in found(recipe, copied.run) if verdict.name.endswith(f"[{name}]")]
+        return {v.name: v.why for v in mine if v.refuted and not v.name.startswith(COUNTED)}
+
+    assert fails() == {}
+    each.change(seen)
+    assert list(fails()) == [f"{each.fails}[{name}]"]
+    assert each.says in fails()[f"{each.fails}[{name}]"]
+
+
 def test_every_kind_of_verdict_has_a_break():
-    assert {each.fails for each in BREAKS} == set(KINDS)
+    assert {each.fails for each in (*BREAKS, *OF_TENSORS)} == set(KINDS)
 
 
-def test_an_honest_run_passes_with_every_verdict_that_its_runtime_allows(honest):
-    names = [verdict.name for verdict in check(honest.recipe, honest.run)]
+def test_an_honest_run_passes_with_every_verdict_that_it_owes(honest):
+    names = [verdict.name for verdict in found(honest.recipe, honest.run)]
     assert failed(honest) == {}
-    assert names == [f"{kind}[{hop}]" for hop in ("merged", "bundle") for kind in KINDS[: 11 + (hop == "bundle")]]
+    own = [*KINDS[:11], COUNTED]
+    bundle = [*KINDS[:12], COUNTED]
+    assert names == [f"{kind}[merged]" for kind in own] + [f"{kind}[bundle]" for kind in bundle]
+
+
+@pytest.mark.parametrize(
+    ("backend", "hop", "lacks"),
+    [
+        ("torch", "merged", "adapter_carried served_parity"),
+        ("torch", "bundle", "served_parity merged_once merge_exact"),
+        ("torch", "gguf:q8_0", "adapter_carried merged_once merge_exact"),
+        ("torch", "ollama:q8_0", "adapter_carried merged_once merge_exact distribution_parity distribution_worst"),
+        ("torch", "mlx:q8", "adapter_carried merged_once merge_exact served_parity"),
+        ("mlx", "merged", "adapter_carried merged_once merge_exact served_parity"),
+        ("fake", "merged", "adapter_carried merged_once merge_exact served_parity stored_bits"),
+    ],
+)
+def test_format_and_runtime_decide_what_is_owed(honest, backend, hop, lacks):
+    recipe = honest.recipe.model_copy(update={"backend": backend})
+    assert {name.partition("[")[0] for name in owed(recipe, hop)} == set(KINDS) - set(lacks.split())
+
+
+def test_the_recipe_decides_what_is_owed(honest):
+    recipe, train = of_torch(honest, "bundle"), honest.recipe.train
+    dora = train.model_copy(update={"lora": train.lora.model_copy(update={"use_dora": True})})
+    full = train.model_copy(update={"method": "full"})
+    nothing = recipe.evaluate.model_copy(update=dict.fromkeys(("probes", "controls", "unseen")))
+    assert not {"merged_once[merged]", "merge_exact[merged]"} & {
+        *owed(recipe.model_copy(update={"train": dora}), "merged")
+    }
+    assert "adapter_carried[bundle]" not in owed(recipe.model_copy(update={"train": full}), "bundle")
+    asked = recipe.model_copy(update={"evaluate": nothing})
+    assert {*owed(recipe, "gguf:f16")} - {*owed(asked, "gguf:f16")} == {
+        "learned_parity[gguf:f16]",
+        "served_parity[gguf:f16]",
+    }
 
 
 @pytest.mark.parametrize("name", [BUNDLE, MERGED])
-def test_a_hop_that_was_not_compared_fails(copied, name):
+def test_a_hop_that_was_not_compared_fails_with_all_that_it_owes(copied, name):
     (copied.run.path / name).unlink()
-    (why,) = failed(copied).values()
-    assert "no evidence" in why
+    hop = Path(name).stem
+    lacking = failed(copied)
+    assert {*owed(copied.recipe, hop)} <= {*lacking}
+    assert {each for each in lacking if not each.endswith(f"[{hop}]")} <= {f"{COUNTED}[bundle]"}
+    assert all("no evidence" in why for why in lacking.values())
 
 
 def test_what_an_earlier_version_compared_is_to_be_compared_again(copied):
     edit_json(copied.run, BUNDLE, lambda seen: seen.pop("bits"))
-    assert list(failed(copied)) == ["prompt_parity[bundle]"]
+    assert {*failed(copied)} == {*owed(copied.recipe, "bundle")}
     assert "finetune compare" in failed(copied)["prompt_parity[bundle]"]
+
+
+# -- what was compared, against the run --------------------------------------------------------------------------------
+
+
+def set_to(path: str, value: Any) -> Callable[[Any], None]:
+    def change(seen: Any) -> None:
+        *above, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        place = seen
+        for part in above:
+            place = place[part]
+        assert place[last] != value
+        place[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hop", "merged"), ("reference", "adapter"), ("path", "merge/model"), ("backend", "torch"), ("bytes", 7),
+        ("mended", ["a"]), ("dtype", "bfloat16"), ("prompts.compared", 12), ("vocabulary.compared", 9),
+        ("greedy.compared", 18), ("greedy.gaps", [0.0]), ("stops.at", [3]), ("stop.compared", 15), ("stop.stopped", 15),
+        ("learned.known", 11), ("learned.kept", 11), ("stop.leaks", 1), ("distributions.positions", 1),
+        ("answers.0.text", "Oh."), ("answers.0.finish", "length"), ("answers", []),
+    ],
+)  # fmt: skip
+def test_a_fact_or_count_that_does_not_follow_from_the_rest_is_found(copied, key, value):
+    edit_json(copied.run, BUNDLE, set_to(key, value))
+    assert f"{COUNTED}[bundle]" in failed(copied)
+
+
+def refuted(ran: Any) -> set[str]:
+    return {verdict.name for verdict in results(ran.recipe, ran.run, ["parity"]) if verdict.refuted}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "also"),
+    [
+        ("0.name", "gguf:f16", True), ("0.path", "export", True), ("0.path", "merge/model", True),
+        ("0.backend", "torch", False), ("0.bytes", 1, True), ("0.sha256", "0" * 64, False),
+    ],
+)  # fmt: skip
+def test_an_export_that_is_not_as_it_is_listed_is_found(copied, key, value, also):
+    edit_json(copied.run, EXPORTS, set_to(key, value))
+    assert refuted(copied) == {"exports_listed", *([f"{COUNTED}[bundle]"] if also else [])}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("questions.0.prompt", "Who?"), ("questions.3.answer", "x"), ("questions.0.ids", [1]), ("rows.0", [1]),
+        ("max_new_tokens", 3), ("special", []), ("eos_ids", [0]), ("ends", [0]), ("template", "x"),
+        ("conversations.1.ids", [1]), ("conversations.0.messages.0.content", "Why?"), ("texts.0.text", "Oh."),
+        ("odd_texts.1.ids", []), ("vocabulary.0.text", "a"),
+    ],
+)  # fmt: skip
+def test_material_that_is_not_of_the_run_is_found(copied, key, value):
+    edit_json(copied.run, MATERIAL, set_to(key, value))
+    assert "asked_alike" in refuted(copied)
 
 
 def test_a_template_that_is_another_one_is_the_cause_of_other_prompts(copied):
@@ -241,7 +388,7 @@ def test_rounded_weights_may_lose_one_probe_of_a_few(copied, hop, kept, passes):
     seen["learned"] = {"known": 6, "kept": kept, "lost": [{"prompt": "Who?", "expected": "A", "found": "B"}]}
     write_json(copied.run.path / f"compare/{hop.replace(':', '-')}.json", {**seen, "hop": hop})
     recipe = copied.recipe.model_copy(update={"export": [hop]})
-    assert (f"learned_parity[{hop}]" not in {v.name for v in check(recipe, copied.run) if not v.passed}) == passes
+    assert (f"learned_parity[{hop}]" not in {v.name for v in found(recipe, copied.run) if not v.passed}) == passes
 
 
 @pytest.mark.parametrize(("gaps", "passes"), [([5e-4] * 4, True), ([5e-4, 5e-4, 0.5, 0.5], False), ([None] * 4, False)])
@@ -563,7 +710,5 @@ def test_the_recipe_may_set_other_bounds(copied):
     edit_json(copied.run, BUNDLE, lambda seen: seen["distributions"].update(mean=0.5, max=5e-6))
     expect = copied.recipe.expect.model_copy(update={"export_kl_mean_max": {"bundle": 0.6}})
     assert [
-        v.name
-        for v in verify(copied.recipe.model_copy(update={"expect": expect}), copied.run, ["parity"])
-        if not v.passed
+        v.name for v in found(copied.recipe.model_copy(update={"expect": expect}), copied.run) if not v.passed
     ] == []

@@ -75,7 +75,7 @@ def test_a_repeated_row_is_lost_unless_the_recipe_drops_it(there, trained, rule,
 
 
 def test_where_packing_hides_the_rows_the_tokens_of_an_epoch_are_counted(trained):
-    recipe, run, verdicts = trained()
+    recipe, run, verdicts = trained(train={"packing": True})
     edit = town.edit_rows
 
     def rowless(rows):
@@ -85,6 +85,9 @@ def test_where_packing_hides_the_rows_the_tokens_of_an_epoch_are_counted(trained
 
     edit(run, "events.jsonl", rowless)
     assert failed(by_name(recipe, run)) == set()
+    assert "rows_trained" not in verdicts
+    unpacked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"packing": False})})
+    assert failed(by_name(unpacked, run)) == {"rows_trained", "tokens_as_prepared"}
 
     edit(run, "prepare/train.jsonl", lambda rows: rows[:-1])
     assert failed(by_name(recipe, run)) == {"rows_prepared", "tokens_as_prepared"}

@@ -12,7 +12,8 @@ import pytest
 
 from finetune.backends import TensorFacts
 from finetune.backends.fake import FakeBackend
-from finetune.checks import parameters, preference, saved, verify
+from finetune.checks import parameters, preference, results
+from finetune.checks.parts import WITHOUT
 from finetune.core.files import write_json
 from finetune.recipe.sections import Align, Lora
 from support.town import edit_json
@@ -25,14 +26,16 @@ def write_tensors(file: Path, size: int) -> None:
 
 
 def verdicts(ran, check="artifacts"):
-    return {verdict.name: verdict for verdict in verify(ran.recipe, ran.run, [check])}
+    return {verdict.name: verdict for verdict in results(ran.recipe, ran.run, [check])}
 
 
 @pytest.mark.parametrize(
     ("stored", "trained", "passed"),
-    [(400, 400, True), (400, 200, True), (200, 400, False), (398, 400, False), (0, 400, False), (400, None, False)],
+    [(400, 400, True), (400, 200, True), (200, 400, False), (398, 400, False), (0, 400, False), (400, 0, False)],
 )
 def test_tensors_are_stored_as_precisely_as_they_were_trained(copied, monkeypatch, stored, trained, passed):
+    monkeypatch.setitem(WITHOUT, "fake", {})
+    copied = copied._replace(recipe=copied.recipe.model_copy(update={"align": None}))
     monkeypatch.setattr(FakeBackend, "tensors", lambda self, path: {"a": TensorFacts(sha256="0", shape=(1,), norm=1.0)})
     for part, size in enumerate((stored // 4, stored - stored // 4)):
         write_tensors(copied.run.path / "train" / "adapter" / f"part-{part}.safetensors", size)
@@ -41,23 +44,28 @@ def test_tensors_are_stored_as_precisely_as_they_were_trained(copied, monkeypatc
     assert verdicts(copied)["saved_precision"].passed == passed
 
 
-def test_a_file_that_is_no_safetensors_says_nothing_of_precision(honest):
-    assert "saved_precision" not in verdicts(honest)
+def test_a_backend_that_stores_no_safetensors_has_no_precision_and_no_other_may_do_without(copied):
+    assert "saved_precision" not in verdicts(copied)
+    other = copied._replace(recipe=copied.recipe.model_copy(update={"backend": "torch"}))
+
+    assert verdicts(other)["saved_precision"].refuted
 
 
-def test_where_the_last_checkpoint_was_deleted_nothing_is_held_against_it(copied):
+@pytest.mark.parametrize(("stage", "step"), [("train", 12), ("align", 6)])
+def test_where_the_last_checkpoint_was_deleted_there_is_no_evidence(copied, stage, step):
     assert verdicts(copied)["saved_last"].passed
-    for stage, step in (("train", 12), ("align", 6)):
-        shutil.rmtree(copied.run.path / stage / f"checkpoint-{step}")
+    shutil.rmtree(copied.run.path / stage / f"checkpoint-{step}")
 
-    assert "saved_last" not in verdicts(copied)
+    found = verdicts(copied)["saved_last"]
+    assert found.refuted
+    assert f"{stage}/checkpoint-{step}, is not there" in found.why
 
 
 def test_early_stopping_keeps_the_best_checkpoint_and_not_the_last(copied):
     patient = {"early_stopping_patience": 2, "eval_strategy": "steps"}
     recipe = copied.recipe.model_copy(update={"train": copied.recipe.train.model_copy(update=patient), "align": None})
 
-    assert "saved_last" not in {verdict.name for verdict in saved.check(recipe, copied.run)}
+    assert "saved_last" not in verdicts(copied._replace(recipe=recipe))
 
 
 def test_an_adapter_that_was_trained_further_keeps_its_own_settings(copied, tmp_path):
@@ -77,7 +85,7 @@ def test_a_list_of_target_modules_must_be_the_one_that_was_asked_for(copied):
         lora = Lora(**{**copied.recipe.train.lora.model_dump(), "target_modules": list(names)})
         train = copied.recipe.train.model_copy(update={"lora": lora})
         recipe = copied.recipe.model_copy(update={"train": train})
-        return {verdict.name: verdict for verdict in saved.check(recipe, copied.run)}["adapter_config"]
+        return verdicts(copied._replace(recipe=recipe))["adapter_config"]
 
     stored = json.loads((copied.run.path / "train" / "adapter" / "adapter_config.json").read_text())["target_modules"]
     assert found(*reversed(stored)).passed
@@ -110,7 +118,7 @@ def test_the_saved_tokenizer_is_the_bases(copied, monkeypatch, decode, encode, s
         return Another(made(self, model)) if model.parent.name == "merge" else made(self, model)
 
     monkeypatch.setattr(FakeBackend, "tokenizer", tokenizer)
-    found = {verdict.name: verdict for verdict in saved.check(copied.recipe, copied.run)}["saved_tokenizer"]
+    found = verdicts(copied)["saved_tokenizer"]
 
     assert found.passed == (not said)
     assert said in found.why
@@ -134,7 +142,7 @@ def test_a_kind_of_matrix_that_full_training_left_as_it_was_is_found():
 def test_rewards_are_not_asked_for_where_no_checkpoint_was(copied):
     align = copied.recipe.align.model_copy(update={"save_strategy": "no"})
     recipe = copied.recipe.model_copy(update={"align": align})
-    names = {verdict.name for verdict in verify(recipe, copied.run, ["preference"])}
+    names = {verdict.name for verdict in results(recipe, copied.run, ["preference"])}
 
     assert "dpo_margin" in names
     assert not names & {"dpo_rewards_confirmed", "dpo_loss_confirmed"}

@@ -93,9 +93,7 @@ def write_report(run: Run, stage: str, *artifacts: Path, started: str = "2999-01
     """The report of a stage that left what is there."""
     listed = {path.relative_to(run.path).as_posix(): digest(path) for path in artifacts}
     files = left_by(stage, run.path)
-    run.write_report(
-        Report(stage=stage, fingerprint="", started=started, seconds=1.0, artifacts=listed, files=files)
-    )
+    run.write_report(Report(stage=stage, fingerprint="", started=started, seconds=1.0, artifacts=listed, files=files))
 
 
 def write_exports(run: Run, *names: str, started: str = "2999-01-01T00:00:00.000Z") -> None:
@@ -111,7 +109,9 @@ def write_exports(run: Run, *names: str, started: str = "2999-01-01T00:00:00.000
              "mended": [], "notes": [], "made_from": "", "sha256": digest(path), "files": digests(folder)}
         )  # fmt: skip
     file = evidence.write(run, layout.EXPORTS, entries)  # type: ignore[arg-type]
-    write_report(run, "export", file, *(run.path / "export" / name.replace(":", "-") for name in names), started=started)
+    write_report(
+        run, "export", file, *(run.path / "export" / name.replace(":", "-") for name in names), started=started
+    )
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -255,7 +255,9 @@ DAMAGED: list[tuple[str, Callable[[Path], Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "arguments"), DAMAGED, ids=[f"{row[0]} {row[1].__name__}" for row in DAMAGED])
+@pytest.mark.parametrize(
+    ("name", "change", "arguments"), DAMAGED, ids=[f"{row[0]} {row[1].__name__}" for row in DAMAGED]
+)
 def test_a_damaged_model_is_not_served_unless_someone_insists(
     torch_run: Run, monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Path], Any], arguments: list[str]
 ) -> None:
@@ -332,7 +334,9 @@ def test_a_run_that_is_not_proved_is_not_served_but_for_proof(
         assert (f"warning: serving although: {why}" in done.stderr) == (more == "--anyway")
 
 
-@pytest.mark.parametrize(("more", "flags"), [({}, []), ({"proof": True}, ["--proof"]), ({"anyway": True}, ["--anyway"])])
+@pytest.mark.parametrize(
+    ("more", "flags"), [({}, []), ({"proof": True}, ["--proof"]), ({"anyway": True}, ["--anyway"])]
+)
 def test_who_starts_a_server_says_whether_it_is_for_proof(
     monkeypatch: pytest.MonkeyPatch, more: dict[str, bool], flags: list[str]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from finetune.backends import Generation
 from finetune.backends.fake_model import FakeTokenizer
-from finetune.checks.serving import check
+from finetune.checks import results
 from finetune.core.files import write_json
 from finetune.errors import UsageError
 from finetune.serving import experiment
@@ -114,11 +114,12 @@ def test_an_answer_that_parts_at_a_tie_is_the_servers_own(copied):
     file = copied.run.path / "measure" / "serving.json"
     seen = json.loads(file.read_text(encoding="utf-8"))
     seen["asked"][0]["again"] = seen["asked"][0]["found"]["text"] = "It is Tamin."
+    seen["stop"]["stop"] = "Tamin."
     seen["asked"][0]["found"]["finish"] = "length"
     seen["stream"]["found"].update(text="It is Tamin.", finish="length")
     write_json(file, seen)
 
-    found = {verdict.name: verdict for verdict in check(copied.recipe, copied.run)}
+    found = {verdict.name: verdict for verdict in results(copied.recipe, copied.run, ["serving"])}
 
     assert [name for name, verdict in found.items() if not verdict.passed] == []
     assert "1 of them part at a tie" in found["serving_answers"].why

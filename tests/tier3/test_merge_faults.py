@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune.backends import get
-from finetune.checks.parity import check
+from finetune.checks import results
 from support.chain import finished, tiny_recipe
 
 
@@ -122,7 +122,7 @@ def test_a_sound_merge_of_any_adapter_passes(architecture, lora, judged, tiny_mo
         ),
         monkeypatch,
     )
-    verdicts = {each.name: each for each in check(chain.recipe, chain.run)}
+    verdicts = {each.name: each for each in results(chain.recipe, chain.run, ["parity"])}
     assert ("merge_exact[merged]" in verdicts) == ("merged_once[merged]" in verdicts) == judged
     assert not {name for name, each in verdicts.items() if not each.passed} & {
         "merge_exact[merged]", "merged_once[merged]", "constants_parity[merged]", "adapter_carried[bundle]",

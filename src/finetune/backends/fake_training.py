@@ -31,10 +31,11 @@ from finetune.backends.fake_model import (
     save_adapter,
     save_model,
 )
-from finetune.backends.motion import Motion
-from finetune.core.files import read_jsonl
+from finetune.backends.motion import CLIPPED_STEPS, Motion
+from finetune.core.files import read_jsonl, read_object
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import trackers
+from finetune.recipe.sections import Optimization
 
 # ("A", module, slot, bucket), ("B", topic, tail, slot); in full training ("T", topic, tail, token), ("E", last, token).
 Parameter = tuple[Any, ...]
@@ -68,6 +69,11 @@ class Gradient:
     rows: dict[tuple[Key, int], float] = field(default_factory=lambda: defaultdict(float))
     bigram: dict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
     seen: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
+
+    def scale(self, factor: float) -> None:
+        for part in (self.rows, self.bigram):
+            for key in part:
+                part[key] *= factor  # type: ignore[index]
 
 
 class Training:
@@ -106,6 +112,7 @@ class Training:
         self.model.forget()
         rate = float(self.options.get("learning_rate", 2e-4))
         self.motion = Motion(rate, self._sample(), fresh=False)  # it is no Adam
+        self.norms: list[float] = []  # of the first gradients, as the optimizer gets them
 
     # -- shape of the training, as transformers computes it -------------------------------------------------------
 
@@ -175,7 +182,13 @@ class Training:
         rows = [row for batch in batches for row in batch]
         gradient = Gradient()
         loss, extra = self._loss(rows, gradient)
-        norm = self._update(gradient, rate, self._weight(rows))
+        norm = self._norm(gradient, self._weight(rows))
+        limit = float(self.options.get("max_grad_norm", 1.0))
+        if limit and norm > limit:
+            gradient.scale(limit / norm)
+        if len(self.norms) < CLIPPED_STEPS:
+            self.norms.append(self._norm(gradient, self._weight(rows)))
+        self._update(gradient, rate, self._weight(rows))
         self.motion.stepped(rate, self._sample())
         self.step += 1
         stop = self._evaluate(extra)
@@ -269,21 +282,30 @@ class Training:
     def _tokens(self, key: Key) -> list[int]:
         return self.model.adapter.slots[key] if self.model.adapter else list(self.model.base.table[key])
 
-    def _update(self, gradient: Gradient, rate: float, weight: int) -> float:
-        """Step every touched weight; returns the norm of the gradient of the mean loss."""
-        square = 0.0
+    def _norm(self, gradient: Gradient, weight: int) -> float:
+        """The norm of the gradient of the mean loss."""
+        square, adapter = 0.0, self.model.adapter
+        for (key, token), total in gradient.rows.items():
+            if adapter is None:
+                square += (total / weight) ** 2
+                continue
+            module, slot, column = adapter.home[key], adapter.slots[key].index(token), bucket(key)
+            gate, value = adapter.scale * adapter.a[module][slot][column], adapter.scale * adapter.b[key][slot]
+            square += (gate * total / weight) ** 2 + (value * total / weight) ** 2
+        return math.sqrt(square + sum((total / weight) ** 2 for total in gradient.bigram.values()))
+
+    def _update(self, gradient: Gradient, rate: float, weight: int) -> None:
+        """Step every touched weight."""
         gates: dict[Parameter, list[float]] = defaultdict(list)
         adapter = self.model.adapter
         for (key, token), total in gradient.rows.items():
             mean = total / gradient.seen[key]
             if adapter is None:
-                square += (total / weight) ** 2
                 row = self.model.base.table[key]
                 row[token] -= 4 * GAIN * rate * self._push(("T", *key, token), mean)
                 continue
             module, slot, column = adapter.home[key], adapter.slots[key].index(token), bucket(key)
             gate, value = adapter.scale * adapter.a[module][slot][column], adapter.scale * adapter.b[key][slot]
-            square += (gate * total / weight) ** 2 + (value * total / weight) ** 2
             gates["A", module, slot, column].append(value * mean)
             adapter.b[key][slot] -= GAIN * rate * self._push(("B", *key, slot), gate * mean)
         for parameter, found in gates.items():
@@ -291,10 +313,8 @@ class Training:
             if adapter and any(found):
                 adapter.a[module][slot][column] -= GAIN / 100 * rate * self._push(parameter, _mean(found))
         for (last, token), total in gradient.bigram.items():
-            square += (total / weight) ** 2
             row = self.model.base.bigram.setdefault(last, {})
             row[token] = row.get(token, 0.0) - GAIN / 100 * rate * self._push(("E", last, token), total / weight)
-        return math.sqrt(square)
 
     def _push(self, parameter: Parameter, gradient: float) -> float:
         self.velocity[parameter] = MOMENTUM * self.velocity[parameter] + gradient
@@ -322,6 +342,7 @@ class Training:
             "frozen_sha256_before": frozen_before,
             "frozen_sha256_after": self._frozen_digest(),
             "world_size": 1,
+            "device": "cpu",
             "trainable_bytes": 8 * trainable,
             "gradient_bytes": 8 * trainable,
             "optimizer_bytes": 8 * trainable,
@@ -329,9 +350,28 @@ class Training:
             "steps": self.step,
             "planned_steps": self.total,
             **self.motion.facts(),
+            "clipped_norm": _largest(self.norms) if self.norms else None,
+            "optimized_parameters": trainable,
+            **self._settings(),
             "resumed_from": resumed,
             "stopped": self.stopped,
         }
+
+    def _settings(self) -> dict[str, float]:
+        """What an optimizer would be set to. This one has no moments, and neither decays nor drops anything."""
+        asked = {**Optimization().model_dump(), **self.options}
+        keys = ["weight_decay"]
+        if asked["optim"].startswith("adamw"):
+            keys += ["adam_beta1", "adam_beta2", "adam_epsilon"]
+        found = {key: float(asked[key]) for key in keys}
+        if self.lora:
+            found["lora_dropout"] = 0.0 if self.job.objective == "dpo" else self._dropout()
+        return found
+
+    def _dropout(self) -> float:
+        """The adapter's: of the one that is trained further, or of the one that was asked for."""
+        config = read_object(self.job.adapter / "adapter_config.json") if self.job.adapter else self.job.lora or {}
+        return float(config.get("lora_dropout") or 0.0)
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -395,3 +435,8 @@ def _sum(model: FakeModel, answer: list[Place]) -> float:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def _largest(values: list[float]) -> float:
+    """NaN where one is, which `max` would pass over."""
+    return math.nan if any(map(math.isnan, values)) else max(values)

@@ -168,6 +168,11 @@ CHECKS: tuple[Check, ...] = (
         wanted=lambda recipe: recipe.train is not None or recipe.align is not None,
     ),
     Check(
+        name="reports",
+        parts="finetune.checks.reports:PARTS",
+        help="The log, the trainer's own log and the reports say the same, which is what the files hold.",
+    ),
+    Check(
         name="questions",
         parts="finetune.checks.questions:PARTS",
         help="Questions are all asked, as in training, judged strictly, and nothing of them was trained.",
@@ -177,13 +182,13 @@ CHECKS: tuple[Check, ...] = (
         name="learning",
         parts="finetune.checks.learning:PARTS",
         help="Probes improve in words and in probability, as trained and paraphrased, net of untrained controls.",
-        wanted=lambda recipe: recipe.evaluate.probes is not None,
+        wanted=lambda recipe: recipe.train is not None or recipe.align is not None,
     ),
     Check(
         name="retention",
         parts="finetune.checks.retention:PARTS",
         help="Control questions stay answered and held-out text stays as likely as it was.",
-        wanted=lambda recipe: recipe.evaluate.controls is not None or recipe.evaluate.heldout is not None,
+        wanted=lambda recipe: recipe.train is not None or recipe.align is not None,
     ),
     Check(
         name="preference",
@@ -254,7 +259,7 @@ def results(recipe: Recipe, run: Run, only: Iterable[str] | None = None, *, trai
             raise UsageError(f"unknown check '{name}'.{did_you_mean(name, BY_NAME)} Known: {', '.join(BY_NAME)}.")
     from finetune.checks.remedies import with_remedy
 
-    return [with_remedy(verdict) for name in names for verdict in _carried_out(BY_NAME[name], recipe, run)]
+    return [with_remedy(verdict) for name in names for verdict in _of_check(BY_NAME[name], recipe, run)]
 
 
 def owed(check: Check, recipe: Recipe) -> list[str]:
@@ -262,13 +267,15 @@ def owed(check: Check, recipe: Recipe) -> list[str]:
     return [name for part in load(check.parts) for name in part.owes(recipe)]
 
 
-def _carried_out(check: Check, recipe: Recipe, run: Run) -> list[Verdict]:
-    return [verdict for part in load(check.parts) for verdict in _of_part(part, recipe, run)]
+def _of_check(check: Check, recipe: Recipe, run: Run) -> list[Verdict]:
+    return [verdict for part in load(check.parts) for verdict in carried_out(part, recipe, run)]
 
 
-def _of_part(part: Part, recipe: Recipe, run: Run) -> list[Verdict]:
-    """The verdicts of one part; those that it owes and does not deliver are refuted."""
+def carried_out(part: Part, recipe: Recipe, run: Run) -> list[Verdict]:
+    """The verdicts of one part; those that it owes and does not deliver are refuted. One that owes nothing is not run."""
     owed, why = list(part.owes(recipe)), "the check said nothing of it"
+    if not owed:
+        return []
     try:
         given = part.check(recipe, run)
     except FinetuneError as error:

@@ -3,41 +3,34 @@ answer the same?"""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from pathlib import Path
 
 from finetune.checks import Verdict, judge, missing, saved, worst
-from finetune.core.files import digest
-from finetune.errors import MissingError
+from finetune.checks.parts import single
+from finetune.errors import StageError
 from finetune.recipe import Recipe
-from finetune.run import Report, Run, evidence
+from finetune.run import Report, Run, evidence, layout, seal
 from finetune.stages import BY_NAME, plan
+from finetune.stages.fetch import count_parameters
 
 MODELS = ("train", "align", "merge", "export")  # stages that make a model which later ones speak of
-FRESH = "measure/fresh.json"
+FRESH = layout.FRESH.path
 DRIFT = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}  # nats a token, by the rounding of each type
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
+def _finished(recipe: Recipe, run: Run) -> Verdict:
     wanted = [stage.name for stage in plan(recipe)]
-    reports = {name: report for name in wanted if (report := run.report(name))}
+    reports = _reports(recipe, run)
     absent = [name for name in wanted if name not in reports]
     stale = [name for name in reports if _stale(name, reports)]
     why = f"no report of: {', '.join(absent)}" if absent else "every stage of the recipe left its report"
     if stale:
         why += f"; ran before the model that is there now: {', '.join(stale)}"
-    verdicts = [judge("stages_finished", len(reports) - len(stale), "==", len(wanted), "stages", ".", why)]
-    files = {name: sha for report in reports.values() for name, sha in report.artifacts.items()}
-    gone = [name for name in files if not (run.path / name).exists()]
-    changed = [name for name in files if name not in gone and digest(run.path / name) != files[name]]
-    why = f"{len(files)} artifacts" + (
-        f"; missing: {gone[0]}" if gone else f"; changed: {changed[0]}" if changed else ""
-    )
-    intact = len(files) - len(gone) - len(changed)
-    verdicts.append(judge("artifacts_intact", intact / len(files) if files else None, "==", 1.0, "share", ".", why))
-    verdicts += saved.check(recipe, run)
-    verdicts.append(_fresh(recipe, run))
-    return verdicts
+    return judge("stages_finished", len(reports) - len(stale), "==", len(wanted), "stages", ".", why)
+
+
+def _reports(recipe: Recipe, run: Run) -> dict[str, Report]:
+    return {stage.name: report for stage in plan(recipe) if (report := run.report(stage.name))}
 
 
 def _stale(name: str, reports: dict[str, Report]) -> bool:
@@ -46,36 +39,75 @@ def _stale(name: str, reports: dict[str, Report]) -> bool:
     return any(report.started > reports[name].started for report in made)
 
 
+def _intact(recipe: Recipe, run: Run) -> Verdict:
+    """Every file that a stage left is as it left it; a run of version 0.1 knows its artifacts alone."""
+    reports = _reports(recipe, run)
+    left = [name for report in reports.values() for name in (report.files or report.artifacts)]
+    changed = [found for report in reports.values() for found in seal.changed(run, report)]
+    why = f"{len(left)} artifacts" + (f"; {changed[0]}" if changed else "")
+    share = max(0, len(left) - len(changed)) / len(left) if left else None
+    return judge("artifacts_intact", share, "==", 1.0, "share", ".", why)
+
+
+def _sizes(recipe: Recipe, run: Run) -> Verdict:
+    """What the reports of `fetch` and `merge` say of sizes, against the files."""
+    found = evidence.fetched(run)
+    told, merged = (evidence.read(run, layout.report(stage))["metrics"] for stage in ("fetch", "merge"))
+    model = evidence.required(run, layout.MERGED)
+    sizes = {
+        "bytes of the model": (told["bytes"], sum(file["size"] for file in found["files"].values())),
+        "parameters of the model": (told.get("parameters"), count_parameters(Path(found["base"]))),
+        "bytes of the merged model": (
+            merged.get("bytes"),
+            sum(file.stat().st_size for file in model.rglob("*") if file.is_file()),
+        ),
+    }
+    off = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
+    why = f"{', '.join(sizes)} are as reported"
+    if off:
+        name, (said, there) = next(iter(off.items()))
+        why = f"{name}: reported {said}, there {there}"
+    return judge("sizes_as_reported", len(off), "==", 0, "numbers off", layout.report("fetch").path, why)
+
+
 def _fresh(recipe: Recipe, run: Run) -> Verdict:
     name, bound = "fresh_process", DRIFT[recipe.model.dtype]
-    path = run.path / FRESH
-    if not path.is_file():
-        return missing(name, "<=", bound, "nats a token", FRESH, "no fresh process loaded the merged model")
-    fresh = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        template = evidence.read_json(run, "prepare/template.json", "prepare")["sha256"]
-        if fresh["template_sha256"] != template:
-            return missing(name, "<=", bound, "nats a token", FRESH, "the merged model carries another chat template")
-        expected = _expected(run, fresh["of"])
-    except MissingError as error:
-        return missing(name, "<=", bound, "nats a token", FRESH, str(error))
+    fresh = evidence.read(run, layout.FRESH)
+    if fresh["template_sha256"] != evidence.read(run, layout.TEMPLATE)["sha256"]:
+        return missing(name, "<=", bound, "nats a token", FRESH, "the merged model carries another chat template")
+    of = fresh.get("of", "nothing")
+    expected = _expected(run, of)
     shared = [key for key in fresh["scores"] if key in expected]
-    if not shared:
-        return missing(name, "<=", bound, "nats a token", FRESH, "nothing was scored")
+    if not shared or (of != "rows" and len(shared) < len(fresh["scores"])):  # of rows, `evaluate` scored a sample
+        return missing(name, "<=", bound, "nats a token", FRESH, "nothing was scored, or what 'evaluate' knows not of")
     distance = worst(abs(fresh["scores"][key] - expected[key]) for key in shared)
     why = f"merged model loaded in a process of its own, {len(shared)} answers scored; worst distance from 'evaluate'"
     return judge(name, distance, "<=", bound, "nats a token", FRESH, why)
 
 
 def _expected(run: Run, of: str) -> dict[str, float]:
+    """What `evaluate` says of the same, in the last phase."""
     if of == "answers":
-        answers = evidence.read_rows(run, "evaluate/answers.jsonl", "evaluate")
+        answers = evidence.rows(run, layout.ANSWERS)
         return {str(place): list(a["phases"].values())[-1]["logprob"] for place, a in enumerate(answers)}
     if of == "pairs":
-        tokens = {
-            p["row"]: len(p["chosen_ids"]) for p in evidence.read_rows(run, "prepare/preferences.jsonl", "prepare")
-        }
-        pairs = evidence.read_rows(run, "evaluate/preferences.jsonl", "evaluate")
+        tokens = {pair["row"]: len(pair["chosen_ids"]) for pair in evidence.rows(run, layout.PAIRS)}
+        pairs = evidence.rows(run, layout.SCORED_PAIRS)
         return {str(p["row"]): list(p["phases"].values())[-1]["chosen"] / tokens[p["row"]] for p in pairs}
-    rows: dict[str, Any] = list(evidence.read_json(run, "evaluate/rows.json", "evaluate").values())[-1]
-    return {name: score["all"][0] / score["all"][1] for name, score in rows.items()}
+    if of == "rows":
+        rows = list(evidence.read(run, layout.ROW_SCORES).values())[-1]
+        return {name: score["all"][0] / score["all"][1] for name, score in rows.items()}
+    raise StageError(f"{FRESH} does not say what was scored")
+
+
+def _ever(recipe: Recipe) -> bool:
+    return True
+
+
+PARTS = (
+    single("stages_finished", _finished, ".", _ever),
+    single("artifacts_intact", _intact, ".", _ever),
+    single("sizes_as_reported", _sizes, layout.report("fetch").path, _ever),
+    *saved.PARTS,
+    single("fresh_process", _fresh, FRESH, _ever),
+)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
 
-from finetune.checks import Verdict, judge, missing, worst
-from finetune.invariance import MEASURED, NAMES
+from finetune.checks import Part, Verdict, judge, missing, not_examined, worst
+from finetune.errors import StageError
+from finetune.invariance import MEASURED, NAMES, lacks, shrink, uses
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence, layout
+from finetune.run.records.measured import Comparison, Invariance, Invariances
 
 MEAN, WORST = 1e-5, 1e-3  # nats, as TRL's own invariants have them; the mean catches a drift to one side
 GRADIENTS = 1e-4  # relative distance of the norms; honest runs: 4e-7 at most with LoRA, 4e-6 with full fine-tuning
@@ -25,32 +27,61 @@ WHAT = {
 }
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    path = run.path / MEASURED
-    found = json.loads(path.read_text(encoding="utf-8"))["invariances"] if path.is_file() else {}
-    return [verdict for name in NAMES for verdict in _verdicts(name, found.get(name))]
+# What is compared for each, in order; of `order` there are three trainings instead.
+OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("accumulation", "checkpointing", "packing"), ("training",)),
+    "padding": ("training", "scores", "answers"),
+    "merge": ("scores",),
+}
 
 
-def not_applicable(evidence: dict[str, Any]) -> dict[str, str]:
-    """The invariances that the recipe has no use for, and why: they get no verdict."""
-    found = evidence["invariances"].items()
-    return {name: each["not_applicable"] for name, each in found if "not_applicable" in each and not each["used"]}
+def _owed(recipe: Recipe) -> list[str]:
+    """The invariances that concern a recipe: what it uses must hold, and what it could use."""
+    return [name for name in NAMES if name not in lacks(recipe) or uses(recipe, name)]
 
 
-def _verdicts(name: str, found: dict[str, Any] | None) -> list[Verdict]:
-    """One verdict; none for what cannot be compared and the recipe does not use. What it uses must hold."""
+def _owes(recipe: Recipe) -> Iterable[str]:
+    return [f"invariant_{name}" for name in _owed(recipe)]
+
+
+def _check(recipe: Recipe, run: Run) -> list[Verdict]:
+    seen = evidence.read(run, layout.INVARIANCE)
+    if seen["backend"] != recipe.backend:
+        raise StageError(f"measured with the backend '{seen['backend']}', and the recipe's is '{recipe.backend}'")
+    return [_verdict(name, recipe, run, seen["invariances"].get(name)) for name in _owed(recipe)]
+
+
+def not_applicable(found: Invariances) -> dict[str, str]:
+    """The invariances that the recipe has no use for, and why: there was nothing to compare."""
+    each = found["invariances"].items()
+    return {name: one["not_applicable"] for name, one in each if "not_applicable" in one and not one["used"]}
+
+
+def _verdict(name: str, recipe: Recipe, run: Run, found: Invariance | None) -> Verdict:
     if found is None:
-        return [_missing(name, "it was not measured")]
+        return _missing(name, "it was not measured")
     if why := found.get("not_applicable"):
-        return [_missing(name, f"the recipe uses it, and {why}")] if found["used"] else []
+        return _without(name, recipe, run, why)
     if name == "order":
-        return [_order(found)]
+        return _order(found)
+    there = found.get("comparisons", [])
+    if not there:
+        return _missing(name, "nothing was compared")
+    if tuple(each["of"] for each in there) != OF[name]:
+        return _missing(name, f"compared were {[each['of'] for each in there]}, and not {list(OF[name])}")
     if name == "merge" and (why := _without_effect(found)):
-        return [_missing(name, why)]
-    if not found["comparisons"]:
-        return [_missing(name, "nothing was compared")]
-    judged = [_compare(name, comparison) for comparison in found["comparisons"]]
-    return [max(judged, key=lambda verdict: _share(verdict))]
+        return _missing(name, why)
+    return max((_compare(name, each) for each in there), key=_share)
+
+
+def _without(name: str, recipe: Recipe, run: Run, why: str) -> Verdict:
+    """Of what was not compared: what the recipe uses must hold; else it may be that the model cannot do it."""
+    if uses(recipe, name):
+        return _missing(name, f"the recipe uses it, and {why}")
+    if name != "packing" or not shrink.unpackable(Path(evidence.fetched(run)["base"])):
+        return _missing(name, f"it was not compared ({why}), and it can be")
+    remedy = "nothing: this recipe does not pack rows. A model that takes positions can be trained with packing"
+    return not_examined(f"invariant_{name}", "<=", MEAN, "nats", MEASURED, f"not applicable: {why}", remedy)
 
 
 def _missing(name: str, why: str) -> Verdict:
@@ -63,7 +94,7 @@ def _share(verdict: Verdict) -> float:
     return math.inf if math.isnan(measured) else measured
 
 
-def _compare(name: str, comparison: dict[str, Any]) -> Verdict:
+def _compare(name: str, comparison: Comparison) -> Verdict:
     """The distance that takes up most of its bound: of the losses, on average and at most, or of the gradients' norms."""
     one, other = comparison["one"], comparison["other"]
     pair = f"{one['what']} against {other['what']}" + (f" ({comparison['note']})" if "note" in comparison else "")
@@ -72,6 +103,8 @@ def _compare(name: str, comparison: dict[str, Any]) -> Verdict:
         return _missing(name, f"{pair}: {len(one['losses'])} losses and {len(other['losses'])}")
     if one.get("rows") != other.get("rows"):
         return _missing(name, f"{pair}: they were not given the same rows in the same order, so their losses differ")
+    if comparison["of"] == "training" and not len(one.get("gradients", [])) == len(other.get("gradients", [])) > 0:
+        return _missing(name, f"{pair}: not every step of both has a gradient")
     losses = [abs(left - right) for left, right in zip(one["losses"], other["losses"], strict=True)]
     mean = sum(losses) / len(losses)
     norms = [_relative(*both) for both in zip(one.get("gradients", ()), other.get("gradients", ()), strict=True)]
@@ -93,7 +126,7 @@ def _relative(left: float | None, right: float | None) -> float:
     return abs(left - right) / max(left, right, 1e-12)
 
 
-def _where(comparison: dict[str, Any], losses: list[float], norms: list[float]) -> str:
+def _where(comparison: Comparison, losses: list[float], norms: list[float]) -> str:
     """Which step they part at, where they do: at the first, nothing has been learned yet."""
     if comparison["of"] != "training":
         return ""
@@ -107,7 +140,7 @@ def _where(comparison: dict[str, Any], losses: list[float], norms: list[float]) 
     return f"; they part at step {apart[0]}"
 
 
-def _order(found: dict[str, Any]) -> Verdict:
+def _order(found: Invariance) -> Verdict:
     """How many steps differ between two processes with the same seed; and whether another seed gives another order."""
     first, again, other = (found[key] for key in ("first", "again", "other_seed"))
     steps = list(zip(first["rows"], first["losses"], strict=True))
@@ -128,7 +161,7 @@ def _order(found: dict[str, Any]) -> Verdict:
     return judge(name, count, "==", 0, unit, MEASURED, why)
 
 
-def _without_effect(found: dict[str, Any]) -> str:
+def _without_effect(found: Invariance) -> str:
     """Why a merge shows nothing: the adapter that was merged changes nothing."""
     on = [loss for comparison in found["comparisons"] for loss in comparison["one"]["losses"]]
     if len(on) != len(found["off"]) or not on:
@@ -137,3 +170,6 @@ def _without_effect(found: dict[str, Any]) -> str:
     if effect >= ADAPTER_EFFECT_MIN:
         return ""
     return f"the adapter moves the losses by {effect:.1e} nats only, so a merge of it shows nothing"
+
+
+PARTS: tuple[Part, ...] = (Part(check=_check, owes=_owes, evidence=MEASURED),)

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
+from pathlib import Path
 
 from finetune.backends import Tokenizer, get
-from finetune.checks import Verdict, judge, missing
-from finetune.checks.rows import rendering
-from finetune.data import encode, formats, sources, templates
+from finetune.checks import Verdict, judge
+from finetune.checks.parts import several, single
+from finetune.checks.rows import examples_again, labelled, rendering
+from finetune.data import encode, formats, templates
 from finetune.data.encode import IGNORED
-from finetune.errors import FinetuneError, first_line
+from finetune.errors import StageError
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records.trained import Row
 
-ROWS = "prepare/train.jsonl"
+ROWS = layout.TRAIN_ROWS.path
+MARKED = ("trained_tokens", "labels_aligned", "end_of_turn_trained")
 SEPARATOR = "\x1e"  # between the answers of one conversation
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    if not (run.path / ROWS).is_file():
-        return [missing("labels", ">=", 1, "tokens", ROWS, "the prepared rows are not there")]
-    rows = evidence.read_rows(run, ROWS, "prepare")
-    if not rows:
-        return [missing("labels", ">=", 1, "tokens", ROWS, "there is no prepared row")]
-    tokenizer = get(recipe.backend).tokenizer(evidence.phases(run, recipe)["base"][0])
-    trained = [sum(label != IGNORED for label in row["labels"]) for row in rows]
+def _marked(recipe: Recipe, run: Run) -> list[Verdict]:
+    """Which tokens carry a label."""
+    rows = _rows(run)
+    tokenizer = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
+    trained = [labelled(row) for row in rows]
     aligned = sum(
         all(label in (IGNORED, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
         for row in rows
@@ -34,22 +34,29 @@ def check(recipe: Recipe, run: Run) -> list[Verdict]:
     ended = sum(_last_label(row["labels"]) in tokenizer.eos_ids for row in whole)
     return [
         judge(
-            "trained_tokens", min(trained), ">=", 1, "tokens", ROWS,
+            MARKED[0], min(trained), ">=", 1, "tokens", ROWS,
             f"every one of {len(rows)} rows must train something; the poorest trains {min(trained)} tokens",
         ),
         judge(
-            "labels_aligned", aligned / len(rows), "==", 1.0, "share", ROWS,
+            MARKED[1], aligned / len(rows), "==", 1.0, "share", ROWS,
             "a label is the token at its own place or -100: neither shifted nor taken from another row",
         ),
         judge(
-            "end_of_turn_trained", ended / len(whole) if whole else None, "==", 1.0, "share", ROWS,
+            MARKED[2], ended / len(whole) if whole else None, "==", 1.0, "share", ROWS,
             f"of {len(whole)} rows not cut short: the last label is an end-of-turn token, or the model never learns to stop",
         ),
-        *_texts(recipe, rows, tokenizer, run),
     ]  # fmt: skip
 
 
-def _cut(recipe: Recipe, row: dict[str, Any]) -> bool:
+def _rows(run: Run) -> list[Row]:
+    """The prepared rows, some."""
+    rows = evidence.rows(run, layout.TRAIN_ROWS)
+    if not rows:
+        raise StageError("there is no prepared row")
+    return rows
+
+
+def _cut(recipe: Recipe, row: Row) -> bool:
     """Whether truncation, asked for by the recipe, may have taken the end of this row."""
     asked = recipe.data is not None and recipe.data.on_overlong == "truncate"
     return asked and recipe.train is not None and len(row["input_ids"]) >= recipe.train.max_length
@@ -59,24 +66,11 @@ def _last_label(labels: list[int]) -> int | None:
     return next((label for label in reversed(labels) if label != IGNORED), None)
 
 
-def _texts(recipe: Recipe, rows: list[dict[str, Any]], tokenizer: Tokenizer, run: Run) -> list[Verdict]:
-    """Answers and prompts of the rows, against the data read again."""
-    names = ("labels_are_answers", "prompts_as_served")
-    if recipe.data is None or recipe.train is None:
-        return [missing(name, "==", 1.0, "share", ROWS, "the recipe names no data") for name in names]
-    try:
-        examples = formats.to_examples(sources.read(recipe.data), recipe.data)
-        return [_labels_are_answers(recipe, rows, tokenizer, examples), _prompts_as_served(recipe, run, rows, examples)]
-    except FinetuneError as error:
-        why = f"the data cannot be read again: {first_line(error)}"
-        return [missing(name, "==", 1.0, "share", ROWS, why) for name in names]
-
-
-def _labels_are_answers(
-    recipe: Recipe, rows: list[dict[str, Any]], tokenizer: Tokenizer, examples: list[formats.Example]
-) -> Verdict:
-    """The trained tokens, decoded, against the answers in the data."""
+def _labels_are_answers(recipe: Recipe, run: Run) -> Verdict:
+    """The trained tokens, decoded, against the answers in the data, read again."""
     assert recipe.train is not None
+    rows, examples = _rows(run), examples_again(recipe.data)
+    tokenizer = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
     right, wrong = 0, ""
     for row in rows:
         said, number = _said(row, tokenizer), row["row"]
@@ -89,7 +83,7 @@ def _labels_are_answers(
     return judge("labels_are_answers", right / len(rows), "==", 1.0, "share", ROWS, why)
 
 
-def _said(row: dict[str, Any], tokenizer: Tokenizer) -> str:
+def _said(row: Row, tokenizer: Tokenizer) -> str:
     """The text of every stretch of trained tokens, joined as `_answers` joins."""
     stretches = [list(group) for trained, group in groupby(row["labels"], lambda label: label != IGNORED) if trained]
     return SEPARATOR.join(tokenizer.decode(stretch, skip_special=True).strip() for stretch in stretches)
@@ -110,10 +104,9 @@ def _same(said: str, wanted: str, completion_only: bool, truncated: bool) -> boo
     return said == wanted or (truncated and bool(said) and wanted.startswith(said))
 
 
-def _prompts_as_served(
-    recipe: Recipe, run: Run, rows: list[dict[str, Any]], examples: list[formats.Example]
-) -> Verdict:
+def _prompts_as_served(recipe: Recipe, run: Run) -> Verdict:
     """A row begins with the very ids that the model is given when it is asked the same, and then answers."""
+    rows, examples = _rows(run), examples_again(recipe.data)
     tokenizer, template = rendering(recipe, run)
     right, wrong = 0, ""
     for row in rows:
@@ -129,7 +122,7 @@ def _prompts_as_served(
     return judge("prompts_as_served", right / len(rows), "==", 1.0, "share", ROWS, why)
 
 
-def _goes_on(row: dict[str, Any], place: int) -> bool:
+def _goes_on(row: Row, place: int) -> bool:
     """Whether the prompt goes on where the answer should begin. A row that trains nothing has no answer."""
     rest = row["labels"][place:]
     return bool(rest) and rest[0] == IGNORED and any(label != IGNORED for label in row["labels"])
@@ -144,3 +137,10 @@ def _prompt(
         return []
     last = len(roles) - 1 - roles[::-1].index("assistant")
     return encode.prompt_ids(example.messages[:last], tokenizer=tokenizer, template=template, system=system)
+
+
+PARTS = (
+    several(MARKED, _marked, ROWS),
+    single("labels_are_answers", _labels_are_answers, ROWS),
+    single("prompts_as_served", _prompts_as_served, ROWS),
+)

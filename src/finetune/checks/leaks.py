@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from finetune.answers import normalize
 from finetune.checks import Verdict, judge
 from finetune.data import formats, sources
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
 
-EVIDENCE = "prepare/train.jsonl"
+EVIDENCE = layout.TRAIN_ROWS.path
 QUESTION_WORDS = 5  # a shorter question may stand in another text by chance
 ANSWER_WORDS = 3
 WINDOW = 13  # words, as in the decontamination of GPT-3 (arXiv:2005.14165, appendix C)
@@ -20,15 +20,16 @@ SEPARATOR = "\x1e"  # between rows
 
 
 def trained(recipe: Recipe, run: Run) -> dict[int, formats.Example]:
-    """The examples of the rows that were prepared for training, read again from the data, by their number."""
+    """The examples of the rows that were prepared for training, read again from the data, by their number; none where the
+    recipe has no such training. Raises FinetuneError where the rows or the data cannot be read."""
     if recipe.data is None or recipe.train is None:
         return {}
     examples = formats.to_examples(sources.read(recipe.data), recipe.data)
-    rows = evidence.read_rows(run, EVIDENCE, "prepare") if (run.path / EVIDENCE).is_file() else []
+    rows = evidence.rows(run, layout.TRAIN_ROWS)
     return {row["row"]: examples[row["row"]] for row in rows if row["row"] < len(examples)}
 
 
-def nothing_leaked(recipe: Recipe, examples: dict[int, formats.Example]) -> Verdict:
+def nothing_leaked(recipe: Recipe, examples: Mapping[int, formats.Example]) -> Verdict:
     """Raises FinetuneError where a file cannot be read."""
     known = Trained([*examples.values(), *_pairs(recipe)])
     found = [*_questions(recipe, known), *_facts(recipe, known), *_texts(recipe, known)]

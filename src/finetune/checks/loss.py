@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from finetune.checks import Verdict, judge, missing
+from finetune.checks.parts import SFT, several, single, trains
+from finetune.core.files import read_object
+from finetune.errors import StageError
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records.evaluated import RowScore
 
-EVENTS = "events.jsonl"
-ROWS = "evaluate/rows.json"
+EVENTS = layout.EVENTS.path
+ROWS = layout.ROW_SCORES.path
+Scores = Mapping[str, RowScore]
+FELL = ("loss_convergence", "loss_beyond_noise")
+LEAST = 4  # steps, of which two windows show a fall and a scatter
 # Times ln(vocabulary): a guess over all words costs 1.0, and a base that is sure of wrong answers more, at most 1.06 in 47
 # honest runs (docs/detection.md); half as much again.
 FIRST_CEILING = 1.6
 DROPOUT_FACTOR = 4.0  # dropout makes the logged loss noisy; the independent score runs without it
 PACKED_TOLERANCE = 0.5  # packing hides which rows a step held, so the first step stands against the mean of all rows
-
-
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    steps = evidence.steps(run, "train")
-    losses = [step["loss"] for step in steps]
-    if len(losses) < 4:
-        return [missing("loss_convergence", ">=", 4, "steps", EVENTS, f"{len(losses)} logged steps, 4 are needed")]
-    report = run.report("prepare")
-    metrics = report.metrics if report else {}
-    verdicts = [_finite(losses), *_finite_gradients(steps)]
-    if not _weighted(recipe):
-        verdicts += _fall(recipe, losses)
-    uniform = metrics.get("uniform_entropy")
-    verdicts.append(
-        judge(
-            "loss_start", losses[0] / uniform if uniform else None, "<=", FIRST_CEILING, "of ln(vocabulary)", EVENTS,
-            f"the first loss {losses[0]:.3f} must not be far above a guess over the whole vocabulary; a broken mask also falls",
-        )
-    )  # fmt: skip
-    if recipe.expect.loss_below_unigram:
-        unigram = metrics.get("unigram_entropy")
-        end, place, what = _end(recipe, run, losses)
-        why = f"{what} must beat a model that only knows how often each answer token occurs"
-        verdicts.append(
-            judge("loss_end", end, "<", unigram, "nats", place, why)
-            if unigram is not None
-            else missing("loss_end", "<", math.inf, "nats", "prepare/report.json", "no entropy of the answers recorded")
-        )
-    return verdicts + _scored_again(recipe, run, steps)
 
 
 def window(count: int) -> int:
@@ -71,35 +48,53 @@ def fall(losses: Sequence[float]) -> tuple[float, float]:
     return drop / before, drop / error if error > 0 else math.copysign(math.inf, drop) if drop else 0.0
 
 
-def _finite(losses: list[float]) -> Verdict:
+def _losses(run: Run) -> list[float]:
+    return [step["loss"] for step in SFT.steps(run)]
+
+
+def _finite(recipe: Recipe, run: Run) -> Verdict:
+    losses = _losses(run)
     bad = [number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)]
     why = f"{len(losses)} logged losses" + (f"; the first bad one is number {bad[0]}" if bad else "")
     return judge("loss_finite", len(bad), "==", 0, "NaN or infinite", EVENTS, why)
 
 
-def _finite_gradients(steps: list[dict[str, Any]]) -> list[Verdict]:
-    """A step whose gradient is NaN is skipped or ruins the weights, whatever loss is shown. None told, nothing to say."""
-    norms = [(step["step"], step["grad_norm"]) for step in steps if step["grad_norm"] is not None]
-    if not norms:
-        return []
-    bad = [number for number, norm in norms if math.isnan(norm)]
-    why = f"{len(norms)} norms of gradients" + (f"; the first that is NaN is that of step {bad[0]}" if bad else "")
-    return [judge("gradients_finite", len(bad), "==", 0, "NaN", EVENTS, why)]
+def _finite_gradients(recipe: Recipe, run: Run) -> Verdict:
+    """A step whose gradient is NaN is skipped or ruins the weights, whatever loss is shown."""
+    name, unit, steps = "gradients_finite", "NaN", SFT.steps(run)
+    untold = [step["step"] for step in steps if step["grad_norm"] is None]
+    if untold:
+        return missing(name, "==", 0, unit, EVENTS, f"step {untold[0]} logged no norm of its gradient")
+    bad = [step["step"] for step in steps if math.isnan(step["grad_norm"] or 0.0)]
+    why = f"{len(steps)} norms of gradients" + (f"; the first that is NaN is that of step {bad[0]}" if bad else "")
+    return judge(name, len(bad), "==", 0, unit, EVENTS, why)
 
 
-def _fall(recipe: Recipe, losses: list[float]) -> list[Verdict]:
+def _fell(recipe: Recipe, run: Run) -> list[Verdict]:
+    losses = _losses(run)
+    if len(losses) < LEAST:
+        why = f"{len(losses)} logged steps, {LEAST} are needed"
+        return [missing(name, ">=", LEAST, "steps", EVENTS, why) for name in FELL]
     reduction, sigmas = fall(losses)
     size = window(len(losses))
     return [
         judge(
-            "loss_convergence", reduction, ">", recipe.expect.loss_reduction_min, "relative fall", EVENTS,
+            FELL[0], reduction, ">", recipe.expect.loss_reduction_min, "relative fall", EVENTS,
             f"mean of the first {size} steps against the last {size}",
         ),
         judge(
-            "loss_beyond_noise", sigmas, ">", 2.0, "standard errors", EVENTS,
+            FELL[1], sigmas, ">", 2.0, "standard errors", EVENTS,
             "the fall must be more than the scatter between steps explains",
         ),
     ]  # fmt: skip
+
+
+def _start(recipe: Recipe, run: Run) -> Verdict:
+    first, uniform = _losses(run)[0], evidence.read(run, layout.PREPARED)["metrics"].get("uniform_entropy")
+    return judge(
+        "loss_start", first / uniform if uniform else None, "<=", FIRST_CEILING, "of ln(vocabulary)", EVENTS,
+        f"the first loss {first:.3f} must not be far above a guess over the whole vocabulary; a broken mask also falls",
+    )  # fmt: skip
 
 
 def _weighted(recipe: Recipe) -> bool:
@@ -119,47 +114,59 @@ def _plain(recipe: Recipe) -> bool:
     )
 
 
-def _end(recipe: Recipe, run: Run, losses: list[float]) -> tuple[float | None, str, str]:
-    """Where the loss ended, in nats of the answers' likelihood: as logged, or else as scored again; from where; what."""
+def _end(recipe: Recipe, run: Run) -> Verdict:
+    """Where the loss ended, in nats of the answers' likelihood: as logged, or else as scored again."""
     if _plain(recipe):
-        return statistics.fmean(losses[-window(len(losses)) :]), EVENTS, "the last window"
-    scores = evidence.row_scores(run)
-    end = nll(scores[1], list(scores[0]), "answer") if scores else None
-    return end, ROWS, "the rows scored again after training (what was logged is another loss)"
+        losses = _losses(run)
+        end, place, what = statistics.fmean(losses[-window(len(losses)) :]), EVENTS, "the last window"
+    else:
+        base, trained = _scores(run)
+        end, place = nll(trained, list(base), "answer"), ROWS
+        what = "the rows scored again after training (what was logged is another loss)"
+    unigram = evidence.read(run, layout.PREPARED)["metrics"].get("unigram_entropy")
+    if unigram is None:
+        return missing("loss_end", "<", math.inf, "nats", layout.PREPARED.path, "no entropy of the answers recorded")
+    why = f"{what} must beat a model that only knows how often each answer token occurs"
+    return judge("loss_end", end, "<", unigram, "nats", place, why)
 
 
-def _scored_again(recipe: Recipe, run: Run, steps: list[dict[str, Any]]) -> list[Verdict]:
-    names = ("loss_is_of_answers", "loss_confirmed")
+def _scores(run: Run) -> tuple[Scores, Scores]:
     scores = evidence.row_scores(run)
     if scores is None:
-        return [missing(name, "<=", 0, "", ROWS, "the rows were not scored again (stage evaluate)") for name in names]
-    base, trained = scores
-    rows = [str(row) for row in steps[0]["rows"] if str(row) in base]
-    known = bool(rows) and len(rows) == len(steps[0]["rows"])
+        raise StageError("the rows were not scored again (stage evaluate)")
+    return scores
+
+
+def _of_answers(recipe: Recipe, run: Run) -> Verdict:
+    """The first logged loss, against the same rows scored independently."""
+    (base, _), first = _scores(run), SFT.steps(run)[0]
+    rows = [str(row) for row in first["rows"] if str(row) in base]
+    known = bool(rows) and len(rows) == len(first["rows"])
     chosen = rows if known else list(base)
-    logged, answers, everything = steps[0]["loss"], nll(base, chosen, "answer"), nll(base, chosen, "all")
+    logged, answers, everything = first["loss"], nll(base, chosen, "answer"), nll(base, chosen, "all")
     tolerance, because = recipe.expect.loss_first_tolerance, ""
     if not known:
         tolerance, because = max(tolerance, PACKED_TOLERANCE), " (rows of the step unknown: all rows)"
     elif _has_dropout(run):
         tolerance, because = tolerance * DROPOUT_FACTOR, " (the model trains with dropout)"
     distance = abs(logged - answers) / answers if answers else math.nan
+    return judge(
+        "loss_is_of_answers", distance, "<=", tolerance, "relative distance", ROWS,
+        f"first logged loss {logged:.4f}; the same rows scored independently: {answers:.4f} on the answers, "
+        f"{everything:.4f} on everything{because}",
+    )  # fmt: skip
+
+
+def _confirmed(recipe: Recipe, run: Run) -> Verdict:
+    base, trained = _scores(run)
     before, after = nll(base, list(base), "answer"), nll(trained, list(base), "answer")
-    verdicts = [
-        judge(
-            names[0], distance, "<=", tolerance, "relative distance", ROWS,
-            f"first logged loss {logged:.4f}; the same rows scored independently: {answers:.4f} on the answers, "
-            f"{everything:.4f} on everything{because}",
-        ),
-        judge(
-            names[1], 1 - after / before if before else math.nan, ">", recipe.expect.loss_reduction_min, "relative fall",
-            ROWS, f"training rows scored afresh from disk: {before:.4f} before, {after:.4f} after",
-        ),
-    ]  # fmt: skip
-    return verdicts if _plain(recipe) else verdicts[1:]
+    return judge(
+        "loss_confirmed", 1 - after / before if before else math.nan, ">", recipe.expect.loss_reduction_min,
+        "relative fall", ROWS, f"training rows scored afresh from disk: {before:.4f} before, {after:.4f} after",
+    )  # fmt: skip
 
 
-def nll(scores: dict[str, Any], rows: Sequence[str], part: str) -> float:
+def nll(scores: Scores, rows: Sequence[str], part: Literal["answer", "all"]) -> float:
     """Mean negative log-likelihood over the tokens of some rows; `part` is `answer` or `all`."""
     total = sum(scores[row][part][0] for row in rows)
     count = sum(scores[row][part][1] for row in rows)
@@ -167,6 +174,16 @@ def nll(scores: dict[str, Any], rows: Sequence[str], part: str) -> float:
 
 
 def _has_dropout(run: Run) -> bool:
-    config = Path(evidence.fetched(run)["base"]) / "config.json"
-    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return any(isinstance(v, float) and v > 0 for k, v in values.items() if "drop" in k)
+    config = read_object(Path(evidence.fetched(run)["base"]) / "config.json")
+    return any(isinstance(v, float) and v > 0 for k, v in config.items() if "drop" in k)
+
+
+PARTS = (
+    single("loss_finite", _finite, EVENTS),
+    single("gradients_finite", _finite_gradients, EVENTS),
+    several(FELL, _fell, EVENTS, lambda recipe: trains(recipe) and not _weighted(recipe)),
+    single("loss_start", _start, EVENTS),
+    single("loss_end", _end, EVENTS, lambda recipe: trains(recipe) and recipe.expect.loss_below_unigram),
+    single("loss_is_of_answers", _of_answers, ROWS, _plain),
+    single("loss_confirmed", _confirmed, ROWS),
+)

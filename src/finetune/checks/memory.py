@@ -2,76 +2,89 @@
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import zip_longest
-from typing import Any
+from typing import Literal
 
-from finetune.checks import Verdict, judge, missing
+from finetune.checks import Part, Verdict, judge, missing
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence, layout
+from finetune.run.records.measured import Memory, MemorySide
+from finetune.stages.measure import MEMORY_STEPS
 
-MEASURED = "measure/memory.json"
-SIDES = ("lora", "full")
+MEASURED = layout.MEMORY.path
+SIDES: tuple[Literal["lora", "full"], ...] = ("lora", "full")
 ESTIMATE_TOLERANCE = 0.1
 STORED_TOLERANCE = 0.01  # an unused or shared weight; an optimizer's state is compared to the byte
 MIB = 2**20
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    bound = recipe.expect.memory_reduction_min
+def _check(recipe: Recipe, run: Run) -> list[Verdict]:
+    found = evidence.read(run, layout.MEMORY)
+    return [_same_work(recipe, run, found), _as_stored(found), _efficiency(recipe, found), _as_estimated(found)]
+
+
+def _efficiency(recipe: Recipe, found: Memory) -> Verdict:
+    name, unit, bound = "memory_efficiency", "less training state", recipe.expect.memory_reduction_min
     assert bound is not None
-    path = run.path / MEASURED
-    if not path.is_file():
-        return [missing("memory_efficiency", ">", bound, "less training state", MEASURED, "nothing was measured")]
-    found = json.loads(path.read_text(encoding="utf-8"))
     lora, full = found["lora"], found["full"]
-    if not all(side[key] > 0 for side in (lora, full) for key in ("training_state_bytes", "peak_process_bytes")):
-        return [
-            missing("memory_efficiency", ">", bound, "less training state", MEASURED, "a size that is not positive")
-        ]
+    if not all(side["training_state_bytes"] > 0 and side["peak_process_bytes"] > 0 for side in (lora, full)):
+        return missing(name, ">", bound, unit, MEASURED, "a size that is not positive")
     state = reduction(full["training_state_bytes"], lora["training_state_bytes"])
     peak = reduction(full["peak_process_bytes"], lora["peak_process_bytes"])
     shape = f"{found['batch_size']} x {found['tokens_per_row']} tokens, {found['dtype']}"
-    measured, estimated = lora["training_state_bytes"], lora["estimated"]["training_state"]
-    return [
-        _same_work(recipe, found),
-        _as_stored(found),
-        judge(
-            "memory_efficiency", state, ">", bound, "less training state", MEASURED,
-            f"weights, gradients and optimizer at {shape}: {full['training_state_bytes'] / MIB:.0f} MiB full, "
-            f"{measured / MIB:.0f} MiB LoRA; process peak {full['peak_process_bytes'] / MIB:.0f} and "
-            f"{lora['peak_process_bytes'] / MIB:.0f} MiB ({peak:.0%} less)",
-        ),
-        judge(
-            "memory_as_estimated", abs(estimated - measured) / measured, "<=", ESTIMATE_TOLERANCE, "relative distance",
-            MEASURED, f"estimated {estimated / MIB:.0f} MiB of LoRA training state, measured {measured / MIB:.0f} MiB",
-        ),
-    ]  # fmt: skip
+    return judge(
+        name, state, ">", bound, unit, MEASURED,
+        f"weights, gradients and optimizer at {shape}: {full['training_state_bytes'] / MIB:.0f} MiB full, "
+        f"{lora['training_state_bytes'] / MIB:.0f} MiB LoRA; process peak {full['peak_process_bytes'] / MIB:.0f} and "
+        f"{lora['peak_process_bytes'] / MIB:.0f} MiB ({peak:.0%} less)",
+    )  # fmt: skip
 
 
-def _same_work(recipe: Recipe, found: dict[str, Any]) -> Verdict:
+def _as_estimated(found: Memory) -> Verdict:
+    measured, estimated = found["lora"]["training_state_bytes"], found["lora"]["estimated"]["training_state"]
+    why = f"estimated {estimated / MIB:.0f} MiB of LoRA training state, measured {measured / MIB:.0f} MiB"
+    apart = abs(estimated - measured) / measured if measured else None
+    return judge("memory_as_estimated", apart, "<=", ESTIMATE_TOLERANCE, "relative distance", MEASURED, why)
+
+
+def _same_work(recipe: Recipe, run: Run, found: Memory) -> Verdict:
     """Both trained, and the same: step by step as many tokens, in all those of the longest rows; and had losses."""
     name, unit = "memory_same_work", "tokens apart"
-    tokens, losses = ({side: found[side].get(part, []) for side in SIDES} for part in ("tokens", "losses"))
+    tokens, losses = ({side: found[side][part] for side in SIDES} for part in ("tokens", "losses"))
     if not all(losses[side] and all(map(math.isfinite, losses[side])) for side in SIDES):
         return missing(name, "==", 0, unit, MEASURED, f"not every step of both trainings has a loss: {losses}")
+    if any(len(losses[side]) != len(tokens[side]) for side in SIDES):
+        return missing(name, "==", 0, unit, MEASURED, f"as many losses as steps are wanted: {losses} of {tokens}")
+    if why := _of_other_rows(recipe, run, found):
+        return missing(name, "==", 0, unit, MEASURED, why)
     apart = sum(abs(one - other) for one, other in zip_longest(*tokens.values(), fillvalue=0))
     if recipe.train is None or not recipe.train.packing:  # packed, a step holds other rows
-        apart += abs(sum(tokens["full"]) - found.get("tokens", 0))
+        apart += abs(sum(tokens["full"]) - found["tokens"])
     why = f"{len(tokens['full'])} steps on {sum(tokens['full'])} tokens of the longest rows in both trainings"
     if apart:
         why = f"LoRA took {tokens['lora']} tokens a step, full fine-tuning {tokens['full']}, and the longest rows have "
-        why += f"{found.get('tokens')} in all: what the two need cannot be compared"
+        why += f"{found['tokens']} in all: what the two need cannot be compared"
     return judge(name, apart, "==", 0, unit, MEASURED, why)
 
 
-def _as_stored(found: dict[str, Any]) -> Verdict:
+def _of_other_rows(recipe: Recipe, run: Run, found: Memory) -> str:
+    """Why the shape that was measured is not that of the recipe's longest rows; empty where it is."""
+    assert recipe.train is not None
+    batch = recipe.train.per_device_train_batch_size
+    lengths = sorted((len(row["input_ids"]) for row in evidence.rows(run, layout.TRAIN_ROWS)), reverse=True)[:batch]
+    rounds = MEMORY_STEPS if len(lengths) == batch else MEMORY_STEPS**2
+    wanted = (batch, max(lengths, default=0), recipe.model.dtype, rounds * sum(lengths))
+    measured = (found["batch_size"], found["tokens_per_row"], found["dtype"], found["tokens"])
+    if wanted == measured:
+        return ""
+    shape = "{} rows of up to {} tokens in {}, {} in all".format
+    return f"measured were {shape(*measured)}; the recipe's longest are {shape(*wanted)}"
+
+
+def _as_stored(found: Memory) -> Verdict:
     """What was in memory is what the run has on disk: weights, a gradient for each trained one, the optimizer's state."""
-    name, unit = "memory_as_stored", "parts apart"
-    stored, lora, full = found.get("stored"), found["lora"], found["full"]
-    if stored is None:
-        return missing(name, "==", 0, unit, MEASURED, "nobody looked at what is on disk; measure again")
+    stored, lora, full = found["stored"], found["lora"], found["full"]
     base, adapter = stored["base"], stored["adapter"]
     expected = {
         "LoRA's weights": (lora["weight_bytes"], base + adapter, STORED_TOLERANCE),
@@ -90,9 +103,28 @@ def _as_stored(found: dict[str, Any]) -> Verdict:
     if odd:
         part, (measured, there) = next(iter(odd.items()))
         why = f"{part}: {measured:,.0f} bytes in memory, {there:,} on disk; these are not numbers of this training"
-    return judge(name, len(odd), "==", 0, unit, MEASURED, why)
+    sums = {"LoRA": lora, "full fine-tuning": full}
+    unsummed = [part for part, side in sums.items() if side["training_state_bytes"] != _state(side)]
+    if unsummed and not odd:
+        side = sums[unsummed[0]]
+        why = f"{unsummed[0]}: weights, gradients and optimizer are {_state(side):,} bytes, and not, as it says, "
+        why += f"{side['training_state_bytes']:,}"
+    return judge("memory_as_stored", len(odd) + len(unsummed), "==", 0, "parts apart", MEASURED, why)
+
+
+def _state(side: MemorySide) -> int:
+    return side["weight_bytes"] + side["gradient_bytes"] + side["optimizer_bytes"]
 
 
 def reduction(full: float, lora: float) -> float:
     """How much less LoRA needs, as a share of full fine-tuning's bytes."""
     return (full - lora) / full
+
+
+PARTS: tuple[Part, ...] = (
+    Part(
+        check=_check,
+        owes=lambda recipe: ("memory_same_work", "memory_as_stored", "memory_efficiency", "memory_as_estimated"),
+        evidence=MEASURED,
+    ),
+)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from finetune.checks import Verdict, judge, missing, worst
+from finetune.checks import Verdict, judge, missing, not_examined, worst
+from finetune.checks.parts import Training, is_lora, lora, of_trainings, tells
+from finetune.core.files import read_object
 from finetune.recipe import Recipe
-from finetune.recipe.sections import Optimization
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records.trained import Step
+from finetune.run.records.whole import TrainMetrics
 from finetune.schedule import learning_rate
 
-EVENTS = "events.jsonl"
+EVENTS = layout.EVENTS.path
 RATE = 1e-6  # of the recipe's rate: the same schedule computed twice differs by the rounding of doubles, at 1e-15
 STEP = 0.2  # from Adam's first step, which moves every weight by the learning rate, whatever its gradient
 CLIPPED = 0.02  # of max_grad_norm beyond it: bfloat16 rounds the norm, the factor and what it scales, by 0.4 % each
@@ -21,45 +25,15 @@ OF_NO_WHOLE = ("layerwise", "lomo")  # optimizers that have no parameters of the
 SMALLEST_RATE = 1e-6  # below, a weight near 1 in single precision rounds the step itself
 LARGEST_EPSILON = 1e-7  # above, it holds small gradients back
 DRIFT = 1e-6  # relative, of a setting stored as a double
+UNINTERRUPTED = "train it in one go to have it examined: finetune {stage} RECIPE --force"
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    verdicts = []
-    for stage, section, prefix in (("train", recipe.train, ""), ("align", recipe.align, "dpo_")):
-        if section is not None:
-            verdicts += _stage(section, run, stage, prefix)
-    return verdicts
+# -- the learning rate -------------------------------------------------------------------------------------------------
 
 
-def _stage(asked: Optimization, run: Run, stage: str, prefix: str) -> list[Verdict]:
-    report, place = run.report(stage), f"{stage}/report.json"
-    steps = evidence.steps(run, stage)
-    if report is None or not steps:
-        return [missing(f"{prefix}steps_move_weights", "==", 0, "steps without effect", place, "no step was logged")]
-    facts = report.metrics
-    taken = facts["steps"] - (facts.get("resumed_from") or 0)
-    why = f"a sample of every trained tensor was compared before and after each of {taken} steps"
-    return [
-        *_rates(asked, facts, steps, prefix),
-        *_settings(asked, facts, run, stage, prefix),
-        judge(
-            f"{prefix}steps_move_weights",
-            facts.get("steps_without_effect"),
-            "==",
-            0,
-            "steps without effect",
-            place,
-            why,
-        ),
-        *_size(asked, facts, steps, place, prefix),
-        *_clipped(asked, facts, place, prefix),
-    ]
-
-
-def _rates(asked: Optimization, facts: dict[str, Any], steps: list[dict[str, Any]], prefix: str) -> list[Verdict]:
-    """The learning rate of every logged step, against the recipe's schedule. Where steps are skipped, it lags behind."""
-    if asked.fp16:
-        return []
+def _rates(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    """The learning rate of every logged step, against the recipe's schedule."""
+    asked, facts, steps = training.asked(recipe), training.facts(run), training.steps(run)
     total = facts["planned_steps"] if getattr(asked, "early_stopping_patience", None) is not None else facts["steps"]
     peak = asked.learning_rate
     wanted = {
@@ -73,51 +47,152 @@ def _rates(asked: Optimization, facts: dict[str, Any], steps: list[dict[str, Any
     )
     if first:
         why += f"; step {first['step']} had {first['learning_rate']:.3g} instead of {wanted[first['step']]:.3g}"
-    return [
-        judge(f"{prefix}learning_rate_as_asked", worst(off.values()), "<=", RATE, "of the recipe's rate", EVENTS, why)
-    ]
+    name = f"{training.prefix}learning_rate_as_asked"
+    return judge(name, worst(off.values()), "<=", RATE, "of the recipe's rate", EVENTS, why)
 
 
-def _settings(asked: Optimization, facts: dict[str, Any], run: Run, stage: str, prefix: str) -> list[Verdict]:
-    """What the optimizer was set to when training ended, and the adapter's dropout while it was trained."""
-    wanted = {key: getattr(asked, key) for key in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")}
+def _has_rates(recipe: Recipe, training: Training) -> bool:
+    """Where steps are skipped, as by fp16's scaler of gradients, the schedule lags behind."""
+    return not training.asked(recipe).fp16
+
+
+# -- its settings ------------------------------------------------------------------------------------------------------
+
+
+def _settings(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    """What the optimizer was set to when training ended, and the adapter's dropout while it was trained. What was not told
+    is not as asked."""
+    wanted, found = _wanted(recipe, run, training), training.facts(run)
+    other = [key for key, value in wanted.items() if not _same(found.get(key), value)]
+    why = ", ".join(_told(key, found) + (f" instead of {wanted[key]}" if key in other else "") for key in wanted)
+    return judge(f"{training.prefix}settings_as_asked", len(other), "==", 0, "settings off", training.report, why)
+
+
+def _wanted(recipe: Recipe, run: Run, training: Training) -> dict[str, float | None]:
+    asked = training.asked(recipe)
+    keys = ["weight_decay"]
+    if asked.optim.startswith("adamw"):
+        keys += ["adam_beta1", "adam_beta2", "adam_epsilon"]
+    wanted = {key: getattr(asked, key) for key in keys}
+    facts = training.facts(run)
     wanted["optimized_parameters"] = facts["trainable_parameters"]
-    if not asked.optim.startswith("adamw"):
-        wanted = {key: value for key, value in wanted.items() if not key.startswith("adam_")}
-    config = run.path / stage / "adapter" / "adapter_config.json"
-    if stage == "train" and config.is_file():  # DPO runs without dropout
-        wanted["lora_dropout"] = json.loads(config.read_text(encoding="utf-8")).get("lora_dropout")
-    known = [key for key in wanted if key in facts]
-    if not known or any(word in asked.optim for word in OF_NO_WHOLE):
-        return []
-    other = [key for key in known if not _same(facts[key], wanted[key])]
-    why = ", ".join(f"{key} {facts[key]:g}" + (f" instead of {wanted[key]}" if key in other else "") for key in known)
-    place = f"{stage}/report.json"
-    return [judge(f"{prefix}settings_as_asked", len(other), "==", 0, "settings off", place, why)]
+    if is_lora(recipe) and not _took_none(facts):  # DPO runs without dropout
+        wanted["lora_dropout"] = _dropout(recipe, run) if training.stage == "train" else 0.0
+    return wanted
 
 
-def _same(found: float, wanted: float | None) -> bool:
-    return wanted is not None and abs(found - wanted) <= DRIFT * abs(wanted)
+def _dropout(recipe: Recipe, run: Run) -> float:
+    """The recipe's, or that of the adapter which the training went on from, where there is one."""
+    before = evidence.fetched(run)["adapter"]
+    if before is None:
+        return lora(recipe).lora_dropout
+    return float(read_object(Path(before) / "adapter_config.json").get("lora_dropout") or 0.0)
 
 
-def _size(
-    asked: Optimization, facts: dict[str, Any], steps: list[dict[str, Any]], place: str, prefix: str
-) -> list[Verdict]:
+def _told(key: str, found: Mapping[str, Any]) -> str:
+    return f"{key} {found[key]:g}" if found.get(key) is not None else f"no {key} told"
+
+
+def _same(found: Any, wanted: float | None) -> bool:
+    return found is not None and wanted is not None and abs(found - wanted) <= DRIFT * abs(wanted)
+
+
+def _has_settings(recipe: Recipe, training: Training) -> bool:
+    return not any(word in training.asked(recipe).optim for word in OF_NO_WHOLE)
+
+
+# -- what its steps do -------------------------------------------------------------------------------------------------
+
+
+def _moved(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    facts = training.facts(run)
+    taken = facts["steps"] - (facts["resumed_from"] or 0)
+    why = f"a sample of every trained tensor was compared before and after each of {taken} steps"
+    found, name = facts["steps_without_effect"], f"{training.prefix}steps_move_weights"
+    return judge(name, found, "==", 0, "steps without effect", training.report, why)
+
+
+def _took_none(facts: TrainMetrics) -> bool:
+    """Whether it was resumed after its last step, having been killed before its result was stored."""
+    return facts["resumed_from"] == facts["steps"]
+
+
+def _size(recipe: Recipe, run: Run, training: Training) -> Verdict:
     """Adam's first step moves a weight by the learning rate, whatever the gradient (https://arxiv.org/abs/1412.6980,
     section 2.1), so its size tells a step that is scaled, doubled or another optimizer's."""
-    first = next((step["learning_rate"] for step in steps if step["learning_rate"] > 0), 0.0)
-    single = facts["trainable_bytes"] == 4 * (facts["trainable_parameters"] or 0)
+    name, unit, place = f"{training.prefix}step_size", "relative distance", training.report
+    facts, steps = training.facts(run), training.steps(run)
+    move = facts.get("first_move")
+    if excuse := _not_seen(recipe, run, training, facts, steps):
+        return not_examined(name, "<=", STEP, unit, place, *excuse)
+    if move is None:
+        return missing(name, "<=", STEP, unit, place, "the size of the first step was not told (first_move)")
+    if facts["trainable_bytes"] != 4 * facts["trainable_parameters"]:
+        why = (
+            f"{facts['trainable_parameters']:,} weights were trained in {facts['trainable_bytes']:,} bytes, not 4 each"
+        )
+        return missing(name, "<=", STEP, unit, place, why)
+    why = f"the first step moved weights by {move:.4g} times the learning rate at most; Adam's by 1"
+    return judge(name, abs(move - 1), "<=", STEP, unit, place, why)
+
+
+def _not_seen(
+    recipe: Recipe, run: Run, training: Training, facts: TrainMetrics, steps: list[Step]
+) -> tuple[str, str] | None:
+    """Why an honest training may show no first step of Adam's, and what to do about it."""
+    if facts.get("first_move") is None and facts["resumed_from"] is not None:
+        begun = run.events("training", stage=training.stage)
+        if begun and begun[-1].get("resumed_from") == facts["resumed_from"]:
+            why = f"the training was resumed at step {facts['resumed_from']}, and an optimizer with a past has no first step"
+            return why, UNINTERRUPTED.format(stage=training.stage)
+    rate = next((step["learning_rate"] for step in steps if step["learning_rate"] > 0), 0.0)
+    if 0 < rate < SMALLEST_RATE:
+        why = f"the warm-up begins with a learning rate of {rate:.3g}, whose step single precision rounds"
+        return why, f"{training.stage}.warmup_steps: fewer, so that the first rate is {SMALLEST_RATE:g} or more"
+    if recipe.model.dtype != "float32" and _trains_more(evidence.fetched(run)["adapter"]):
+        why = f"the adapter that was trained further trains parts of the model as well, in {recipe.model.dtype}"
+        return why, "model.dtype: float32"
+    return None
+
+
+def _trains_more(adapter: str | None) -> bool:
+    config = read_object(Path(adapter) / "adapter_config.json") if adapter else {}
+    return bool(config.get("modules_to_save")) or config.get("bias", "none") != "none"
+
+
+def _is_adam(recipe: Recipe, training: Training) -> bool:
+    """Whether the recipe asks for a plain Adam in single precision, with a rate that single precision can take."""
+    asked, adapter = training.asked(recipe), lora(recipe)
     plain = asked.optim in ADAM and asked.adam_epsilon <= LARGEST_EPSILON and asked.weight_decay <= LARGEST_DECAY
-    if not (plain and single and first >= SMALLEST_RATE and "first_move" in facts):
-        return []
-    why = f"the first step moved weights by {facts['first_move']:.4g} times the learning rate at most; Adam's by 1"
-    return [judge(f"{prefix}step_size", abs(facts["first_move"] - 1), "<=", STEP, "relative distance", place, why)]
+    # An adapter's matrices are trained in single precision whatever the model is in; parts of the model are not.
+    own = is_lora(recipe) and not adapter.modules_to_save and adapter.bias == "none"
+    in_single = own or recipe.model.dtype == "float32"
+    return tells(recipe, "step_size") and plain and in_single and asked.learning_rate >= SMALLEST_RATE
 
 
-def _clipped(asked: Optimization, facts: dict[str, Any], place: str, prefix: str) -> list[Verdict]:
-    if not asked.max_grad_norm or "clipped_norm" not in facts:
-        return []
-    why = f"the largest norm of a gradient that the optimizer got in its first steps, of max_grad_norm {asked.max_grad_norm:g}"
-    share = facts["clipped_norm"] / asked.max_grad_norm
-    beyond = 0.0 if share <= 1 else share - 1  # NaN stays NaN
-    return [judge(f"{prefix}gradients_clipped", beyond, "<=", CLIPPED, "of max_grad_norm beyond it", place, why)]
+def _clipped(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    name, unit = f"{training.prefix}gradients_clipped", "of max_grad_norm beyond it"
+    most, facts = training.asked(recipe).max_grad_norm, training.facts(run)
+    norm = facts["clipped_norm"]
+    if norm is None and _took_none(facts):
+        why = f"the training was resumed after its last step, {facts['steps']}, and took none since"
+        remedy = UNINTERRUPTED.format(stage=training.stage)
+        return not_examined(name, "<=", CLIPPED, unit, training.report, why, remedy)
+    if norm is None:
+        return missing(name, "<=", CLIPPED, unit, training.report, "no norm of a gradient was told (clipped_norm)")
+    why = f"the largest norm of a gradient that the optimizer got in its first steps, of max_grad_norm {most:g}"
+    beyond = 0.0 if norm <= most else norm / most - 1  # NaN stays NaN
+    return judge(name, beyond, "<=", CLIPPED, unit, training.report, why)
+
+
+def _clips(recipe: Recipe, training: Training) -> bool:
+    return training.asked(recipe).max_grad_norm > 0
+
+
+PARTS = (
+    *of_trainings("learning_rate_as_asked", _rates, EVENTS, _has_rates),
+    *of_trainings("settings_as_asked", _settings, when=_has_settings),
+    *of_trainings("steps_move_weights", _moved),
+    *of_trainings("step_size", _size, when=_is_adam),
+    *of_trainings("gradients_clipped", _clipped, when=_clips),
+)

@@ -2,63 +2,58 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune.backends import TensorFacts, get
-from finetune.checks import Verdict, judge, missing
-from finetune.core.files import digest
-from finetune.errors import FinetuneError
+from finetune.backends import TensorFacts
+from finetune.checks import Verdict, judge
+from finetune.checks.parts import SFT, is_lora, lora, single, tensors, trains
+from finetune.core.files import digest, read_object
+from finetune.errors import StageError
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+
+Tensors = dict[str, TensorFacts]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 EFFECT = 1e-3  # nats a token: far above the rounding of two runs of the same model, far below any learning
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    assert recipe.train is not None
-    backend = get(recipe.backend)
-    try:
-        if recipe.train.method == "full":
-            before = backend.tensors(evidence.phases(run, recipe)["base"][0])
-            after = backend.tensors(run.path / "train" / "model")
-        else:
-            before = backend.tensors(run.path / "train" / "initial")
-            after = backend.tensors(run.path / "train" / "adapter")
-    except FinetuneError as error:
-        return [missing("parameters_changed", ">", recipe.expect.lora_changed_min, "share", "train", str(error))]
-    verdicts = [_changed(recipe, before, after)]
-    if recipe.train.method == "lora":
-        verdicts += [_matrices(after), _coverage(recipe, run, after), *_frozen(run)]
-    else:
-        verdicts.append(_kinds(before, after))
-    verdicts += [*_precision(recipe, run), _effect(run)]
-    return verdicts
+def _place(recipe: Recipe) -> str:
+    return layout.TRAINED.path if is_lora(recipe) else layout.TRAINED_MODEL.path
 
 
-def _changed(recipe: Recipe, before: dict[str, TensorFacts], after: dict[str, TensorFacts]) -> Verdict:
-    assert recipe.train is not None
+def _before_and_after(recipe: Recipe, run: Run) -> tuple[Tensors, Tensors]:
+    """The tensors that are trained, as they were before the first step and as they are stored."""
+    before = run.path / layout.INITIAL.path if is_lora(recipe) else Path(evidence.fetched(run)["base"])
+    return tensors(recipe, before), tensors(recipe, run.path / _place(recipe))
+
+
+def _changed(recipe: Recipe, run: Run) -> Verdict:
+    before, after = _before_and_after(recipe, run)
     changed = sum(name in before and before[name].sha256 != facts.sha256 for name, facts in after.items())
-    place = "train/adapter" if recipe.train.method == "lora" else "train/model"
     return judge(
-        "parameters_changed", changed / len(after) if after else None, ">", recipe.expect.lora_changed_min, "share", place,
-        f"{changed} of {len(after)} trained tensors differ from those before the first step",
+        "parameters_changed", changed / len(after) if after else None, ">", recipe.expect.lora_changed_min, "share",
+        _place(recipe), f"{changed} of {len(after)} trained tensors differ from those before the first step",
     )  # fmt: skip
 
 
-def _matrices(after: dict[str, TensorFacts]) -> Verdict:
+def _matrices(recipe: Recipe, run: Run) -> Verdict:
     """B starts at zero, so a zero B is an adapter that does nothing there."""
+    after = tensors(recipe, run.path / _place(recipe))
     matrices = {name: facts for name, facts in after.items() if "lora_B" in name or "lora_embedding_B" in name}
     dead = [name for name, facts in matrices.items() if not facts.norm > 0]
     why = f"{len(matrices)} B matrices" + (f"; the first zero one is {dead[0]}" if dead else ", none is zero")
     alive = (len(matrices) - len(dead)) / len(matrices) if matrices else None
-    return judge("lora_b_nonzero", alive, "==", 1.0, "share", "train/adapter", why)
+    return judge("lora_b_nonzero", alive, "==", 1.0, "share", _place(recipe), why)
 
 
-def _kinds(before: dict[str, TensorFacts], after: dict[str, TensorFacts]) -> Verdict:
+def _kinds_changed(recipe: Recipe, run: Run) -> Verdict:
+    return _kinds(*_before_and_after(recipe, run))
+
+
+def _kinds(before: Tensors, after: Tensors) -> Verdict:
     """Full training moves every kind of matrix (the embedding, q_proj, ...) in some layer; a lost one is the base's."""
     moved: dict[str, bool] = {}
     for name, facts in after.items():
@@ -69,79 +64,85 @@ def _kinds(before: dict[str, TensorFacts], after: dict[str, TensorFacts]) -> Ver
     why = f"{len(moved) - len(same)} of {len(moved)} kinds of matrices differ from the base in some layer"
     why += f"; as in the base: {same[0]}" if same else ""
     share = (len(moved) - len(same)) / len(moved) if moved else None
-    return judge("kinds_changed", share, "==", 1.0, "share", "train/model", why)
+    return judge("kinds_changed", share, "==", 1.0, "share", layout.TRAINED_MODEL.path, why)
 
 
-def _coverage(recipe: Recipe, run: Run, after: dict[str, TensorFacts]) -> Verdict:
+def _coverage(recipe: Recipe, run: Run) -> Verdict:
     """Every layer of the model carries an adapter, unless the recipe chose layers."""
-    assert recipe.train is not None
     base = Path(evidence.fetched(run)["base"])
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    chosen, targets = recipe.train.lora.layers_to_transform, recipe.train.lora.target_modules
+    config = read_object(base / "config.json")
+    chosen, targets = lora(recipe).layers_to_transform, lora(recipe).target_modules
     count = next((config[key] for key in ("num_hidden_layers", "n_layer") if key in config), None)
     expected = set(chosen) if chosen is not None else set(range(count or 0))
     if isinstance(targets, str) and targets != "all-linear":  # a regular expression may choose layers as well
-        modules = {name.rpartition(".")[0] for name in get(recipe.backend).tensors(base)}
+        modules = {name.rpartition(".")[0] for name in tensors(recipe, base)}
         expected = _layers(f"{module}." for module in modules if re.fullmatch(targets, module)) or expected
-    found = _layers(after)
+    found = _layers(tensors(recipe, run.path / _place(recipe)))
     why = f"adapters in {len(found & expected)} of {len(expected)} layers"
     share = len(found & expected) / len(expected) if expected else None
-    return judge("lora_coverage", share, "==", 1.0, "share", "train/adapter", why)
+    return judge("lora_coverage", share, "==", 1.0, "share", _place(recipe), why)
 
 
 def _layers(names: Iterable[str]) -> set[int]:
     return {int(match[1]) for name in names if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))}
 
 
-def _frozen(run: Run) -> list[Verdict]:
-    report = run.report("train")
-    facts = report.metrics if report else {}
-    before, after = facts.get("frozen_sha256_before"), facts.get("frozen_sha256_after")
+def _frozen(recipe: Recipe, run: Run) -> Verdict:
+    facts = SFT.facts(run)
+    before, after = facts["frozen_sha256_before"], facts["frozen_sha256_after"]
     same = None if not before or not after else float(before == after)
-    verdict = judge(
-        "frozen_identical", same, "==", 1.0, "yes", "train/report.json",
-        f"SHA-256 over {facts.get('frozen_parameters', 0):,} frozen parameters in memory, before and after training",
-    )  # fmt: skip
+    why = f"SHA-256 over {facts['frozen_parameters']:,} frozen parameters in memory, before and after training"
+    return judge("frozen_identical", same, "==", 1.0, "yes", SFT.report, why)
+
+
+def _base(recipe: Recipe, run: Run) -> Verdict:
     found = evidence.fetched(run)
     stored = found["files"]
     intact = [name for name, file in stored.items() if _intact(Path(found["base"]) / name, file["sha256"])]
-    return [
-        verdict,
-        judge(
-            "base_intact", len(intact) / len(stored) if stored else None, "==", 1.0, "share", "fetch/model.json",
-            f"{len(intact)} of {len(stored)} files of the base model are as they were fetched",
-        ),
-    ]  # fmt: skip
+    why = f"{len(intact)} of {len(stored)} files of the base model are as they were fetched"
+    share = len(intact) / len(stored) if stored else None
+    return judge("base_intact", share, "==", 1.0, "share", layout.MODEL.path, why)
 
 
 def _intact(path: Path, sha256: str) -> bool:
     return path.is_file() and digest(path) == sha256
 
 
-def _precision(recipe: Recipe, run: Run) -> list[Verdict]:
+def _precision(recipe: Recipe, run: Run) -> Verdict:
     """Whether the weights were in memory as precisely as the recipe says: of frozen ones where there are any."""
-    report = run.report("train")
-    facts = report.metrics if report else {}
-    frozen, trained = facts.get("frozen_parameters"), facts.get("trainable_bytes")
-    if trained is None or frozen is None:
-        return []
+    facts = SFT.facts(run)
+    frozen, trained = facts["frozen_parameters"], facts["trainable_bytes"]
     count = frozen or facts["trainable_parameters"]
-    size = (facts["weight_bytes"] - trained if frozen else trained) / count
+    size = (facts["weight_bytes"] - trained if frozen else trained) / count if count else None
     kind = "frozen" if frozen else "trained"
-    why = f"{count:,} {kind} weights took {size:g} bytes each; the recipe says {recipe.model.dtype}"
+    why = f"{count:,} {kind} weights took {size or 0:g} bytes each; the recipe says {recipe.model.dtype}"
     wanted = BYTES[recipe.model.dtype]
-    return [judge("weights_precision", size, ">=", wanted, "bytes a weight", "train/report.json", why)]
+    return judge("weights_precision", size, ">=", wanted, "bytes a weight", SFT.report, why)
 
 
-def _effect(run: Run) -> Verdict:
+def _effect(recipe: Recipe, run: Run) -> Verdict:
     """The trained model, loaded from disk, does not answer as the base does."""
-    name, place = "adapter_effect", "evaluate/rows.json"
     scores = evidence.row_scores(run)
     if scores is None:
-        return missing(
-            name, ">", EFFECT, "nats a token", place, "training rows were not scored with and without training"
-        )
+        raise StageError("training rows were not scored with and without training")
     base, trained = scores
     moved = [abs(trained[row]["answer"][0] - base[row]["answer"][0]) / max(1, base[row]["answer"][1]) for row in base]
     why = f"mean change of the answers' log-probability over {len(moved)} rows, with training on and off"
-    return judge(name, sum(moved) / len(moved), ">", EFFECT, "nats a token", place, why)
+    size = sum(moved) / len(moved)
+    return judge("adapter_effect", size, ">", EFFECT, "nats a token", layout.ROW_SCORES.path, why)
+
+
+def _adapts(recipe: Recipe) -> bool:
+    return trains(recipe) and is_lora(recipe)
+
+
+PARTS = (
+    single("parameters_changed", _changed, "train"),
+    single("lora_b_nonzero", _matrices, layout.TRAINED.path, _adapts),
+    single("lora_coverage", _coverage, layout.TRAINED.path, _adapts),
+    single("kinds_changed", _kinds_changed, layout.TRAINED_MODEL.path, lambda recipe: not is_lora(recipe)),
+    single("frozen_identical", _frozen, SFT.report, _adapts),
+    single("base_intact", _base, layout.MODEL.path, _adapts),
+    single("weights_precision", _precision, SFT.report),
+    single("adapter_effect", _effect, layout.ROW_SCORES.path),
+)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from finetune.checks import Verdict, judge, missing, short
+from finetune.backends import Serves, adapters, get
+from finetune.checks import Part, Verdict, carried_out, compared, judge, missing, not_examined, short
+from finetune.checks.asked import sets
+from finetune.checks.compared import MERGED, hops, is_adapter
+from finetune.core.files import read_object
+from finetune.parity import stored
 from finetune.parity.bounds import Bounds, bits, bounds
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.recipe.exports import parse
+from finetune.run import Run, evidence, layout
+from finetune.run.records.compared import Constant, Difference, Exactness, Hop, Same, ServedAnswers
 
 FACTOR_TOLERANCE = 0.02
 SHOWN = 3
@@ -28,265 +37,348 @@ _CAUSES = {
 }
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    verdicts = []
-    adapter = (run.path / "compare" / "merged.json").is_file() or (run.path / "align" / "adapter").is_dir()
-    hops = ["merged"] if adapter or (run.path / "train" / "adapter").is_dir() else []
-    for name in (*hops, *recipe.export):
-        path = f"compare/{name.replace(':', '-')}.json"
-        file = run.path / path
-        if not file.is_file():
-            why = f"'{name}' was not compared with the model it was made from"
-            verdicts.append(missing(f"prompt_parity[{name}]", "==", 1.0, "share", path, why))
-            continue
-        seen = json.loads(file.read_text(encoding="utf-8"))
-        if "bits" not in seen:
-            why = f"'{name}' was compared by an earlier version; compare it again with: finetune compare RECIPE"
-            verdicts.append(missing(f"prompt_parity[{name}]", "==", 1.0, "share", path, why))
-            continue
-        seen["bits_promised"] = bits(name, recipe)
-        verdicts += _hop(name, seen, bounds(name, recipe, seen["dtype"]), path)
-    return verdicts
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What was seen of one model of the chain, and what it is held to."""
+
+    name: str
+    path: str
+    hop: Hop
+    bound: Bounds
+    promised: float  # bits of a weight
+
+    def named(self, kind: str) -> str:
+        return f"{kind}[{self.name}]"
 
 
-def _hop(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> list[Verdict]:
-    verdicts = [_prompts(name, seen, path), _vocabulary(name, seen, path), _template(name, seen, path)]
-    if seen["distributions"] is not None:
-        verdicts += _distributions(name, seen, bound, path)
-    verdicts += [_greedy(name, seen, bound, path), _stop(name, seen, bound, path), _leaks(name, seen, path)]
-    verdicts.append(_stops_at(name, seen, path))
-    if seen["learned"]["known"]:
-        verdicts.append(_learned(name, seen, bound, path))
-    if seen["served"] is not None:
-        verdicts.append(_served(name, seen, bound, path))
-    verdicts.append(_constants(name, seen, path))
-    if seen["merge_factor"] is not None:
-        verdicts.append(_factor(name, seen, path))
-    if seen["merge"] is not None:
-        verdicts.append(_exact(name, seen, path))
-    if seen["adapter"] is not None:
-        verdicts.append(_adapter(name, seen, path))
-    if seen["bits"] is not None:
-        verdicts.append(_bits(name, seen, path))
-    return verdicts
+# -- what is owed ------------------------------------------------------------------------------------------------------
 
 
-def _prompts(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    found = seen["prompts"]
+def owed(recipe: Recipe, name: str) -> list[str]:
+    """The verdicts on one model of the chain: its format and its runtime decide."""
+    runtime = get(compared.runtime(recipe, name))
+    plain = recipe.train is None or adapters.is_plain(recipe.train.lora.model_dump())
+    merge = name == MERGED and recipe.backend == "torch" and plain
+    carries = name != MERGED and parse(name).format.name == "bundle" and is_adapter(recipe)
+    kinds = {
+        "prompt_parity": True,
+        "vocabulary_parity": True,
+        "template_carried": True,
+        "distribution_parity": runtime.scores,
+        "distribution_worst": runtime.scores,
+        "greedy_parity": True,
+        "stop_parity": True,
+        "no_special_tokens": True,
+        "stop_tokens": True,
+        "learned_parity": recipe.evaluate.probes is not None,
+        "served_parity": isinstance(runtime, Serves) and bool(sets(recipe)),
+        "constants_parity": True,
+        "merged_once": merge,
+        "merge_exact": merge,
+        "adapter_carried": carries,
+        "stored_bits": recipe.backend != "fake",  # whose models are no tensors
+        "compared_as_listed": True,
+    }
+    return [f"{kind}[{name}]" for kind, wanted in kinds.items() if wanted]
+
+
+def _owes(recipe: Recipe) -> Iterable[str]:
+    return [verdict for name in hops(recipe) for verdict in owed(recipe, name)]
+
+
+# -- the verdicts ------------------------------------------------------------------------------------------------------
+
+
+def _check(recipe: Recipe, run: Run) -> list[Verdict]:
+    """Every model of the chain is a part of its own: a damaged file costs the verdicts on that one alone."""
+    parts = [
+        Part(check=partial(do, name), owes=partial(names, name=name), evidence=layout.comparison(name).path)
+        for name in hops(recipe)
+        for do, names in ((_hop, _of_hop), (compared.as_listed, _of_list))
+    ]
+    return [verdict for part in parts for verdict in carried_out(part, recipe, run)]
+
+
+def _of_hop(recipe: Recipe, name: str) -> list[str]:
+    return [verdict for verdict in owed(recipe, name) if verdict not in _of_list(recipe, name)]
+
+
+def _of_list(recipe: Recipe, name: str) -> list[str]:
+    return [f"compared_as_listed[{name}]"]
+
+
+def _hop(name: str, recipe: Recipe, run: Run) -> list[Verdict]:
+    row = layout.comparison(name)
+    hop = evidence.read(run, row)
+    bound = bounds(name, recipe, hop["dtype"])
+    one = _Seen(name=name, path=row.path, hop=hop, bound=bound, promised=bits(name, recipe))
+    wanted = set(_of_hop(recipe, name))
+    verdicts = [
+        _prompts(one), _vocabulary(one), _template(one), *_distributions(one), _greedy(one), _stop(one), _leaks(one),
+        _stops_at(one), _learned(one), _served(one), _constants(one), _factor(one, recipe, run), _exact(one, recipe, run),
+        _adapter(one), _bits(one),
+    ]  # fmt: skip
+    return [verdict for verdict in verdicts if verdict.name in wanted]
+
+
+def _prompts(one: _Seen) -> Verdict:
+    found = one.hop["prompts"]
     why = f"{found['equal']} of {found['compared']} conversations and texts become the same token ids"
     if first := found["first"]:
         why += f"; {first['name']!r} differs from token {first['position']} on"
-        why += f": {_difference(first)}. Likely cause: {_CAUSES[_kind(first, seen)]}"
-    return judge(f"prompt_parity[{name}]", _share(found), "==", 1.0, "share", path, why)
+        why += f": {_difference(first)}. Likely cause: {_CAUSES[_kind(first, one.hop)]}"
+    return judge(one.named("prompt_parity"), _share(found), "==", 1.0, "share", one.path, why)
 
 
-def _difference(first: dict[str, Any]) -> str:
+def _difference(first: Difference) -> str:
     if first["kind"] == "refused":
         return short(first["found"])
     expected = f"expected {first['expected_text']!r} {first['expected']}"
     return f"{expected}, found {first['found_text']!r} {first['found']}"
 
 
-def _kind(first: dict[str, Any], seen: dict[str, Any]) -> str:
+def _kind(first: Difference, hop: Hop) -> str:
     """The kind of a difference, told apart by what else differs: a text that is no conversation has no template."""
     kind: str = first["kind"]
-    if kind == "refused" and not seen["same_template"]:
+    if kind == "refused" and not hop["same_template"]:
         return "text"
-    if kind != "text" or not seen["same_template"]:
+    if kind != "text" or not hop["same_template"]:
         return kind
-    other = seen["vocabulary"]["first"] is not None or first["name"].startswith(PLAIN)
+    other = hop["vocabulary"]["first"] is not None or first["name"].startswith(PLAIN)
     return "tokens" if other else "rendered"
 
 
-def _vocabulary(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    found = seen["vocabulary"]
+def _vocabulary(one: _Seen) -> Verdict:
+    found = one.hop["vocabulary"]
     why = f"{found['equal']} of {found['compared']} tokens in a text of the whole vocabulary come out as in training"
     if first := found["first"]:
         cause = first["kind"] if first["kind"] in ("same_text", "spaces") else "tokens"
         why += f"; {_difference(first)}. Likely cause: {_CAUSES[cause]}"
-    return judge(f"vocabulary_parity[{name}]", _share(found), "==", 1.0, "share", path, why)
+    return judge(one.named("vocabulary_parity"), _share(found), "==", 1.0, "share", one.path, why)
 
 
-def _template(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    same = seen["same_template"]
+def _template(one: _Seen) -> Verdict:
+    same = one.hop["same_template"]
     why = "the chat template of the training is in it, to the letter"
     if not same:
         why = "it has no chat template, or another than that of the training, which other tools will prompt it with"
-    return judge(f"template_carried[{name}]", float(same), "==", 1.0, "yes", path, why)
+    return judge(one.named("template_carried"), float(same), "==", 1.0, "yes", one.path, why)
 
 
-def _distributions(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> list[Verdict]:
-    found = seen["distributions"]
-    why = f"KL divergence from '{seen['reference']}' over {found['positions']} positions; same likeliest token at "
+def _distributions(one: _Seen) -> list[Verdict]:
+    found, bound = one.hop["distributions"], one.bound
+    if found is None:
+        why = "what its runtime takes for likely was not compared, and it can tell"
+        return [
+            missing(one.named("distribution_parity"), "<=", bound.kl_mean, "nats mean", one.path, why),
+            missing(one.named("distribution_worst"), "<=", bound.kl_max, "nats max", one.path, why),
+        ]
+    why = f"KL divergence from '{one.hop['reference']}' over {found['positions']} positions; same likeliest token at "
     why += f"{found['top1']:.1%}"
-    mean = judge(f"distribution_parity[{name}]", found["mean"], "<=", bound.kl_mean, "nats mean", path, why)
+    mean = judge(one.named("distribution_parity"), found["mean"], "<=", one.bound.kl_mean, "nats mean", one.path, why)
     worst = found["worst"]
     why = (
         f"worst after {worst['after']!r}: expected {_tops(worst['expected_top5'])}, found {_tops(worst['found_top5'])}"
     )
-    most = judge(f"distribution_worst[{name}]", found["max"], "<=", bound.kl_max, "nats max", path, why)
-    return [_explained(verdict, seen) for verdict in (mean, most)]
+    most = judge(one.named("distribution_worst"), found["max"], "<=", one.bound.kl_max, "nats max", one.path, why)
+    return [_explained(verdict, one) for verdict in (mean, most)]
 
 
-def _greedy(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
-    found = seen["greedy"]
-    ties = sum(gap is not None and gap <= bound.tie for gap in found["gaps"])
+def _greedy(one: _Seen) -> Verdict:
+    found = one.hop["greedy"]
+    ties = sum(gap is not None and gap <= one.bound.tie for gap in found["gaps"])
     why = f"{found['equal']} of {found['compared']} greedy answers are the same token by token"
     why += f" ({found['tokens_agreed']} of {found['tokens']} tokens)"
     if ties:
-        why += f", {ties} part at a tie (within {bound.tie:g} nats)"
+        why += f", {ties} part at a tie (within {one.bound.tie:g} nats)"
     if first := found["first"]:
         why += f"; first divergence at token {first['position']} of the answer to {short(first['prompt'])!r}: "
         why += f"expected {first['expected_next']!r}, found {first['found_next']!r}"
         if "expected_top5" in first:
             why += f"; {_tops(first['expected_top5'])} against {_tops(first['found_top5'])}"
     share = (found["equal"] + ties) / found["compared"] if found["compared"] else None
-    return _explained(judge(f"greedy_parity[{name}]", share, ">=", bound.greedy, "share", path, why), seen)
+    return _explained(judge(one.named("greedy_parity"), share, ">=", one.bound.greedy, "share", one.path, why), one)
 
 
-def _stop(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
-    found = seen["stop"]
+def _stop(one: _Seen) -> Verdict:
+    found = one.hop["stop"]
     if not found["compared"]:
-        why = f"no answer of '{seen['reference']}' ends by itself within evaluate.max_new_tokens"
-        return missing(f"stop_parity[{name}]", ">=", bound.stopped, "share", path, why)
+        why = f"no answer of '{one.hop['reference']}' ends by itself within evaluate.max_new_tokens"
+        return missing(one.named("stop_parity"), ">=", one.bound.stopped, "share", one.path, why)
     why = f"{found['stopped']} of {found['compared']} answers that ended by themselves still do"
     if first := found["first_unstopped"]:
         why += f"; not the one to {short(first['prompt'])!r}: {short(first['text'])!r}"
     verdict = judge(
-        f"stop_parity[{name}]", found["stopped"] / found["compared"], ">=", bound.stopped, "share", path, why
+        one.named("stop_parity"), found["stopped"] / found["compared"], ">=", one.bound.stopped, "share", one.path, why
     )
-    weights = seen["distributions"] is not None and seen["distributions"]["mean"] > bound.kl_mean
-    return _explained(verdict, seen, of=None if weights and not seen["stops"]["missing"] else "eos_token_id")
+    weights = one.hop["distributions"] is not None and one.hop["distributions"]["mean"] > one.bound.kl_mean
+    return _explained(verdict, one, of=None if weights and not one.hop["stops"]["missing"] else "eos_token_id")
 
 
-def _stops_at(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    found = seen["stops"]
+def _stops_at(one: _Seen) -> Verdict:
+    found = one.hop["stops"]
     why = f"left to itself the runtime ends an answer at the ids {found['at']}"
     if found["missing"]:
         why += f", and the training taught to end it with {found['missing']} (eos_token_id)"
-    return judge(f"stop_tokens[{name}]", float(len(found["missing"])), "==", 0.0, "tokens missing", path, why)
+    return judge(one.named("stop_tokens"), float(len(found["missing"])), "==", 0.0, "tokens missing", one.path, why)
 
 
-def _leaks(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    found = seen["stop"]
+def _leaks(one: _Seen) -> Verdict:
+    found = one.hop["stop"]
     why = "no mark of a turn stands in the text of an answer"
     if leak := found["first_leak"]:
         why = f"{leak['token']!r} stands in the answer to {short(leak['prompt'])!r}: {short(leak['text'])!r}. Likely "
         why += "cause: the runtime does not take it for a special token, or does not stop at it"
-    return judge(f"no_special_tokens[{name}]", float(found["leaks"]), "==", 0.0, "answers", path, why)
+    return judge(one.named("no_special_tokens"), float(found["leaks"]), "==", 0.0, "answers", one.path, why)
 
 
-def _learned(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
-    found = seen["learned"]
+def _learned(one: _Seen) -> Verdict:
+    found = one.hop["learned"]
     known, kept = found["known"], found["kept"]
-    why = f"{kept} of the {known} probes that '{seen['reference']}' answers are answered"
+    if not known:
+        why = f"'{one.hop['reference']}' answers none of the probes"
+        return missing(one.named("learned_parity"), ">=", one.bound.learned, "share", one.path, why)
+    why = f"{kept} of the {known} probes that '{one.hop['reference']}' answers are answered"
     if found["lost"]:
         lost = found["lost"][0]
         why += f"; lost: {short(lost['prompt'])!r} -> {short(lost['found'])!r}"
     # Of a few probes one may fall to rounding alone, where the weights were rounded.
-    least = min(bound.learned, (known - 1) / known) if ":q" in name else bound.learned
-    return _explained(judge(f"learned_parity[{name}]", kept / known, ">=", least, "share", path, why), seen)
+    least = min(one.bound.learned, (known - 1) / known) if ":q" in one.name else one.bound.learned
+    return _explained(judge(one.named("learned_parity"), kept / known, ">=", least, "share", one.path, why), one)
 
 
-def _served(name: str, seen: dict[str, Any], bound: Bounds, path: str) -> Verdict:
-    found = seen["served"]
+def _served(one: _Seen) -> Verdict:
+    found = one.hop["served"]
+    if found is None:
+        why = "the runtime's own server was not asked"
+        return missing(one.named("served_parity"), ">=", one.bound.greedy, "share", one.path, why)
     why = f"{found['equal']} of {found['compared']} answers of the runtime's own server are those of the runtime"
     if first := found["first"]:
         why += f"; {short(first['prompt'])!r}: expected {short(first['expected'])!r}, found {short(first['found'])!r}. "
         why += "Likely cause: the server renders the conversation otherwise, or changes it"
-    return judge(f"served_parity[{name}]", _share(found), ">=", bound.greedy, "share", path, why)
+    return judge(one.named("served_parity"), _share(found), ">=", one.bound.greedy, "share", one.path, why)
 
 
-def _constants(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    found, different = seen["constants"], _different(seen)
+def _constants(one: _Seen) -> Verdict:
+    found, different = one.hop["constants"], _different(one.hop)
     why = f"{found['compared'] - len(found['different']) + len(different)} constants are read alike"
     if different:
         why = _named(different)
-    if seen["mended"]:
-        why += f"; mended: {' '.join(seen['mended'])}"
-    return judge(f"constants_parity[{name}]", float(len(different)), "==", 0.0, "constants", path, why)
+    if one.hop["mended"]:
+        why += f"; mended: {' '.join(one.hop['mended'])}"
+    return judge(one.named("constants_parity"), float(len(different)), "==", 0.0, "constants", one.path, why)
 
 
-def _different(seen: dict[str, Any]) -> list[dict[str, Any]]:
+def _different(hop: Hop) -> list[Constant]:
     """The constants read otherwise. An embedding that was trained alone unties the head, which then is as it was."""
-    exact = seen["merge"] is not None and not seen["merge"]["off"]
-    found: list[dict[str, Any]] = seen["constants"]["different"]
-    return [each for each in found if not (exact and each["name"] == "tie_word_embeddings")]
+    exact = hop["merge"] is not None and not hop["merge"]["off"]
+    return [each for each in hop["constants"]["different"] if not (exact and each["name"] == "tie_word_embeddings")]
 
 
-def _factor(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    why = f"the adapter is {seen['merge_factor']:.3f} times in the merged weights (1: merged once)"
-    distance = abs(seen["merge_factor"] - 1)
-    return judge(f"merged_once[{name}]", distance, "<=", FACTOR_TOLERANCE, "distance from 1", path, why)
+def _factor(one: _Seen, recipe: Recipe, run: Run) -> Verdict:
+    factor, name = one.hop["merge_factor"], one.named("merged_once")
+    if factor is None:
+        return _untold(name, FACTOR_TOLERANCE, "distance from 1", one, recipe, run)
+    why = f"the adapter is {factor:.3f} times in the merged weights (1: merged once)"
+    return judge(name, abs(factor - 1), "<=", FACTOR_TOLERANCE, "distance from 1", one.path, why)
 
 
-def _exact(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    found = seen["merge"]
+def _exact(one: _Seen, recipe: Recipe, run: Run) -> Verdict:
+    found, name = one.hop["merge"], one.named("merge_exact")
+    if found is None:
+        return _untold(name, 0.0, "weights off", one, recipe, run)
     why = f"{found['compared'] - len(found['off'])} of {found['compared']} weights are base + adapter, but for rounding"
     if found["off"]:
         why += f"; {_off(found)}"
-    return judge(f"merge_exact[{name}]", float(len(found["off"])), "==", 0.0, "weights off", path, why)
+    return judge(name, float(len(found["off"])), "==", 0.0, "weights off", one.path, why)
 
 
-def _off(found: dict[str, Any]) -> str:
+def _untold(name: str, bound: float, unit: str, one: _Seen, recipe: Recipe, run: Run) -> Verdict:
+    """Where the merged weights were not held against base and adapter: whether they can be."""
+    if why := _no_sum(recipe, run):
+        remedy = "nothing: the answers and distributions of the merged model are compared all the same"
+        return not_examined(name, "<=", bound, unit, one.path, why, remedy)
+    why = "the merged weights were not held against base and adapter, and they can be"
+    return missing(name, "<=", bound, unit, one.path, why)
+
+
+def _no_sum(recipe: Recipe, run: Run) -> str:
+    """Why the files on disk do not say what base and adapter come to; empty where they do."""
+    base, adapter = evidence.final(run, recipe)
+    if adapter is None:
+        return ""
+    added = adapters.weights(stored.names(adapter))
+    if added is None or not adapters.is_plain(read_object(adapter / "adapter_config.json")):
+        return "the adapter is no plain LoRA, whose weights are base + scale * B A"
+    if not added <= set(stored.names(base)):
+        return "the base's files have other names for the weights that the adapter adds to, or are no safetensors"
+    return ""
+
+
+def _off(found: Exactness) -> str:
     names = [each["name"] for each in found["off"]]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"not base + adapter: {', '.join(names[:SHOWN])}{more}"
 
 
-def _adapter(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    found = seen["adapter"]
+def _adapter(one: _Seen) -> Verdict:
+    found, name = one.hop["adapter"], one.named("adapter_carried")
+    if found is None:
+        return missing(name, "==", 0.0, "tensors off", one.path, "there is no adapter inside it")
     why = f"{found['compared']} tensors of the adapter inside it"
     why += f"; not those that were trained: {found['other'][0]}" if found["other"] else " are those that were trained"
-    return judge(f"adapter_carried[{name}]", float(len(found["other"])), "==", 0.0, "tensors off", path, why)
+    return judge(name, float(len(found["other"])), "==", 0.0, "tensors off", one.path, why)
 
 
-def _bits(name: str, seen: dict[str, Any], path: str) -> Verdict:
-    promised = seen["bits_promised"]
-    why = f"a weight takes {seen['bits']:.2f} bits in its files, and at least {promised:g} in what it is called"
-    return judge(f"stored_bits[{name}]", seen["bits"], ">=", promised, "bits a weight", path, why)
+def _bits(one: _Seen) -> Verdict:
+    found, name, unit = one.hop["bits"], one.named("stored_bits"), "bits a weight"
+    if found is None:
+        return missing(name, ">=", one.promised, unit, one.path, "nobody looked how much room its weights take")
+    why = f"a weight takes {found:.2f} bits in its files, and at least {one.promised:g} in what it is called"
+    return judge(name, found, ">=", one.promised, unit, one.path, why)
 
 
-def _explained(verdict: Verdict, seen: dict[str, Any], of: str | None = None) -> Verdict:
+def _explained(verdict: Verdict, one: _Seen, of: str | None = None) -> Verdict:
     """The verdict; where it failed, with the likely cause that the rest of the evidence points to."""
     if verdict.passed:
         return verdict
-    from dataclasses import replace
-
-    return replace(verdict, why=f"{verdict.why}. Likely cause: {_cause(seen, of)}")
+    return replace(verdict, why=f"{verdict.why}. Likely cause: {_cause(one, of)}")
 
 
-def _cause(seen: dict[str, Any], of: str | None) -> str:
-    different = _different(seen)
+def _cause(one: _Seen, of: str | None) -> str:
+    different = _different(one.hop)
     if chosen := [each for each in different if of is None or each["name"] == of] or different:
         return _named(chosen)
-    factor = seen["merge_factor"]
+    factor = one.hop["merge_factor"]
     if factor is not None and abs(factor - 1) > FACTOR_TOLERANCE:
         return f"the adapter is {factor:.2f} times in the merged weights; merge again from the base model"
-    if seen["merge"] is not None and seen["merge"]["off"]:
-        return _off(seen["merge"])
-    if seen["bits"] is not None and seen["bits"] < seen["bits_promised"]:
-        return f"a weight takes {seen['bits']:.1f} bits, not the {seen['bits_promised']:g} of what it is called"
-    if seen["stops"]["missing"] and of == "eos_token_id":
-        return f"the runtime does not stop at the ids {seen['stops']['missing']} (eos_token_id)"
+    if one.hop["merge"] is not None and one.hop["merge"]["off"]:
+        return _off(one.hop["merge"])
+    if one.hop["bits"] is not None and one.hop["bits"] < one.promised:
+        return f"a weight takes {one.hop['bits']:.1f} bits, not the {one.promised:g} of what it is called"
+    if one.hop["stops"]["missing"] and of == "eos_token_id":
+        return f"the runtime does not stop at the ids {one.hop['stops']['missing']} (eos_token_id)"
     if of == "eos_token_id":
         return "the runtime does not know the end-of-turn token, or the weights are too coarse"
-    if ":q" in seen["hop"]:
+    if ":q" in one.hop["hop"]:
         return "the quantization is too coarse for this model; try one with more bits (q8_0)"
     return (
         "other weights than those of the model it is made from (an export of an older run, or tensors put elsewhere?)"
     )
 
 
-def _named(different: list[dict[str, Any]]) -> str:
+def _named(different: list[Constant]) -> str:
     return "; ".join(
         f"{each['name']} is {each['expected']} in the model, {each['found']} in the export" for each in different
     )
 
 
-def _share(found: dict[str, Any]) -> float | None:
+def _share(found: Same | ServedAnswers) -> float | None:
     return found["equal"] / found["compared"] if found["compared"] else None
 
 
 def _tops(tokens: list[list[Any]]) -> str:
     return "[" + ", ".join(f"{text!r} {probability:.3f}" for text, probability in tokens) + "]"
+
+
+PARTS: tuple[Part, ...] = (*compared.PARTS, Part(check=_check, owes=_owes, evidence=layout.MATERIAL.path))

@@ -2,76 +2,60 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from finetune.answers import is_correct, normalize
-from finetune.checks import Verdict, judge, leaks, missing
+from finetune.backends import Tokenizer
+from finetune.checks import Part, Verdict, judge, leaks, rereading
+from finetune.checks.asked import base_tokenizer, phases, sets
 from finetune.checks.rows import rendering
-from finetune.core.files import read_jsonl
 from finetune.data import encode, formats, sources
-from finetune.errors import FinetuneError, first_line
+from finetune.errors import StageError
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records.evaluated import Answer, Question
+from finetune.run.records.trained import Row
 
-ANSWERS = "evaluate/answers.jsonl"
-GREEDY = "evaluate/greedy.json"
-PROMPTS = "evaluate/prompts.jsonl"
-SETS = ("probes", "controls", "unseen")
+ANSWERS, PROMPTS = layout.ANSWERS.path, layout.PROMPTS.path
 OTHERS = 20  # answers to other questions that each question is tried with
-# Nats by which a token that was said may be behind the likeliest: what reading in one pass rounds otherwise than writing
-# token by token. Eleven honest runs in float32 gave 0; the bounds are the ties that exports are allowed (parity.bounds).
-GAP = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.2}
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    try:
-        examples = leaks.trained(recipe, run)
-        leaked = leaks.nothing_leaked(recipe, examples)
-    except FinetuneError as error:
-        examples = {}
-        leaked = missing(
-            "nothing_leaked", "==", 0, "leaked", ANSWERS, f"data cannot be read again: {first_line(error)}"
-        )
-    if not any(getattr(recipe.evaluate, name) for name in SETS):
-        return [leaked]
-    path = run.path / ANSWERS
-    answers = evidence.read_rows(run, ANSWERS, "evaluate") if path.is_file() else []
-    if not answers:
-        return [leaked, missing("every_question_asked", "==", 1.0, "share", ANSWERS, "no question was asked")]
-    return [
-        leaked,
-        _all_asked(recipe, run, answers),
-        _asked_as_trained(recipe, run, answers, examples),
-        _judged_again(answers),
-        _judged_strictly(answers),
-        _greedy(recipe, run, answers),
-    ]
+def _leaked(recipe: Recipe, run: Run) -> list[Verdict]:
+    return [leaks.nothing_leaked(recipe, leaks.trained(recipe, run))]
 
 
-def _all_asked(recipe: Recipe, run: Run, answers: list[dict[str, Any]]) -> Verdict:
+# -- asked -------------------------------------------------------------------------------------------------------------
+
+
+def _all_asked(recipe: Recipe, run: Run) -> list[Verdict]:
     """Every question of every file, in every phase of the run."""
-    name = "every_question_asked"
-    try:
-        wanted = [
-            (which, row.values.get("prompt"), row.values.get("answer"))
-            for which in SETS
-            if (file := getattr(recipe.evaluate, which))
-            for row in sources.read_jsonl_objects(file)
-        ]
-    except FinetuneError as error:
-        return missing(name, "==", 1.0, "share", ANSWERS, f"the questions cannot be read again: {first_line(error)}")
-    phases = list(evidence.phases(run, recipe))
-    asked = [(a["set"], a["prompt"], a["answer"]) for a in answers if list(a["phases"]) == phases]
+    wanted = [
+        _question(which, number, row.values)
+        for which in sets(recipe)
+        for number, row in enumerate(sources.read_jsonl_objects(getattr(recipe.evaluate, which)), 1)
+    ]
+    there = phases(recipe)
+    asked = [
+        (a["set"], a["id"], a["kind"], a["prompt"], a["answer"], a["match"])
+        for a in evidence.rows(run, layout.ANSWERS)
+        if list(a["phases"]) == there
+    ]
     left = list(asked)
     lost = [each for each in wanted if not _take(left, each)]
-    why = f"{len(wanted) - len(lost)} of the {len(wanted)} questions in the files have an answer of {', '.join(phases)}"
+    why = f"{len(wanted) - len(lost)} of the {len(wanted)} questions in the files have an answer of {', '.join(there)}"
     if lost:
-        why += f"; not asked: {len(lost)}, first {lost[0][1]!r} of {lost[0][0]}"
+        why += f"; not asked: {len(lost)}, first {lost[0][3]!r} of {lost[0][0]}"
     if left:
-        why += f"; asked, and in no file: {len(left)}, first {left[0][1]!r}"
+        why += f"; asked, and in no file: {len(left)}, first {left[0][3]!r}"
     share = (len(wanted) - len(lost)) / (len(wanted) + len(left)) if wanted else None
-    return judge(name, share, "==", 1.0, "share", ANSWERS, why)
+    return [judge("every_question_asked", share, "==", 1.0, "share", ANSWERS, why)]
+
+
+def _question(which: str, number: int, row: dict[str, Any]) -> tuple[Any, ...]:
+    """A line of a file of questions, as it is asked; `number` stands for the name that it does not have."""
+    kind = row.get("kind", "trained" if which == "probes" else which)
+    return which, str(row.get("id", number)), kind, row.get("prompt"), row.get("answer"), row.get("match")
 
 
 def _take(those: list[Any], each: Any) -> bool:
@@ -81,32 +65,36 @@ def _take(those: list[Any], each: Any) -> bool:
     return True
 
 
-def _asked_as_trained(
-    recipe: Recipe, run: Run, answers: list[dict[str, Any]], examples: dict[int, formats.Example]
-) -> Verdict:
+def _asked_as_trained(recipe: Recipe, run: Run) -> list[Verdict]:
     """The ids that the model was given are those that a trained row of the same question begins with; of a question that
     is in no row, those that our own renderer makes."""
+    answers, prompts = evidence.rows(run, layout.ANSWERS), evidence.rows(run, layout.PROMPTS)
     tokenizer, template = rendering(recipe, run)
-    there = read_jsonl(run.path / PROMPTS) if (run.path / PROMPTS).is_file() else []
-    prompts = {row["prompt"]: row["ids"] for row in there}
     system = recipe.template.system
-    rows = evidence.read_rows(run, "prepare/train.jsonl", "prepare") if examples else []
-    begins = {_only_question(examples[row["row"]]): _prompt(row) for row in rows if row["row"] in examples}
+    begins = _beginnings(recipe, run)
     right, trained, wrong = 0, 0, ""
-    for asked in answers:
+    for place, asked in enumerate(answers):
         chat = [{"role": "user", "content": asked["prompt"]}]
         expected = begins.get(asked["prompt"])
         trained += expected is not None
         if expected is None:
             expected = encode.prompt_ids(chat, tokenizer=tokenizer, template=template, system=system)
-        ids = prompts.get(asked["prompt"], [])
-        if ids == expected:
+        kept = prompts[place] if place < len(prompts) else {"prompt": "", "ids": []}
+        if (kept["prompt"], kept["ids"]) == (asked["prompt"], expected):
             right += 1
         elif not wrong:
-            said, wanted = (tokenizer.decode(each)[:120] for each in (ids, expected))
+            said, wanted = (tokenizer.decode(each)[:120] for each in (kept["ids"], expected))
             wrong = f"; first {said!r} instead of {wanted!r}"
     why = f"{right} of {len(answers)} questions were asked as training asks ({trained} of them are in its rows){wrong}"
-    return judge("asked_as_trained", right / len(answers), "==", 1.0, "share", PROMPTS, why)
+    share = right / max(len(answers), len(prompts)) if answers else None
+    return [judge("asked_as_trained", share, "==", 1.0, "share", PROMPTS, why)]
+
+
+def _beginnings(recipe: Recipe, run: Run) -> dict[str | None, list[int] | None]:
+    """By question, what a trained row of it begins with."""
+    examples = leaks.trained(recipe, run)
+    rows = evidence.rows(run, layout.TRAIN_ROWS) if examples else []
+    return {_only_question(examples[row["row"]]): _prompt(row) for row in rows if row["row"] in examples}
 
 
 def _only_question(example: formats.Example) -> str | None:
@@ -116,33 +104,60 @@ def _only_question(example: formats.Example) -> str | None:
     return example.messages[0]["content"] if alone else None
 
 
-def _prompt(row: dict[str, Any]) -> list[int] | None:
+def _prompt(row: Row) -> list[int] | None:
     """What comes before the first trained token; None where everything is trained."""
     first = next((place for place, label in enumerate(row["labels"]) if label != encode.IGNORED), 0)
     return row["input_ids"][:first] or None
 
 
-def _judged_again(answers: list[dict[str, Any]]) -> Verdict:
-    judged = [(a, answer) for a in answers for answer in a["phases"].values()]
+# -- judged ------------------------------------------------------------------------------------------------------------
+
+
+def _answers(recipe: Recipe, run: Run) -> list[Verdict]:
+    answers = evidence.rows(run, layout.ANSWERS)
+    if not answers:
+        raise StageError("no question was asked")
+    tokenizer = base_tokenizer(recipe, run)
+    return [_text_of_tokens(tokenizer, answers), _judged_again(answers), _judged_strictly(answers)]
+
+
+def _text_of_tokens(tokenizer: Tokenizer, answers: list[Question]) -> Verdict:
+    """What is judged is the text of the tokens that were said."""
+    said = [(asked, answer) for asked in answers for answer in asked["phases"].values()]
+    odd = [(asked, answer) for asked, answer in said if not _is_text(tokenizer, answer)]
+    why = f"{len(said) - len(odd)} of {len(said)} answers are the text of their tokens"
+    if odd:
+        asked, answer = odd[0]
+        why += f"; that to {asked['prompt']!r} is {answer['text'][:60]!r}, and its tokens say "
+        why += f"{tokenizer.decode(answer['ids'])[:60]!r}"
+    return judge("answers_as_said", len(odd), "==", 0, "answers of other text", ANSWERS, why)
+
+
+def _is_text(tokenizer: Tokenizer, answer: Answer) -> bool:
+    return answer["text"] in (tokenizer.decode(answer["ids"]), tokenizer.decode(answer["ids"], skip_special=True))
+
+
+def _judged_again(answers: list[Question]) -> Verdict:
+    judged = [(asked, answer) for asked in answers for answer in asked["phases"].values()]
     wrong = [
-        (a, answer)
-        for a, answer in judged
-        if answer["correct"] is not is_correct(answer["text"], a["answer"], a.get("match"))
+        (asked, answer)
+        for asked, answer in judged
+        if answer["correct"] is not is_correct(answer["text"], asked["answer"], asked["match"])
     ]
     why = f"{len(judged) - len(wrong)} of {len(judged)} answers are right or wrong as they were judged"
     if wrong:
         asked, answer = wrong[0]
         word = "right" if answer["correct"] else "wrong"
-        why += f"; {answer['text'][:60]!r} was judged {word}, where {asked.get('match') or asked['answer']!r} is wanted"
+        why += f"; {answer['text'][:60]!r} was judged {word}, where {asked['match'] or asked['answer']!r} is wanted"
     return judge("judged_again", len(wrong), "==", 0, "judged otherwise", ANSWERS, why)
 
 
-def _judged_strictly(answers: list[dict[str, Any]]) -> Verdict:
+def _judged_strictly(answers: list[Question]) -> Verdict:
     """Answers to other questions, and an empty one, are wrong answers."""
     tried, passed = 0, []
     folded = {a["answer"]: (a["answer"].casefold(), normalize(a["answer"])) for a in answers}
     for asked in answers:
-        key = asked.get("match") or asked["answer"]
+        key = asked["match"] or asked["answer"]
         others = [
             other
             for other, (plain, bare) in folded.items()
@@ -150,7 +165,7 @@ def _judged_strictly(answers: list[dict[str, Any]]) -> Verdict:
         ]
         for text in ("", *others[:: -(-len(others) // OTHERS) or 1]):
             tried += 1
-            if is_correct(text, asked["answer"], asked.get("match")):
+            if is_correct(text, asked["answer"], asked["match"]):
                 passed.append((asked, text))
     why = f"of {tried} answers to other questions {len(passed)} pass for right ones"
     if passed:
@@ -158,33 +173,17 @@ def _judged_strictly(answers: list[dict[str, Any]]) -> Verdict:
     return judge("judged_strictly", len(passed), "==", 0, "wrong answers taken", ANSWERS, why)
 
 
-def _greedy(recipe: Recipe, run: Run, answers: list[dict[str, Any]]) -> Verdict:
-    """No token was said that another one was likelier than; an answer without an end is as long as it may be."""
-    name, unit, bound = "answers_are_greedy", "nats behind", GAP[recipe.model.dtype]
-    path = run.path / GREEDY
-    read = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    phases = list(answers[0]["phases"])
-    if list(read) != phases:
-        return missing(name, "<=", bound, unit, GREEDY, f"the answers were not read again in: {', '.join(phases)}")
-    most = recipe.evaluate.max_new_tokens
-    odd = [a for a in answers for said in a["phases"].values() if not _ended(said, most)]
-    if odd:
-        why = f"{len(odd)} answers neither end before their token {most} nor are that long, the first to "
-        why += f"{odd[0]['prompt']!r}"
-        return judge(name, None, "<=", bound, unit, ANSWERS, why)
-    phase = max(read, key=lambda each: _sortable(read[each]["gap"]))
-    worst, tokens = read[phase]["worst"], sum(each["tokens"] for each in read.values())
-    why = f"{tokens} tokens of the answers read again in one pass, every one the likeliest"
-    if not read[phase]["gap"] <= bound:
-        why = f"'{phase}' said {worst['said']!r} where {worst['likeliest']!r} was likelier, as token {worst['position']} of "
-        why += f"its answer to {worst['prompt']!r}: it was drawn, or the prompt was not what the model saw"
-    return judge(name, read[phase]["gap"], "<=", bound, unit, GREEDY, why)
+def _owes(*names: str) -> Callable[[Recipe], Iterable[str]]:
+    def owed(recipe: Recipe) -> Iterable[str]:
+        return names if sets(recipe) else ()
+
+    return owed
 
 
-def _ended(said: dict[str, Any], most: int) -> bool:
-    """Whether an answer has as many tokens as its end allows: the end-of-turn token is one of those it may have."""
-    return len(said["ids"]) < most if said["finish"] == "stop" else len(said["ids"]) == most
-
-
-def _sortable(value: float) -> float:
-    return value if value == value else float("inf")
+PARTS: tuple[Part, ...] = (
+    Part(check=_leaked, owes=lambda recipe: ["nothing_leaked"], evidence=leaks.EVIDENCE),
+    Part(check=_all_asked, owes=_owes("every_question_asked"), evidence=ANSWERS),
+    Part(check=_asked_as_trained, owes=_owes("asked_as_trained"), evidence=PROMPTS),
+    Part(check=_answers, owes=_owes("answers_as_said", "judged_again", "judged_strictly"), evidence=ANSWERS),
+    *rereading.PARTS,
+)

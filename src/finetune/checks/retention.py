@@ -2,108 +2,117 @@
 
 from __future__ import annotations
 
-import json
 import math
-from typing import Any
 
-from finetune.backends import get
-from finetune.checks import Verdict, judge, missing, worst
-from finetune.checks.artifacts import DRIFT, FRESH
+from finetune.checks import Part, Verdict, judge, missing, worst
+from finetune.checks.artifacts import DRIFT
+from finetune.checks.asked import BASE, answered, base_tokenizer, phases
+from finetune.checks.expected import not_given
 from finetune.data import sources
-from finetune.errors import FinetuneError, first_line
+from finetune.errors import StageError
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
+from finetune.run.records.evaluated import HeldOut
+from finetune.stages.measure import FRESH_TEXTS
 
-ANSWERS = "evaluate/answers.jsonl"
-HELDOUT = "evaluate/heldout.json"
+ANSWERS, HELDOUT, FRESH = layout.ANSWERS.path, layout.HELDOUT.path, layout.FRESH.path
 KNOWN_MIN = 3  # fewer controls known beforehand say nothing about what was kept
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    verdicts: list[Verdict] = []
-    if recipe.evaluate.controls is not None:
-        verdicts.append(_controls(recipe, run))
-    if recipe.evaluate.heldout is not None:
-        verdicts += _heldout(recipe, run)
-    return verdicts
-
-
-def _controls(recipe: Recipe, run: Run) -> Verdict:
-    name, bound = "controls_kept", recipe.expect.controls_kept_min
-    path = run.path / ANSWERS
-    controls = (
-        [a for a in evidence.read_rows(run, ANSWERS, "evaluate") if a["set"] == "controls"] if path.is_file() else []
-    )
-    known = [a for a in controls if a["phases"]["base"]["correct"]]
+def _controls(recipe: Recipe, run: Run) -> list[Verdict]:
+    name, bound, file = "controls_kept", recipe.expect.controls_kept_min, recipe.evaluate.controls
+    line = '{"prompt": "a general question that the base answers", "answer": "...", "match": "a name in the answer"}'
+    if file is None:
+        why = "whether the model still knows what it knew was not examined: no general questions (evaluate.controls)"
+        remedy = f"add evaluate.controls: FILE (JSONL), a line a question: {line}"
+        return [not_given(recipe, name, ">=", bound, "share", ANSWERS, why, remedy)]
+    controls, final = answered(recipe, run, "controls"), phases(recipe)[-1]
+    known = [asked for asked in controls if asked["phases"][BASE]["correct"]]
     if len(known) < KNOWN_MIN:
         why = f"the base answers {len(known)} of {len(controls)} controls; at least {KNOWN_MIN} are needed"
-        return missing(name, ">=", bound, "share", ANSWERS, why)
-    final = list(known[0]["phases"])[-1]
-    kept = [a for a in known if a["phases"][final]["correct"]]
-    lost = next((a for a in known if a not in kept), None)
-    why = f"{len(kept)} of the {len(known)} controls known before are known after"
+        remedy = f"add lines to evaluate.controls ({file}): {line}"
+        return [not_given(recipe, name, ">=", bound, "share", ANSWERS, why, remedy)]
+    lost = [asked for asked in known if not asked["phases"][final]["correct"]]
+    why = f"{len(known) - len(lost)} of the {len(known)} controls known before are known after"
     if lost:
-        why += f"; lost: {lost['prompt']!r} -> {lost['phases'][final]['text'][:60]!r}"
-    return judge(name, len(kept) / len(known), ">=", bound, "share", ANSWERS, why)
+        why += f"; lost: {lost[0]['prompt']!r} -> {lost[0]['phases'][final]['text'][:60]!r}"
+    return [judge(name, 1 - len(lost) / len(known), ">=", bound, "share", ANSWERS, why)]
+
+
+def _scored(recipe: Recipe, run: Run) -> dict[str, HeldOut]:
+    """What held-out text scored at each point. Raises StageError where one lacks."""
+    values = evidence.read(run, layout.HELDOUT)
+    if list(values) != phases(recipe):
+        raise StageError(f"held-out text was scored in {', '.join(values) or 'no phase'}, not in {phases(recipe)}")
+    return values
 
 
 def _heldout(recipe: Recipe, run: Run) -> list[Verdict]:
     name, bound = "heldout_perplexity", recipe.expect.heldout_ratio_max
-    path = run.path / HELDOUT
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if len(values) < 2:
-        return [missing(name, "<=", bound, "ratio", HELDOUT, "held-out text was not scored before and after")]
-    final = list(values)[-1]
-    before, after = values["base"]["perplexity"], values[final]["perplexity"]
-    why = f"perplexity of text never trained: {before:.2f} before, {after:.2f} after, {values['base']['tokens']} tokens"
-    return [
-        judge(name, after / before, "<=", bound, "ratio", HELDOUT, why),
-        _whole(recipe, run, values),
-        _confirmed(recipe, run, values),
-    ]
+    if recipe.evaluate.heldout is None:
+        why = "whether other text stays as likely as it was was not examined: there is none (evaluate.heldout)"
+        remedy = 'add evaluate.heldout: FILE (JSONL), a line a text that is never trained: {"text": "..."}'
+        return [not_given(recipe, name, "<=", bound, "ratio", HELDOUT, why, remedy)]
+    values = _scored(recipe, run)
+    before, after = values[BASE], values[phases(recipe)[-1]]
+    why = f"perplexity of text never trained: {before['perplexity']:.2f} before, {after['perplexity']:.2f} after, "
+    why += f"{before['tokens']} tokens"
+    ratio = after["perplexity"] / before["perplexity"] if before["perplexity"] else None
+    return [judge(name, ratio, "<=", bound, "ratio", HELDOUT, why), _whole(recipe, run, values)]
 
 
-def _whole(recipe: Recipe, run: Run, values: dict[str, Any]) -> Verdict:
+def _whole(recipe: Recipe, run: Run, values: dict[str, HeldOut]) -> Verdict:
     """Every token of the held-out text but each text's first, counted again."""
-    name = "heldout_whole"
     assert recipe.evaluate.heldout is not None
-    try:
-        rows = sources.read_jsonl_objects(recipe.evaluate.heldout)
-        tokenizer = get(recipe.backend).tokenizer(evidence.phases(run, recipe)["base"][0])
-    except FinetuneError as error:
-        return missing(name, "==", 1.0, "share", HELDOUT, f"the text cannot be read again: {first_line(error)}")
-    expected = sum(max(0, len(tokenizer.encode(row.values["text"])) - 1) for row in rows)
-    odd = {phase: value["tokens"] for phase, value in values.items() if value["tokens"] != expected}
-    why = f"{expected} tokens of {len(rows)} texts can be scored"
+    rows = sources.read_jsonl_objects(recipe.evaluate.heldout)
+    tokenizer = base_tokenizer(recipe, run)
+    each = [count for row in rows if (count := len(tokenizer.encode(row.values["text"])) - 1) > 0]
+    found = {phase: [tokens for _, tokens in value["texts"]] for phase, value in values.items()}
+    odd = {phase: values[phase]["tokens"] for phase, counts in found.items() if counts != each}
+    odd |= {phase: value["tokens"] for phase, value in values.items() if value["tokens"] != sum(each)}
+    why = f"{sum(each)} tokens of {len(rows)} texts can be scored"
     why += "".join(f"; in '{phase}' {count} were" for phase, count in odd.items()) if odd else ", and were"
-    share = min(value["tokens"] / expected for value in values.values()) if expected else None
-    if odd and share is not None and share >= 1:
-        share = max(odd.values()) / expected
-    return judge(name, share, "==", 1.0, "share", HELDOUT, why)
+    missed = sum(phase in odd for phase in values)
+    return judge("heldout_whole", 1 - missed / len(values), "==", 1.0, "share of phases", HELDOUT, why)
 
 
-def _confirmed(recipe: Recipe, run: Run, values: dict[str, Any]) -> Verdict:
+def _confirmed(recipe: Recipe, run: Run) -> list[Verdict]:
     """The perplexity is that of the log-probabilities of its texts, which a fresh process found for the merged model."""
     name, bound, unit = "heldout_confirmed", DRIFT[recipe.model.dtype], "nats a token"
-    path = run.path / FRESH
-    fresh = json.loads(path.read_text(encoding="utf-8")).get("heldout") if path.is_file() else None
-    if not fresh:
-        return missing(name, "<=", bound, unit, FRESH, "no fresh process scored the held-out text")
+    values, fresh = _scored(recipe, run), evidence.read(run, layout.FRESH).get("heldout", [])
+    final = values[phases(recipe)[-1]]["texts"]
+    if not fresh or [count for _, count in fresh] != [count for _, count in final[:FRESH_TEXTS]]:
+        why = f"a fresh process scored {len(fresh)} of the first {len(final[:FRESH_TEXTS])} texts, or other tokens"
+        return [missing(name, "<=", bound, unit, FRESH, why)]
     apart: dict[str, float] = {}
     for phase, value in values.items():
         total, count = map(sum, zip(*value["texts"], strict=True))
         apart[f"in '{phase}' the perplexity {value['perplexity']:.2f} is not that of its texts"] = _distance(
             value["perplexity"], -total / count
         )
-    final = list(values)[-1]
-    for number, ((total, count), (again, tokens)) in enumerate(zip(values[final]["texts"], fresh, strict=False), 1):
-        apart[f"text {number} scored otherwise by a fresh process"] = abs(total / count - again / tokens)
+    for number, (one, other) in enumerate(zip(final, fresh, strict=False), 1):
+        apart[f"text {number} scored otherwise by a fresh process"] = abs(one[0] / one[1] - other[0] / other[1])
     distance = worst(apart.values())
-    why = f"the perplexities are those of their {len(values[final]['texts'])} texts, {len(fresh)} of them scored again"
+    why = f"the perplexities are those of their {len(final)} texts, {len(fresh)} of them scored again"
     if not distance <= bound:
         why = next(how for how, far in apart.items() if not far <= bound)
-    return judge(name, distance, "<=", bound, unit, HELDOUT, why)
+    return [judge(name, distance, "<=", bound, unit, HELDOUT, why)]
 
 
 def _distance(perplexity: float, nats: float) -> float:
     return abs(math.log(perplexity) - nats) if perplexity > 0 else math.nan
+
+
+PARTS: tuple[Part, ...] = (
+    Part(check=_controls, owes=lambda recipe: ["controls_kept"], evidence=ANSWERS),
+    Part(
+        check=_heldout,
+        owes=lambda recipe: ["heldout_perplexity", *(["heldout_whole"] if recipe.evaluate.heldout else [])],
+        evidence=HELDOUT,
+    ),
+    Part(
+        check=_confirmed,
+        owes=lambda recipe: ["heldout_confirmed"] if recipe.evaluate.heldout else [],
+        evidence=FRESH,
+    ),
+)

@@ -4,19 +4,19 @@ tokenizer?"""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import TensorFacts, Tokenizer, get
-from finetune.checks import Verdict, judge, missing
-from finetune.core.files import read_jsonl, read_object
-from finetune.errors import FinetuneError, first_line
+from finetune.backends import Tokenizer, get
+from finetune.checks import Part, Verdict, judge, missing
+from finetune.checks.parts import TRAININGS, Training, is_lora, lora, single, tells, tensors
+from finetune.core.files import read_object
 from finetune.recipe import Recipe
-from finetune.recipe.sections import Lora
-from finetune.run import Report, Run, evidence
-from finetune.training import checkpoint_step, checkpoints
+from finetune.run import Run, evidence, layout
+from finetune.training import is_checkpoint
 
+MERGED = layout.MERGED.path
 # What an adapter's configuration says about how its tensors act; which layers have some, 'lora_coverage' tells.
 ACTING = (
     "r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "modules_to_save",
@@ -25,138 +25,132 @@ ACTING = (
 TEXTS = 64  # rows whose text both tokenizers read
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What one training stage left."""
-
-    stage: str
-    directory: Path
-    report: Report
-    tensors: dict[str, TensorFacts]
-
-    @property
-    def place(self) -> str:
-        return f"{self.stage}/{self.directory.name}"
+# -- of each training --------------------------------------------------------------------------------------------------
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    """One verdict of each name: of the first training that fails, or else of the last one."""
-    verdicts: list[Verdict] = []
-    for stage, section in (("train", recipe.train), ("align", recipe.align)):
-        report = run.report(stage)
-        if section is None or report is None:
-            continue  # 'stages_finished' speaks of it
-        directory = run.path / stage / ("adapter" if recipe.train is None or recipe.train.method == "lora" else "model")
-        try:
-            trained = Trained(stage, directory, report, get(recipe.backend).tensors(directory))
-        except FinetuneError as error:
-            verdicts.append(missing("saved_whole", ">=", 1.0, "share", stage, first_line(error)))
-            continue
-        verdicts += [_whole(trained), *_precise(trained), *_last(recipe, trained)]
-        if directory.name == "adapter":
-            verdicts.append(_configured(recipe, run, trained))
-    chosen: dict[str, Verdict] = {}
-    for verdict in verdicts:
-        if verdict.name not in chosen or chosen[verdict.name].passed:
-            chosen[verdict.name] = verdict
-    return [*chosen.values(), _tokenizer(recipe, run)]
+def _of_each(
+    name: str,
+    check: Callable[[Recipe, Run, Training], Verdict],
+    place: str,
+    when: Callable[[Recipe, Training], bool] = lambda recipe, training: True,
+) -> Part:
+    """A part of one verdict: of the first training that is not proved, or else of the last one."""
+
+    def trainings(recipe: Recipe) -> list[Training]:
+        return [each for each in TRAININGS if each.section(recipe) is not None and when(recipe, each)]
+
+    def judged(recipe: Recipe, run: Run) -> Verdict:
+        verdicts = [check(recipe, run, training) for training in trainings(recipe)]
+        return next((verdict for verdict in verdicts if not verdict.passed), verdicts[-1])
+
+    return single(name, judged, place, lambda recipe: bool(trainings(recipe)))
+
+
+def _place(recipe: Recipe, run: Run, training: Training) -> str:
+    return training.result(run, recipe).relative_to(run.path).as_posix()
+
+
+def _whole(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    """Some loaders need more than what was trained (a whole embedding); none can do with less."""
+    count = training.facts(run)["trainable_parameters"]
+    stored = sum(math.prod(facts.shape) for facts in tensors(recipe, training.result(run, recipe)).values())
+    why = f"{stored:,} parameters are stored, {count:,} were trained"
+    share = stored / count if count else None
+    return judge("saved_whole", share, ">=", 1.0, "share", _place(recipe, run, training), why)
+
+
+def _precise(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    """Bytes on disk against bytes in training."""
+    files = sorted(training.result(run, recipe).glob("*.safetensors"))
+    stored, size = sum(map(evidence.tensor_bytes, files)), training.facts(run)["trainable_bytes"]
+    why = f"{stored:,} bytes of tensors are stored, {size:,} were trained; a coarser type would lose some in silence"
+    share = stored / size if size else None
+    return judge("saved_precision", share, ">=", 1.0, "share of bytes", _place(recipe, run, training), why)
+
+
+def _last(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    """The result, against the checkpoint of the last step, which it is made of."""
+    steps, result = training.facts(run)["steps"], training.result(run, recipe)
+    checkpoint = result.parent / f"checkpoint-{steps}"
+    place = checkpoint.relative_to(run.path).as_posix()
+    if not is_checkpoint(checkpoint):
+        why = f"the checkpoint of the last step, {place}, is not there, or not whole"
+        return missing("saved_last", "==", 0, "tensors differ", training.stage, why)
+    last, ours = tensors(recipe, checkpoint), tensors(recipe, result)
+    differing = [tensor for tensor in {**last, **ours} if last.get(tensor) != ours.get(tensor)]
+    why = f"{_place(recipe, run, training)} against the checkpoint of the last step, {len(last)} tensors bit by bit"
+    why += f"; first: {differing[0]}" if differing else ""
+    return judge("saved_last", len(differing) if last else None, "==", 0, "tensors differ", place, why)
+
+
+def _keeps_last(recipe: Recipe, training: Training) -> bool:
+    """Whether the last step leaves a checkpoint, and the result is made of it: early stopping keeps the best one."""
+    section = training.asked(recipe)
+    return section.save_strategy != "no" and getattr(section, "early_stopping_patience", None) is None
+
+
+def _configured(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    """The adapter's configuration, against the recipe's, or that of the adapter which the training went on from. A setting
+    that is not there is PEFT's default, which is nothing."""
+    place = f"{_place(recipe, run, training)}/adapter_config.json"
+    found = evidence.fetched(run)
+    wanted = {**lora(recipe).model_dump(mode="json"), "base_model_name_or_path": found["base"]}
+    compared = list(ACTING)
+    if found["adapter"]:
+        wanted = read_object(Path(found["adapter"]) / "adapter_config.json")
+    elif isinstance(wanted["target_modules"], str):
+        compared.remove("target_modules")  # a rule, of which the list is made
+    path = run.path / place
+    if not path.is_file():
+        return missing("adapter_config", "==", 0, "settings differ", place, "the adapter has no configuration")
+    said = read_object(path)
+    off = [key for key in compared if _plain(said.get(key)) != _plain(wanted.get(key))]
+    why = f"{len(compared)} settings of the adapter are those it was trained with"
+    if off:
+        why = f"trained with {off[0]}: {wanted.get(off[0])}, the adapter says {said.get(off[0], 'nothing')}"
+    return judge("adapter_config", len(off), "==", 0, "settings differ", place, why)
+
+
+def _plain(value: Any) -> Any:
+    """Modules by their last names, in any order, and nothing as nothing."""
+    if isinstance(value, list):
+        return sorted({name.rpartition(".")[2] for name in value}) or None
+    return None if value == "none" else value or None
+
+
+# -- of the run --------------------------------------------------------------------------------------------------------
 
 
 def _tokenizer(recipe: Recipe, run: Run) -> Verdict:
     """The tokenizer that goes with the result, against the base's: what each id means, and the ids of the run's texts."""
-    name, unit, place = "saved_tokenizer", "ids or texts differ", "merge/model"
     backend = get(recipe.backend)
-    try:
-        ours = backend.tokenizer(Path(evidence.fetched(run)["base"]))
-        theirs = backend.tokenizer(run.path / place)
-    except FinetuneError as error:
-        return missing(name, "==", 0, unit, place, first_line(error))
+    ours = backend.tokenizer(Path(evidence.fetched(run)["base"]))
+    theirs = backend.tokenizer(run.path / MERGED)
     ids = [number for number in range(ours.vocab_size) if ours.decode([number]) != theirs.decode([number])]
-    texts = _texts(run, ours)
+    texts = _texts(recipe, run, ours)
     read = [text for text in texts if ours.encode(text) != theirs.encode(text)]
     why = f"{ours.vocab_size:,} token ids and {len(texts)} texts of the run, read as the base's tokenizer reads them"
     if ids:
         why += f"; id {ids[0]} means {theirs.decode(ids[:1])!r} instead of {ours.decode(ids[:1])!r}"
     elif read:
         why += f"; read otherwise: {read[0][:60]!r}"
-    return judge(name, len(ids) + len(read), "==", 0, unit, place, why)
+    return judge("saved_tokenizer", len(ids) + len(read), "==", 0, "ids or texts differ", MERGED, why)
 
 
-def _texts(run: Run, tokenizer: Tokenizer) -> list[str]:
+def _texts(recipe: Recipe, run: Run, tokenizer: Tokenizer) -> list[str]:
     """What the first prepared rows and pairs say."""
-    rows = [
-        row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"]
-        for name in ("train", "preferences")
-        if (file := run.path / "prepare" / f"{name}.jsonl").is_file()
-        for row in read_jsonl(file)[:TEXTS]
-    ]
-    return [tokenizer.decode(row) for row in rows]
+    ids: list[list[int]] = []
+    if recipe.train is not None:
+        ids += [row["input_ids"] for row in evidence.rows(run, layout.TRAIN_ROWS)[:TEXTS]]
+    if recipe.align is not None:
+        ids += [pair["prompt_ids"] + pair["chosen_ids"] for pair in evidence.rows(run, layout.PAIRS)[:TEXTS]]
+    return [tokenizer.decode(row) for row in ids]
 
 
-def _whole(trained: Trained) -> Verdict:
-    """Some loaders need more than what was trained (a whole embedding); none can do with less."""
-    count = trained.report.metrics.get("trainable_parameters")
-    stored = sum(math.prod(facts.shape) for facts in trained.tensors.values())
-    why = f"{stored:,} parameters are stored, {count or 0:,} were trained"
-    share = stored / count if count else None
-    return judge("saved_whole", share, ">=", 1.0, "share", trained.place, why)
-
-
-def _precise(trained: Trained) -> list[Verdict]:
-    """Bytes on disk against bytes in training. Nothing to say of a format other than safetensors."""
-    files = sorted(trained.directory.glob("*.safetensors"))
-    if not files:
-        return []
-    stored, size = sum(map(evidence.tensor_bytes, files)), trained.report.metrics.get("trainable_bytes")
-    why = (
-        f"{stored:,} bytes of tensors are stored, {size or 0:,} were trained; a coarser type would lose some in silence"
-    )
-    share = stored / size if size else None
-    return [judge("saved_precision", share, ">=", 1.0, "share of bytes", trained.place, why)]
-
-
-def _last(recipe: Recipe, trained: Trained) -> list[Verdict]:
-    """The result against the checkpoint of the last step, where it is still there and is what the result is made of."""
-    section = recipe.train if trained.stage == "train" else recipe.align
-    if getattr(section, "early_stopping_patience", None) is not None:
-        return []  # the result is the best checkpoint then
-    stored = checkpoints(trained.directory.parent)
-    if not stored or checkpoint_step(stored[-1]) != trained.report.metrics.get("steps"):
-        return []
-    name, place = "saved_last", f"{trained.stage}/{stored[-1].name}"
-    try:
-        last = get(recipe.backend).tensors(stored[-1])
-    except FinetuneError as error:
-        return [missing(name, "==", 0, "tensors differ", place, first_line(error))]
-    ours = trained.tensors
-    differing = [tensor for tensor in {**last, **ours} if last.get(tensor) != ours.get(tensor)]
-    why = f"{trained.place} against the checkpoint of the last step, {len(last)} tensors bit by bit"
-    why += f"; first: {differing[0]}" if differing else ""
-    return [judge(name, len(differing), "==", 0, "tensors differ", place, why)]
-
-
-def _configured(recipe: Recipe, run: Run, trained: Trained) -> Verdict:
-    """The adapter's configuration, against the recipe's, or that of the adapter which the training went on from."""
-    name, place = "adapter_config", f"{trained.place}/adapter_config.json"
-    found = evidence.fetched(run)
-    lora = recipe.train.lora if recipe.train else Lora()
-    wanted = {**lora.model_dump(mode="json"), "base_model_name_or_path": found["base"]}
-    path = run.path / place
-    if not path.is_file():
-        return missing(name, "==", 0, "settings differ", place, "the adapter has no configuration")
-    if found["adapter"]:
-        wanted = read_object(Path(found["adapter"]) / "adapter_config.json")
-    elif isinstance(wanted["target_modules"], str):
-        wanted.pop("target_modules")  # a rule, of which the list is made
-    said = read_object(path)
-    compared = [key for key in ACTING if key in said and key in wanted]
-    off = [key for key in compared if _plain(said[key]) != _plain(wanted[key])]
-    why = f"{len(compared)} settings of the adapter are those it was trained with"
-    if off:
-        why = f"trained with {off[0]}: {wanted[off[0]]}, the adapter says {said[off[0]]}"
-    return judge(name, len(off), "==", 0, "settings differ", place, why)
-
-
-def _plain(value: Any) -> Any:
-    """Modules by their last names, in any order, and nothing as nothing."""
-    return sorted({name.rpartition(".")[2] for name in value}) if isinstance(value, list) else value or None
+PARTS = (
+    _of_each("saved_whole", _whole, "train"),
+    _of_each("saved_precision", _precise, "train", lambda recipe, training: tells(recipe, "saved_precision")),
+    _of_each("saved_last", _last, "train", _keeps_last),
+    _of_each("adapter_config", _configured, "train", lambda recipe, training: is_lora(recipe)),
+    single("saved_tokenizer", _tokenizer, MERGED, lambda recipe: True),
+)

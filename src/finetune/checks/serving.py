@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
-from finetune.checks import Verdict, judge, missing, short
+from finetune.checks import Part, Verdict, judge, missing, short
+from finetune.checks.asked import base_tokenizer, phases
+from finetune.parity.material import special_texts
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run import Run, evidence, layout
+from finetune.run.records.measured import Asked, Served
 
-MEASURED = "measure/serving.json"
+MEASURED = layout.SERVING.path
+REQUESTS = (
+    "serving_prompts", "serving_conversations", "serving_stops", "serving_max_tokens", "serving_temperature",
+    "serving_seed", "serving_top_p", "serving_streaming", "serving_usage",
+)  # fmt: skip
+TOLD: tuple[Literal["text", "finish", "prompt_tokens", "completion_tokens", "total_tokens"], ...] = (
+    "text", "finish", "prompt_tokens", "completion_tokens", "total_tokens",
+)  # fmt: skip
 
 
-def check(recipe: Recipe, run: Run) -> list[Verdict]:
-    path = run.path / MEASURED
-    if not path.is_file():
-        return [missing("serving_answers", "==", 1.0, "share", MEASURED, "the server was not asked")]
-    seen = json.loads(path.read_text(encoding="utf-8"))
+def _requests(recipe: Recipe, run: Run) -> list[Verdict]:
+    seen = evidence.read(run, layout.SERVING)
     return [
         _prompts(seen),
-        _answers(seen, "serving_answers", "question", "answers are those of 'evaluate'"),
         _answers(seen, "serving_conversations", "conversation", "conversations are answered as the model does itself"),
         _stops(seen),
         _length(seen),
         *_sampling(seen),
         _streaming(seen),
         _usage(seen),
-        _special(seen),
     ]
 
 
-def _prompts(seen: dict[str, Any]) -> Verdict:
+def _questions(recipe: Recipe, run: Run) -> list[Verdict]:
+    seen = evidence.read(run, layout.SERVING)
+    if why := _of_others(recipe, run, seen):
+        return [missing("serving_answers", "==", 1.0, "share", MEASURED, why)]
+    return [_answers(seen, "serving_answers", "question", "answers are those of 'evaluate'")]
+
+
+def _prompts(seen: Served) -> Verdict:
     """As many tokens as the training's template makes of the same messages."""
     odd = [each for each in seen["asked"] if each["found"]["prompt_tokens"] != each["expected"]["prompt_tokens"]]
     why = f"{_of(seen['asked'], odd)} prompts have the tokens that the training's template gives them"
@@ -48,7 +60,7 @@ def _prompts(seen: dict[str, Any]) -> Verdict:
     return judge("serving_prompts", _share(seen["asked"], odd), "==", 1.0, "share", MEASURED, why)
 
 
-def _answers(seen: dict[str, Any], name: str, kind: str, what: str) -> Verdict:
+def _answers(seen: Served, name: str, kind: str, what: str) -> Verdict:
     """Text and end. Where the merged model alone says something else than in `evaluate` (a tie), that counts as well."""
     asked = [each for each in seen["asked"] if each["kind"] == kind]
     odd = [each for each in asked if not _same(each)]
@@ -66,27 +78,48 @@ def _answers(seen: dict[str, Any], name: str, kind: str, what: str) -> Verdict:
     return judge(name, _share(asked, odd), "==", 1.0, "share", MEASURED, why)
 
 
-def _same(each: dict[str, Any]) -> bool:
+def _of_others(recipe: Recipe, run: Run, seen: Served) -> str:
+    """Which question is held against another answer than that of the evaluation; empty where none is."""
+    tokenizer, final = base_tokenizer(recipe, run), phases(recipe)[-1]
+    said = {asked["prompt"]: asked["phases"].get(final) for asked in evidence.rows(run, layout.ANSWERS)}
+    for each in seen["asked"]:
+        expected, known = each["expected"], said.get(each["name"])
+        held = (expected["text"], expected["tokens"], expected["finish"])
+        wanted = None
+        if known is not None:
+            text = tokenizer.decode(known["ids"], skip_special=True)
+            wanted = (text, len(known["ids"]), known["finish"])
+        if each["kind"] == "question" and held != wanted:
+            name, text = short(each["name"]), short(expected["text"])
+            return f"{name!r} is held against {text!r}, which is no answer of 'evaluate'"
+    return ""
+
+
+def _same(each: Asked) -> bool:
     expected, found = each["expected"], each["found"]
+    if each["kind"] == "conversation" and expected["text"] != each["again"]:
+        return False  # the model itself answers it with two texts
     if found["text"] not in (expected["text"], each["again"]):
         return False
     at_the_limit = expected["tokens"] + 1 >= each["max_tokens"]  # an end as the last token: servers call it 'length'
     return bool(found["finish"] == expected["finish"] or found["text"] != expected["text"] or at_the_limit)
 
 
-def _stops(seen: dict[str, Any]) -> Verdict:
+def _stops(seen: Served) -> Verdict:
     name, stop = "serving_stops", seen["stop"]
     if stop["found"] is None:
         return missing(name, "==", 1.0, "honoured", MEASURED, "the model says nothing that could be stopped at")
     found = stop["found"]
+    whole = [each["again"] for each in seen["asked"] if each["name"] == stop["name"]]
     right = found["text"] == stop["expected"] and found["finish"] == "stop"
+    right = right and any(text.startswith(stop["expected"] + stop["stop"]) for text in whole)
     why = f"asked to stop before {stop['stop']!r}: {short(found['text'])!r} ({found['finish']})"
     if not right:
         why += f" instead of {short(stop['expected'])!r} (stop)"
     return judge(name, float(right), "==", 1.0, "honoured", MEASURED, why)
 
 
-def _length(seen: dict[str, Any]) -> Verdict:
+def _length(seen: Served) -> Verdict:
     asked, found = seen["length"], seen["length"]["found"]
     right = (found["text"], found["finish"]) == (asked["expected"], "length")
     right = right and found["completion_tokens"] == asked["max_tokens"]
@@ -97,7 +130,7 @@ def _length(seen: dict[str, Any]) -> Verdict:
     return judge("serving_max_tokens", float(right), "==", 1.0, "honoured", MEASURED, why)
 
 
-def _sampling(seen: dict[str, Any]) -> list[Verdict]:
+def _sampling(seen: Served) -> list[Verdict]:
     drawn = seen["sampling"]
     texts, count = drawn["texts"], len(set(drawn["texts"]))
     likeliest = sum(text == drawn["greedy"] for text in drawn["likeliest_only"])
@@ -119,17 +152,19 @@ def _sampling(seen: dict[str, Any]) -> list[Verdict]:
     ]  # fmt: skip
 
 
-def _streaming(seen: dict[str, Any]) -> Verdict:
-    found = seen["stream"]["found"]
-    whole = next(each["found"] for each in seen["asked"] if each["name"] == seen["stream"]["name"])
-    keys = [key for key in whole if found[key] != whole[key]]
+def _streaming(seen: Served) -> Verdict:
+    name, unit, found = "serving_streaming", "different", seen["stream"]["found"]
+    whole = next((each["found"] for each in seen["asked"] if each["name"] == seen["stream"]["name"]), None)
+    if whole is None:
+        return missing(name, "==", 0, unit, MEASURED, f"{seen['stream']['name']!r} was not asked in one piece")
+    keys = [key for key in TOLD if found[key] != whole[key]]
     why = "a stream gives the same text, end and counts as an answer in one piece"
     if keys:
         why = f"as a stream '{keys[0]}' is {short(found[keys[0]])!r}, in one piece {short(whole[keys[0]])!r}"
-    return judge("serving_streaming", len(keys), "==", 0, "different", MEASURED, why)
+    return judge(name, len(keys), "==", 0, unit, MEASURED, why)
 
 
-def _usage(seen: dict[str, Any]) -> Verdict:
+def _usage(seen: Served) -> Verdict:
     """The tokens of the answer, with or without the one that ends it, and the sum."""
     alike = [each for each in seen["asked"] if each["found"]["text"] == each["expected"]["text"]]
     odd = [each for each in alike if not _counted(each)]
@@ -141,30 +176,43 @@ def _usage(seen: dict[str, Any]) -> Verdict:
     return judge("serving_usage", _share(alike, odd), "==", 1.0, "share", MEASURED, why)
 
 
-def _counted(each: dict[str, Any]) -> bool:
+def _counted(each: Asked) -> bool:
     found, tokens = each["found"], each["expected"]["tokens"]
     ends = (tokens, tokens + 1) if each["expected"]["finish"] == "stop" else (tokens,)
-    if found["completion_tokens"] not in ends or found["prompt_tokens"] is None:
+    made, prompt = found["completion_tokens"], found["prompt_tokens"]
+    if made is None or prompt is None or made not in ends:
         return False
-    return bool(found["total_tokens"] == found["prompt_tokens"] + found["completion_tokens"])
+    return found["total_tokens"] == prompt + made
 
 
-def _special(seen: dict[str, Any]) -> Verdict:
+def _special(recipe: Recipe, run: Run) -> list[Verdict]:
+    name, unit, seen = "serving_special_tokens", "answers", evidence.read(run, layout.SERVING)
+    marks = special_texts(base_tokenizer(recipe, run), evidence.chat_template(run))
+    if unsought := [word for word in marks if word not in seen["special"]]:
+        why = f"the marks of a turn that were looked for lack {', '.join(map(repr, unsought))}"
+        return [missing(name, "==", 0, unit, MEASURED, why)]
     texts = [each["found"]["text"] for each in (*seen["asked"], seen["stream"], seen["length"])]
     leaks = [(word, text) for text in texts for word in _marks(seen, text)]
     why = f"no mark of a turn stands in {len(texts)} answers"
     if leaks:
         why = f"{leaks[0][0]!r} stands in {short(leaks[0][1])!r}: the server does not take it for a special token"
-    return judge("serving_special_tokens", len({text for _, text in leaks}), "==", 0, "answers", MEASURED, why)
+    return [judge(name, len({text for _, text in leaks}), "==", 0, unit, MEASURED, why)]
 
 
-def _marks(seen: dict[str, Any], text: str) -> list[str]:
+def _marks(seen: Served, text: str) -> list[str]:
     return [word for word in seen["special"] if word in text]
 
 
-def _share(asked: list[Any], odd: list[Any]) -> float | None:
+def _share(asked: Sequence[Asked], odd: Sequence[Asked]) -> float | None:
     return 1 - len(odd) / len(asked) if asked else None
 
 
-def _of(asked: list[Any], odd: list[Any]) -> str:
+def _of(asked: Sequence[Asked], odd: Sequence[Asked]) -> str:
     return f"{len(asked) - len(odd)} of {len(asked)}"
+
+
+PARTS: tuple[Part, ...] = (
+    Part(check=_questions, owes=lambda recipe: ["serving_answers"], evidence=MEASURED),
+    Part(check=_requests, owes=lambda recipe: REQUESTS, evidence=MEASURED),
+    Part(check=_special, owes=lambda recipe: ["serving_special_tokens"], evidence=MEASURED),
+)

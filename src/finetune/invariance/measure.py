@@ -12,7 +12,7 @@ from finetune.backends import Job, get
 from finetune.core.files import digest, write_jsonl
 from finetune.errors import UsageError
 from finetune.experiment import in_fresh_process, train_request
-from finetune.invariance import MEASURED, shrink
+from finetune.invariance import MEASURED, lacks, shrink, uses
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout, seal
 from finetune.run.records.measured import Invariances
@@ -35,24 +35,16 @@ PLAIN: dict[str, Any] = {
 ADAPTED: dict[str, Any] = {
     "optim": "adamw_torch", "lr_scheduler_type": "constant", "learning_rate": 5e-3,
 }  # fmt: skip
-# What a backend has not got, and why; the torch backend has all of it.
-LACKS: dict[str, dict[str, str]] = {
-    "mlx": {"packing": "the mlx backend packs no rows"},
-    "fake": {
-        "packing": "the fake backend packs no rows",
-        "checkpointing": "the fake backend keeps no activations, so there is nothing to compute again",
-    },
-}
 
 
-def write(recipe: Recipe, run: Run) -> dict[str, Any]:
+def write(recipe: Recipe, run: Run) -> Invariances:
     """Measure, and leave the evidence where the stage `measure` would; return it. For the process that holds the run's lock.
 
     Where that stage has finished before, its report tells the digest of the newer evidence; one that was changed since it was
     written stays as it is, for `verify` to name.
     """
     found = measure(recipe, run, run.stage_dir("measure"))
-    file = evidence.write(run, layout.INVARIANCE, cast(Invariances, found))
+    file = evidence.write(run, layout.INVARIANCE, found)
     report = run.report("measure")
     if report is not None and seal.is_as_recorded(run, layout.report("measure").path):
         run.write_report(written_anew(report, MEASURED, digest(file)))
@@ -60,7 +52,7 @@ def write(recipe: Recipe, run: Run) -> dict[str, Any]:
     return found
 
 
-def measure(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
+def measure(recipe: Recipe, run: Run, out: Path) -> Invariances:
     """Carry out every experiment, in two processes side by side, and return the evidence: `invariances` by name, each with
     `comparisons` (two sequences that must agree), or with `not_applicable` (why there is nothing to compare)."""
     if recipe.train is None:
@@ -72,7 +64,8 @@ def measure(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
         bench = Bench(recipe, run, work)
         with ThreadPoolExecutor(2) as pool:
             found = pool.map(bench.carry_out, bench.requests())
-            return {**bench.facts, "invariances": bench.evidence({k: v for each in found for k, v in each.items()})}
+            seen = {k: v for each in found for k, v in each.items()}
+            return cast(Invariances, {**bench.facts, "invariances": bench.evidence(seen)})
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -84,14 +77,13 @@ class Bench:
         assert recipe.train is not None
         self.recipe, self.train, self.work = recipe, recipe.train, work
         job = replace(sft_job(recipe, run, work), adapter=None, eval_rows=None, resume=None)
-        self.model, self.lacks = job.model, dict(LACKS.get(recipe.backend, {}))
+        self.model, self.lacks = job.model, lacks(recipe)
         config = {"model_type": "fake"}
         if recipe.backend != "fake":  # which is tiny as it is
             self.model = work / "model"
             config = shrink.copy(job.model, self.model)
         if "packing" not in self.lacks and (why := shrink.unpackable(self.model)):
             self.lacks["packing"] = why
-        self.lacks |= self._by_choice()
         self.settings = {**job.settings, "dtype": "float32", "device": "cpu"}
         if self.settings.get("attn_implementation") == "flash_attention_2":
             self.settings["attn_implementation"] = None  # there is none in float32, nor on a CPU
@@ -120,17 +112,6 @@ class Bench:
             layers = [layer for layer in layers if layer < shrink.LAYERS] or [0]
         rank = min(MOST_RANK, job.lora["r"])
         return {**job.lora, "r": rank, "lora_dropout": 0.0, "rank_pattern": ranks, "layers_to_transform": layers}
-
-    def _by_choice(self) -> dict[str, str]:
-        """What the recipe asks for that leaves nothing to compare."""
-        found = {}
-        if self.train.packing_strategy == "wrapped":
-            found["packing"] = (
-                "packing_strategy 'wrapped' cuts rows, and lets them attend to each other; 'bfd' does not"
-            )
-        if self.train.method == "full":
-            found["merge"] = "full fine-tuning has no adapter to merge"
-        return found
 
     # -- what is asked of the processes -----------------------------------------------------------------------------
 
@@ -220,9 +201,8 @@ class Bench:
                 "comparisons": [{"one": on, "other": merged, "of": "scores"}],
                 "off": found["merged"]["off"],
             }
-        used = {"packing": self.train.packing, "checkpointing": self.train.gradient_checkpointing}
         for name, why in self.lacks.items():
-            result[name] = {"not_applicable": why, "used": used.get(name, False)}
+            result[name] = {"not_applicable": why, "used": uses(self.recipe, name)}
         return result
 
 

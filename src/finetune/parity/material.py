@@ -76,7 +76,7 @@ def build(recipe: Recipe, run: Run, model: Path) -> compared.Material:
     }
     return {
         "conversations": [_conversation(name, messages, recipe, render) for name, messages in CONVERSATIONS.items()],
-        "texts": [{"text": text, "ids": _with_bos(tokenizer, tokenizer.encode(text))} for text in TEXTS],
+        "texts": [{"text": text, "ids": with_bos(tokenizer, tokenizer.encode(text))} for text in TEXTS],
         "odd_texts": [{"text": text, "ids": tokenizer.encode(text)} for text in ODD_TEXTS],
         "vocabulary": [{"text": text, "ids": tokenizer.encode(text)} for text in _words(tokenizer)],
         "rows": _rows(run),
@@ -119,7 +119,7 @@ def _conversation(
     return {"name": name, "messages": [dict(message) for message in full], "ids": ids}
 
 
-def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """Scoring needs one token of context before the first target; a begin token where the model has one."""
     if getattr(tokenizer, "adds_bos", False) and tokenizer.bos_token:
         return [*tokenizer.encode(tokenizer.bos_token), *ids]

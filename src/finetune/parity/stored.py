@@ -24,16 +24,26 @@ def parameters(model: Path) -> int:
     return sum(math.prod(each["shape"]) for each in _tensors(model))
 
 
+def names(directory: Path) -> list[str]:
+    """The tensors of a model or adapter directory, by name."""
+    return [name for name, _ in _heads(directory)]
+
+
 def _tensors(model: Path) -> list[dict[str, Any]]:
-    """The heads of safetensors files: `dtype`, `shape` and `data_offsets` of each tensor.
+    """`dtype`, `shape` and `data_offsets` of each tensor."""
+    return [head for _, head in _heads(model)]
+
+
+def _heads(directory: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The heads of safetensors files, tensor by tensor.
 
     Format: https://github.com/huggingface/safetensors#format
     """
     found = []
-    for file in sorted(model.glob("*.safetensors")):
+    for file in sorted(directory.glob("*.safetensors")):
         with file.open("rb") as stream:
             head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        found += [each for name, each in head.items() if name != "__metadata__"]
+        found += [(name, each) for name, each in head.items() if name != "__metadata__"]
     return found
 
 

@@ -127,6 +127,12 @@ def save(model: Any, directory: Path, lora: Mapping[str, Any], out: Path, *, fan
     write_json(out / CONFIG, stated)
 
 
+def dropout(model: Any) -> float | None:
+    """The largest share that an adapter's layers drop as they are now; None without an adapter."""
+    layers = [module.dropout for _, module in model.named_modules() if "lora_a" in module]
+    return max((1 - layer._p_1 if layer.training else 0.0 for layer in layers), default=None)
+
+
 def scale(lora: Mapping[str, Any], name: str) -> float:
     """What B times A is multiplied by in a module."""
     return _rank_and_scale(lora, name)[1]

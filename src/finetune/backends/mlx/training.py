@@ -107,6 +107,8 @@ class Training:
         self.frozen_before = self.frozen_digest()
         self.gradient_bytes = 0
         self.norms: list[float] = []
+        self.decay = 0.0  # as the last step had it
+        self.dropout: float | None = None  # of the adapter, as the last step had it; None before one
         self.motion = Motion(values["learning_rate"], self._sample(), fresh=not self.done)
         self.pending: list[Step] = []
         if not job.resume and job.method == "lora":
@@ -142,6 +144,7 @@ class Training:
         began = time.perf_counter()
         mx.random.seed((self.values["seed"] << 24) + number)
         self.model.train()
+        self.dropout = lora.dropout(self.model)
         window = self._window(number)
         trained = sum(row.trained for batch in window for row in batch)
         total, gradients = 0.0, None
@@ -178,8 +181,9 @@ class Training:
         return self._logged(number)
 
     def _update(self, gradients: Any, rate: float) -> None:
-        if decay := self.values["weight_decay"]:
-            keep = 1 - rate * decay
+        self.decay = self.values["weight_decay"]
+        if self.decay:
+            keep = 1 - rate * self.decay
             spared = tree_map(lambda p: p * keep if p.ndim > 1 else p, self.model.trainable_parameters())
             self.model.update(spared)
         self.optimizer.learning_rate = rate
@@ -326,7 +330,8 @@ class Training:
             "steps": self.done,
             "planned_steps": self.total,
             **self.motion.facts(),
-            **({"clipped_norm": mx.max(mx.array(self.norms)).item()} if self.norms else {}),
+            "clipped_norm": mx.max(mx.array(self.norms)).item() if self.norms else None,
+            "weight_decay": self.decay,
             "optimized_parameters": sum(each.size for name, each in kept if name.endswith(".m")),
             "adam_beta1": self.optimizer.betas[0],
             "adam_beta2": self.optimizer.betas[1],
@@ -334,6 +339,8 @@ class Training:
             "stopped": stopped,
             "resumed_from": self.begun if self.job.resume else None,
         }
+        if self.job.method == "lora":
+            facts["lora_dropout"] = self.dropout
         if self.device != mx.cpu:
             facts["device_peak_bytes"] = mx.get_peak_memory()
         if not stopped:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from finetune.backends import adapters
 from finetune.backends.torch.loading import load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.errors import StageError
@@ -45,7 +46,6 @@ PROBED = 8  # modules that the factor is measured on
 ROUNDING = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 # Three times the worst of 36 sound merges (six adapters, base and result in three types each), which was 0.64.
 ROUNDINGS = 2.0
-PREFIX = "base_model.model."
 
 
 def factor(model: Path, adapter: Path, merged: Path) -> float | None:
@@ -103,10 +103,9 @@ class _Lora:
     """A plain LoRA adapter: `weights` are the names of those that it adds to, `replaced` those that it holds whole, by the
     names they have in the model."""
 
-    def __init__(self, tensors: _Stored, scale: float, *, inputs_first: bool) -> None:
-        self.tensors, self.scale, self.inputs_first = tensors, scale, inputs_first
-        own = {name.removeprefix(PREFIX).replace(".base_layer.", "."): name for name in tensors.files}
-        self.weights = {name.replace(".lora_A.", ".") for name in own if name.endswith(".lora_A.weight")}
+    def __init__(self, tensors: _Stored, weights: set[str], scale: float, *, inputs_first: bool) -> None:
+        self.tensors, self.weights, self.scale, self.inputs_first = tensors, weights, scale, inputs_first
+        own = adapters.own_names(tensors.files)
         self.replaced = {name: stored for name, stored in own.items() if ".lora_" not in name}
 
     @classmethod
@@ -114,21 +113,16 @@ class _Lora:
         """None for an adapter that adds something else than scale * B A to linear weights."""
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = _Stored(adapter)
-        plain = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors.files if ".lora_" in name)
-        moved = config.get("init_lora_weights", True) not in (
-            True,
-            False,
-            "gaussian",
-        )  # the base's weights, when it began
-        if moved or config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern") or not plain:
+        weights = adapters.weights(tensors.files)
+        if weights is None or not adapters.is_plain(config):
             return None
         rank = config["r"]
         scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        return cls(tensors, scale, inputs_first=bool(config.get("fan_in_fan_out")))
+        return cls(tensors, weights, scale, inputs_first=bool(config.get("fan_in_fan_out")))
 
     def delta(self, name: str) -> Any:
         """What is added to a weight; GPT-2 stores its weights the other way round."""
-        stem = PREFIX + name.removesuffix(".weight")
+        stem = adapters.PREFIX + name.removesuffix(".weight")
         found = self.scale * (self.tensors.read(f"{stem}.lora_B.weight") @ self.tensors.read(f"{stem}.lora_A.weight"))
         return found.T if self.inputs_first else found
 

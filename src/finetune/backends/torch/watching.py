@@ -64,7 +64,7 @@ class Reporter(TrainerCallback):
     def facts(self) -> dict[str, Any]:
         """What the training took in memory, what its optimizer was set to, and what its steps did."""
         assert self.motion is not None
-        clipped = {"clipped_norm": float(torch.tensor(self.norms).max())} if self.norms else {}  # NaN stays NaN
+        clipped = {"clipped_norm": float(torch.tensor(self.norms).max()) if self.norms else None}  # NaN stays NaN
         dropout = {} if self.dropout is None else {"lora_dropout": self.dropout}
         return {**self.state_bytes, **_settings(self.trainer.optimizer), **dropout, **self.motion.facts(), **clipped}
 

@@ -139,20 +139,20 @@ class TrainMetrics(TypedDict):
     frozen_sha256_before: str
     frozen_sha256_after: str
     world_size: int
-    device: NotRequired[str]  # the fake backend has none
+    device: str
     steps: int
     planned_steps: int
     stopped: bool
     resumed_from: int | None
     steps_without_effect: int
-    first_move: NotRequired[float]  # a resumed optimizer has a past, and no first step
-    clipped_norm: NotRequired[float]  # where gradients are clipped
-    optimized_parameters: NotRequired[int]
-    weight_decay: NotRequired[float]
-    adam_beta1: NotRequired[float]  # an Adam's
+    first_move: NotRequired[float | None]  # a resumed optimizer has a past, and no first step; what is no Adam has none
+    clipped_norm: float | None  # the largest that the optimizer got; None: it was resumed after its last step
+    optimized_parameters: int
+    weight_decay: NotRequired[float]  # version 0.1 on MLX told none
+    adam_beta1: NotRequired[float]  # an Adam's, these three
     adam_beta2: NotRequired[float]
     adam_epsilon: NotRequired[float]
-    lora_dropout: NotRequired[float]
+    lora_dropout: NotRequired[float | None]  # an adapter's
     first_loss: float
     last_loss: float
     tokens: int
