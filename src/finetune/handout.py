@@ -91,13 +91,19 @@ def _left_out(run: Run, recipe: Recipe, there: set[str]) -> list[str]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def damage(run: Run, but: Iterable[str] = ()) -> list[Found]:
-    """All that is not as it was sealed, and all that the stages left (`but` for these) that is not as they left it.
+def unsealed(run: Run) -> list[Found]:
+    """What is not as it was sealed, and reports that are gone; no file of a stage is read for it.
 
     Verdicts are left to `unproved`: every check writes them anew.
     """
     found = [each for each in seal.faults(run) if each.file != VERDICTS]
-    finished = _finished(run)
+    reports = [layout.report(stage).path for stage in layout.REPORTS if stage in _finished(run)]
+    return found + [Found(file=name, why="is gone") for name in reports if not (run.path / name).is_file()]
+
+
+def damage(run: Run, but: Iterable[str] = ()) -> list[Found]:
+    """What is not as it was sealed, and all that the stages left (`but` for these) that is not as they left it."""
+    found = unsealed(run)
     for stage in layout.REPORTS:
         if stage in but:
             continue
@@ -105,11 +111,8 @@ def damage(run: Run, but: Iterable[str] = ()) -> list[Found]:
             report = run.report(stage)
         except FinetuneError as error:
             found.append(Found(file=f"{stage}/{REPORT}", why=f"cannot be read: {first_line(error)}"))
-            continue
-        if report:
-            found += seal.changed(run, report)
-        elif stage in finished:
-            found.append(Found(file=f"{stage}/{REPORT}", why="is gone"))
+        else:
+            found += seal.changed(run, report) if report else []
     return found
 
 

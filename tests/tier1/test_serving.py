@@ -317,13 +317,15 @@ def test_a_checkpoint_that_nothing_tells_of_is_not_served(
         (lambda run, recipe: (run.path / "verdicts.json").unlink(), "not verified"),
         (lambda run, recipe: prove(run, recipe, refuted=["loss_finite"]), "refuted: loss_finite"),
         (lambda run, recipe: run.event("stage_started", stage="train"), "not verified since the stage 'train' ran"),
+        (lambda run, recipe: run.forget("prepare"), "prepare/report.json is gone"),
     ],
-    ids=["never", "refuted", "before"],
+    ids=["never", "refuted", "before", "a report gone"],
 )
 def test_a_run_that_is_not_proved_is_not_served_but_for_proof(
     torch_run: Run, monkeypatch: pytest.MonkeyPatch, change: Callable[[Run, Recipe], Any], why: str
 ) -> None:
     seen = asked_to_load(monkeypatch)
+    (torch_run.path / "prepare" / "chat_template.jinja").unlink()  # nothing of that stage is loaded
     change(torch_run, load_recipe(torch_run.path / "recipe.yaml"))
     done = call(torch_run.path, "--port", 0)
     assert (done.exit_code, seen) == (1, [])

@@ -94,8 +94,9 @@ def _check(found: Found, run: Run, recipe: Recipe, *, proof: bool, anyway: bool)
     from finetune import handout
     from finetune.serving.models import loaded
 
-    reasons = [] if proof else handout.unproved(run, recipe)
+    reasons = [] if proof else [*handout.unproved(run, recipe), *map(str, handout.unsealed(run))]
     reasons += map(str, handout.changed(run, loaded(found, run, recipe)))
+    reasons = list(dict.fromkeys(reasons))
     if not anyway:
         handout.refuse(run, f"{found.what} of {run.path} is not served", reasons)
     for reason in reasons:
