@@ -27,6 +27,7 @@ from finetune.pipeline import run_stages
 from finetune.recipe import dump, load
 from finetune.run import Run, evidence, layout
 from support.proof import flip, prove, stated, whole_folder
+from support.town import only_training
 from support.town import recipe as town_recipe
 
 
@@ -377,6 +378,13 @@ def test_no_two_files_of_a_run_are_one_on_the_disk(first: tuple[Path, Path, Resu
     files = [*whole_folder(first[0]), *whole_folder(first[1])]
     assert len(files) > 60
     assert [str(path) for path in files if path.is_symlink() or path.stat().st_nlink != 1] == []
+
+
+def test_a_model_trained_whole_is_copied_when_it_is_merged(town: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run_stages(only_training(town, tmp_path, train={"method": "full"}), run, ["merge"])
+    assert digest(run.path / "merge" / "model") == digest(run.path / "train" / "model")
+    assert [str(path) for path in whole_folder(run.path) if path.is_symlink() or path.stat().st_nlink != 1] == []
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

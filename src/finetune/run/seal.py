@@ -230,13 +230,3 @@ def _artifacts(run: Run, report: Report, place: str, there: dict[str, str]) -> I
         now = digest_in(there if _covers(place, name) else _there(run, name), name)
         if now != sha:
             yield Found(file=name, why="is gone" if now is None else "was changed after it was written")
-
-
-def intact(run: Run, path: Path) -> bool:
-    """Whether a file or folder inside the run is as its stage left it; False where no stage speaks of it."""
-    name = path.resolve().relative_to(run.path).as_posix()
-    report = run.report(name.partition("/")[0])
-    if report is None:
-        return False
-    listed = digest_in(report.files, name) or report.artifacts.get(name)
-    return listed is not None and path.exists() and digest(path) == listed
