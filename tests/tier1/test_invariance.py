@@ -327,6 +327,7 @@ def test_the_stage_measures_when_the_recipe_expects_it_and_a_rerun_keeps_its_rep
     assert after.artifacts == {**before.artifacts, MEASURED: newer} != before.artifacts
     assert after.files == {**before.files, MEASURED: newer} != before.files
     assert seal.changed(run, after) == [] and seal.faults(run) == []
+    assert run.manifest()["seal"]["lines"] == len(run.log())
     assert all(each.passed for each in results(recipe, run, ["invariance"]))
 
 

@@ -56,12 +56,8 @@ def _before(run: Run) -> dict[str, Export]:
 
     The stage's report is gone when it runs again; that the list is the one it left is known from the log.
     """
-    told = run.events(EXPORTED)
-    if (
-        not told
-        or not evidence.there(run, layout.EXPORTS)
-        or digest(run.path / layout.EXPORTS.path) != told[-1]["sha256"]
-    ):
+    told, file = run.events(EXPORTED), run.path / layout.EXPORTS.path
+    if not told or not file.is_file() or digest(file) != told[-1]["sha256"]:
         return {}
     return {
         entry["name"]: entry
