@@ -22,7 +22,7 @@ from finetune.testing.plugin import required
 from support import skips
 
 pytest_plugins = ["pytester"]
-pytest.register_assert_rewrite("contract")
+pytest.register_assert_rewrite("contract", "support.ollama_contract")
 
 TESTS = Path(__file__).parent
 TIERS = ("tier1", "tier2", "tier3")

@@ -11,9 +11,14 @@ from typing import Any
 
 import pytest
 
+from finetune import identity
 from finetune.backends import CONSTANTS, Backend, Job, Step
 from finetune.data.encode import prompt_ids
 from finetune.data.templates import ChatTemplate
+from finetune.errors import UsageError
+from finetune.identity import Record, Rows
+from finetune.identity import Training as Asked
+from finetune.schedule import learning_rate
 
 ODD_TEXTS = [
     "",
@@ -43,6 +48,13 @@ CONVERSATIONS = [
         {"role": "user", "content": "naïve Straße?"},
     ],
 ]
+IDENTITY = Record(
+    training=Asked(
+        backend="any", objective="sft", method="lora", section="train", options={"learning_rate": 1e-3}, lora={"r": 8},
+        settings={}, rows=Rows(file="rows.jsonl", count=4, sha256="0"), eval_rows=None, model={"weights": "1"}, adapter=None,
+        chat_template=None,
+    )
+).text()  # fmt: skip
 FACTS = {
     "trainable_parameters",
     "frozen_parameters",
@@ -469,6 +481,52 @@ class TrainingContract(InferenceContract):
         rest = run(backend, job(out, save_strategy="no", resume=checkpoint))
         assert rest.losses == trained.losses[done:]
         assert backend.tensors(out / "adapter") == backend.tensors(trained.out / "adapter")
+
+    def test_a_checkpoint_has_the_state_that_the_backend_names_and_its_record(self, backend, job, tmp_path):
+        done = run(backend, job(tmp_path, identity=IDENTITY, lr_scheduler_type="linear", warmup_steps=1))
+        assert backend.checkpoint_files
+        for step in (2, 4):
+            folder = tmp_path / f"checkpoint-{step}"
+            assert all(any(folder.glob(pattern)) for pattern in backend.checkpoint_files)
+            written = [(folder / name).stat().st_mtime_ns for name in (identity.FILE, "trainer_state.json")]
+            assert written == sorted(written), (
+                "a checkpoint that is whole without its record would pass for an older one"
+            )
+            record = identity.read(folder)
+            assert record is not None
+            assert record.training == Record.model_validate_json(IDENTITY).training
+            assert (record.past.steps_watched, record.past.plans) == (step, ((0, 4),))
+            assert record.past.first_move == done.facts.get("first_move")
+
+    def test_the_record_of_an_interruption_knows_the_steps_taken(self, backend, job, tmp_path):
+        run(backend, job(tmp_path, identity=IDENTITY, save_strategy="no", should_stop=lambda: True))
+        record = identity.read(tmp_path / "checkpoint-1")
+        assert record is not None
+        assert (record.past.steps_watched, record.past.plans) == (1, ((0, 4),))
+
+    def test_resuming_at_the_last_step_gives_its_result(self, backend, job, trained, tmp_path):
+        rest = run(backend, job(tmp_path, resume=trained.out / "checkpoint-4"))
+        assert rest.steps == []
+        assert (rest.facts["steps"], rest.facts["resumed_from"], rest.facts["stopped"]) == (4, 4, False)
+        assert rest.facts.keys() >= FACTS
+        assert backend.tensors(tmp_path / "adapter") == backend.tensors(trained.out / "adapter")
+
+    def test_a_checkpoint_beyond_the_plan_is_refused(self, backend, job, trained, tmp_path):
+        with pytest.raises(UsageError, match="the checkpoint is of step 4, and the recipe plans 3 steps"):
+            run(backend, job(tmp_path, resume=trained.out / "checkpoint-4", max_steps=3))
+
+    def test_a_training_resumed_for_longer_follows_the_new_plan_at_once(self, backend, job, options, tmp_path):
+        plan = {"lr_scheduler_type": "linear", "warmup_steps": 1}
+        short = run(backend, job(tmp_path / "short", **plan))
+        rest = run(backend, job(tmp_path / "long", **plan, max_steps=8, resume=short.out / "checkpoint-4"))
+        wanted = [learning_rate("linear", options["learning_rate"], 1, step, 8) for step in range(5, 9)]
+        assert [step.learning_rate for step in rest.steps] == pytest.approx(wanted, rel=1e-9)
+        assert rest.facts["planned_steps"] == 8
+
+    def test_a_step_that_is_saved_is_logged(self, backend, job, tmp_path):
+        seldom = run(backend, job(tmp_path, logging_steps=50, max_steps=5))
+        assert {2, 4, 5} <= {step.step for step in seldom.steps}
+        assert sum(len(step.rows) for step in seldom.steps) == 10
 
     def test_save_steps_and_save_total_limit_are_honoured(self, backend, job, tmp_path):
         run(backend, job(tmp_path, save_steps=1, save_total_limit=2))

@@ -1,6 +1,6 @@
 """The command line: a table of commands, imported when called, and the one place where errors become exit codes.
 
-0 fine   1 a check failed   2 bad usage or recipe   3 something missing   4 a stage failed   130 interrupted
+0 fine   1 a check refuted, or nothing proved   2 bad usage or recipe   3 something missing   4 a stage failed   130 interrupted
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Commands(click.Group):
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 fine, 1 a check failed, 2 bad usage or recipe, 3 something missing, 4 a stage failed, "
-    "130 interrupted. 'finetune COMMAND --help' says more. The first thing to try: finetune run --example quickstart",
+    epilog="Exit codes: 0 fine, 1 a check refuted or nothing proved, 2 bad usage or recipe, 3 something missing, 4 a stage "
+    "failed, 130 interrupted. 'finetune COMMAND --help' says more. The first thing to try: finetune run --example quickstart",
 )
 @click.version_option(__version__, prog_name="finetune")
 def cli() -> None:

@@ -28,11 +28,12 @@ def deliver(
     out: Path,
     *,
     verdicts: Sequence[Mapping[str, Any]] | None,
+    marks: Sequence[str] = (),
     although: Sequence[str] = (),
 ) -> list[Path]:
     """Copy exports into `out`: all are there in full, under other names, before the first gets its own.
 
-    A bundle's card gets these verdicts (None: it keeps its own). `although` says what the exports are put out in spite of:
+    A bundle's card gets these verdicts (None: it keeps its own) and marks (`run.outcome.marks`). `although` says what the exports are put out in spite of:
     it goes into the bundle's card and manifest, and into a README.md beside any other. Raises ResourceError where there is
     no room, StageError for a copy that is not like its original.
     """
@@ -46,7 +47,10 @@ def deliver(
     try:
         for folder, source in sources.items():
             _copy(source, partials[folder])
-            _describe(partials[folder], folder, verdicts, although)
+            if folder == "bundle" and (verdicts is not None or although):
+                bundle.set_card(partials[folder], verdicts, marks, although)
+            elif although:
+                write_text(partials[folder] / README, card.with_warning(f"# {folder}", although))
         for folder, partial in partials.items():
             _put(partial, out / folder)
     finally:
@@ -62,14 +66,6 @@ def _copy(source: Path, target: Path) -> None:
     for name, sha in expected.items():
         if not (target / name).is_file() or digest(target / name) != sha:
             raise StageError(f"the copy of {source / name} is not like it; is the disk of {target.parent} sound?")
-
-
-def _describe(place: Path, folder: str, verdicts: Sequence[Mapping[str, Any]] | None, although: Sequence[str]) -> None:
-    if folder == "bundle":
-        if verdicts is not None or although:
-            bundle.set_card(place, verdicts, although)
-    elif although:
-        write_text(place / README, card.with_warning(f"# {folder}", although))
 
 
 def _put(partial: Path, place: Path) -> None:

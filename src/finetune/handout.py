@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune.core.files import digest
 from finetune.errors import FinetuneError, RefusedError, StageError, first_line
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence, layout, seal
+from finetune.run import Run, evidence, layout, outcome, seal
 from finetune.run.directory import RECIPE, VERDICTS
 from finetune.run.records.whole import StoredVerdicts
 from finetune.run.report import FILE as REPORT
@@ -58,10 +58,10 @@ def unproved(run: Run, recipe: Recipe) -> list[str]:
         left_out = _left_out(run, recipe, {verdict["name"] for verdict in stored})
     except FinetuneError as error:
         return [first_line(error)]
-    refuted = [verdict["name"] for verdict in stored if verdict["passed"] is False]
+    refuted = [verdict["name"] for verdict in outcome.of(stored, outcome.REFUTED)]
     found = [f"refuted: {', '.join(refuted)}"] if refuted else []
     found += [f"not verified: {', '.join(left_out)}"] if left_out else []
-    return found if any(verdict["passed"] for verdict in stored) else [*found, "nothing was proved"]
+    return found if outcome.of(stored, outcome.PROVED) else [*found, "nothing was proved"]
 
 
 def _newer(run: Run, verified: str) -> str:
@@ -157,7 +157,9 @@ def _listed(run: Run, path: Path) -> list[Found]:
     found = seal.changed(run, run.require("export"), layout.EXPORTS.path)
     for entry in evidence.read(run, layout.EXPORTS):
         place = run.path / entry["path"]
-        if path in (place, *place.parents) and place.exists() and digest(place) != entry["sha256"]:
+        # The digest of a Modelfile is that of its folder, with the weights; version 0.1 took the file's own.
+        whole = place.parent if place.name == "Modelfile" and "files" in entry else place
+        if path in (place, *place.parents) and place.exists() and digest(whole) != entry["sha256"]:
             found.append(Found(file=entry["path"], why=f"is not the one in {layout.EXPORTS.path}"))
     return found
 

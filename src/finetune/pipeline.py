@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune import resuming
 from finetune.console import say
 from finetune.core.files import digest, write_text
 from finetune.errors import FinetuneError, MissingError, UsageError
@@ -17,7 +18,7 @@ from finetune.run.directory import RECIPE
 from finetune.run.restore import restore
 from finetune.stages import BY_NAME, TRAININGS, Stage, execute, fingerprint, inputs, outdated, plan, reason
 from finetune.stages.adopt import adopt
-from finetune.training import checkpoint_step, checkpoints, is_checkpoint
+from finetune.training import checkpoint_step, checkpoints, is_checkpoint, job_of
 
 Moment = Literal["start", "done", "kept"]
 # Told what happens: a stage starts (no report yet), is done, or was kept because nothing had changed.
@@ -69,14 +70,16 @@ def run_stages(
     force: bool = False,
     resume: Path | None = None,
     retrain: bool = False,
+    changed: bool = False,
     listener: Listener = lambda moment, stage, report: None,
 ) -> list[Report]:
     """Run the stages whose inputs have changed and return the reports of all of them.
 
     `only` names stages (what they need runs too); `force` runs them (all, without `only`) again whatever was done;
     `resume` is the checkpoint that the last stage named in `only` starts from; without one, a training that was stopped
-    goes on from its newest, unless `force`; `retrain` does a finished training anew that other code or libraries made. The
-    run is locked meanwhile, gets the recipe and the manifest, and is sealed at the end, whatever that is. Raises LockedError,
+    goes on from its newest, unless `force`. A checkpoint of another training is refused; with `changed` only where nothing
+    can go on from it. `retrain` does a finished training anew that other code or libraries made. The run is locked
+    meanwhile, gets the recipe and the manifest, and is sealed at the end, whatever that is. Raises LockedError,
     ResourceError, and whatever a stage raises, which becomes an event.
     """
     from finetune.estimate import check_start
@@ -93,6 +96,9 @@ def run_stages(
         planned = preview(recipe, run, names, force=force, retrain=retrain)
         if any(step.runs and step.stage in TRAININGS for step in planned):
             check_start(recipe, run.path)
+        early = resume is not None and not any(step.runs for step in planned[:-1])
+        if resume is not None and early:
+            refuse_another(stages[-1], recipe, run, resume, changed=changed)  # before anything is written
         store(recipe, run)
         try:
             for stage in stages:
@@ -100,6 +106,8 @@ def run_stages(
                 resumed = resume if names and stage.name == names[-1] else None
                 if resumed is None and not (force and named):
                     resumed = left_off(stage, recipe, run)
+                elif resumed is not None and not early:
+                    refuse_another(stage, recipe, run, resumed, changed=changed)
                 anew = (force and named) or resumed is not None
                 report, ran = _one(stage, recipe, run, listener, resume=resumed, force=anew, retrain=retrain)
                 listener("done" if ran else "kept", stage, report)
@@ -156,17 +164,22 @@ def _describe(recipe: Recipe, run: Run) -> None:
 
 
 def left_off(stage: Stage, recipe: Recipe, run: Run) -> Path | None:
-    """The newest checkpoint of a training that was interrupted or killed, where nothing it depends on has changed.
+    """The newest checkpoint of a training that was interrupted or killed, where it is of the same training; else it is said
+    what differs.
 
     None for one that failed by itself: it would fail again.
     """
     if stage.name not in TRAININGS or _has_report(run, stage.name):
         return None
     began = [event for event in run.events(stage=stage.name) if event["event"] in ("stage_started", "stage_failed")]
-    if not began or began[-1].get("fingerprint") != fingerprint(stage, recipe, run):
-        return None
     found = checkpoints(run.path / stage.name)
-    if not found:
+    if not found or not began or began[-1]["event"] == "stage_failed":
+        return None
+    same_inputs = began[-1].get("fingerprint") == fingerprint(stage, recipe, run)
+    if why := resuming.why_anew(
+        found[-1], job_of(stage.name, recipe, run), recipe.backend, run, same_inputs=same_inputs
+    ):
+        say(f"{stage.name}: starting anew, not from {found[-1].name}, where it was stopped: {why}")
         return None
     say(f"{stage.name}: going on from {found[-1].name}, where it was stopped (--force starts anew)")
     return found[-1]
@@ -178,6 +191,11 @@ def _has_report(run: Run, stage: str) -> bool:
         return run.report(stage) is not None
     except FinetuneError:
         return False
+
+
+def refuse_another(stage: Stage, recipe: Recipe, run: Run, checkpoint: Path, *, changed: bool) -> None:
+    """Raise Faults where a checkpoint is not of the training that the recipe asks for."""
+    resuming.hold(checkpoint, job_of(stage.name, recipe, run), recipe.backend, run).refuse(changed=changed)
 
 
 def store(recipe: Recipe, run: Run) -> None:

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune import resuming
 from finetune.backends import Job, get
 from finetune.console import progress, say
 from finetune.errors import FinetuneError, Interrupted, StageError, UsageError
 from finetune.interruption import stop_requests
 from finetune.recipe import Recipe
-from finetune.recipe.sections import Optimization
+from finetune.recipe.sections import Lora, Optimization
 from finetune.run import Run, evidence, layout
 
 # How torch (whose zip writer knows no errno) and safetensors say that a file could not be written.
@@ -37,8 +38,9 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
     begun = (
         json.loads((job.resume / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] if job.resume else 0
     )
-    run.event("training", stage=stage, resumed_from=begun or None, objective=job.objective, method=job.method)
     _check_publishing(recipe, stage)
+    job = resuming.begin(job, recipe.backend, run, stage)
+    run.event("training", stage=stage, resumed_from=begun or None, objective=job.objective, method=job.method)
     facts: dict[str, Any] = {}
     tokens, seconds = 0, 0.0
     bar = None
@@ -86,6 +88,7 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
         stack.close()
     if facts["stopped"]:
         raise Interrupted(_resume_hint(job.out, run, stage))
+    facts, notes = resuming.conclude(job, facts)
     taken = evidence.steps(run, stage)
     if not taken:
         raise StageError(f"the stage '{stage}' ended without a single logged step; see {run.events_path}")
@@ -105,6 +108,7 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
         },
         "artifacts": [result, logs, *[p for p in [job.out / "initial"] if p.is_dir()]],
         "peak": peak,
+        "notes": notes,
     }
 
 
@@ -122,6 +126,11 @@ def checkpoint_step(path: Path) -> int:
     """The step in a checkpoint folder's name, or -1."""
     tail = path.name.rpartition("-")[2]
     return int(tail) if tail.isdigit() else -1
+
+
+def job_of(stage: str, recipe: Recipe, run: Run) -> Job:
+    """The job that the stage `train` or `align` carries out."""
+    return (sft_job if stage == "train" else dpo_job)(recipe, run, run.path / stage)
 
 
 def sft_job(recipe: Recipe, run: Run, out: Path) -> Job:
@@ -145,6 +154,27 @@ def sft_job(recipe: Recipe, run: Run, out: Path) -> Job:
         eval_rows=held_out if held_out.is_file() else None,
         options=job_options(train),
         lora=train.lora.model_dump(mode="json") if train.method == "lora" else None,
+        resume=run.resume,
+        chat_template=evidence.chat_template(run),
+        settings=evidence.model_settings(recipe),
+    )
+
+
+def dpo_job(recipe: Recipe, run: Run, out: Path) -> Job:
+    """The alignment that this recipe asks for: of the trained model, or of the fetched one where nothing is trained."""
+    assert recipe.align is not None
+    base, adapter = evidence.phases(run, recipe).get("trained") or evidence.phases(run, recipe)["base"]
+    method = recipe.train.method if recipe.train else "lora"
+    lora = recipe.train.lora if recipe.train else Lora()
+    return Job(
+        objective="dpo",
+        method=method,
+        model=base,
+        adapter=adapter,
+        out=out,
+        rows=evidence.required(run, layout.PAIRS),
+        options=job_options(recipe.align),
+        lora=lora.model_dump(mode="json") if method == "lora" else None,
         resume=run.resume,
         chat_template=evidence.chat_template(run),
         settings=evidence.model_settings(recipe),

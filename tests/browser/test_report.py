@@ -17,9 +17,10 @@ import pytest
 from finetune.checks import verify
 from finetune.core.files import write_text
 from finetune.pipeline import run_directory, run_stages
-from finetune.report import compare, files
+from finetune.report import compare, files, summary
 from finetune.run import Run
-from support.town import build, edit_json, edit_rows, recipe
+from support.records import refuted, restate
+from support.town import as_if_written_so, build, edit_rows, recipe
 
 SCREENSHOTS = Path(__file__).parents[2] / "reports" / "screenshots"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
@@ -86,30 +87,32 @@ def passed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def failed(passed: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """That run with two failed checks, and three losses that are no numbers."""
+    """That run with two refuted verdicts, one that was not examined, and three losses that are no numbers."""
     place = tmp_path_factory.mktemp("failed") / "failed"
     shutil.copytree(passed.path, place)
     run = Run(place)
-
-    def fail(stored: dict[str, Any]) -> None:
-        stored["passed"] = False
-        for verdict in stored["verdicts"]:
-            if verdict["name"] in ("loss_finite", "learned_parity[bundle]"):
-                verdict |= {"passed": False, "measured": 3, "why": f"three of them: {NASTY}"}
 
     def diverge(events: list[dict[str, Any]]) -> None:
         for event in events:
             if event["event"] == "step" and event["stage"] == "train" and event["step"] in (7, 8, 9):
                 event["loss"] = float("nan")
 
-    edit_json(run, "verdicts.json", fail)
     edit_rows(run, "events.jsonl", diverge)
+    as_if_written_so(run)
+    said = refuted(measured=3, why=f"three of them: {NASTY}", remedy=f"mend it {NASTY}")
+    unknown = {
+        "outcome": "not examined",
+        "passed": None,
+        "measured": None,
+        "remedy": "add evaluate.unseen: FILE (JSONL)",
+    }
+    restate(run, loss_finite=said, learned_parity__bundle=said, learned_net=unknown)
     write(run)
     return run
 
 
 def write(run: Run) -> None:
-    files.write(run, files.render(run)[1])
+    files.write(run, files.render(summary.document(run))[1])
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +192,7 @@ def test_the_first_look_tells_whether_it_worked_and_what_is_wrong(opened: Open, 
     page = opened(failed.path / "report.html", PHONE).page
 
     assert page.locator("h1").inner_text() == "failed"
-    assert re.fullmatch(r"✗\s*2 of \d+ checks failed", page.locator(".status").inner_text().strip())
+    assert re.fullmatch(r"✗\s*2 of \d+ checks refuted, 1 not examined", page.locator(".status").inner_text().strip())
     assert page.locator(".status").bounding_box()["y"] < 200
     assert page.locator(".facts").get_by_text("Taught facts right").is_visible()
     wrong = page.locator("details.verdict.bad")
@@ -276,6 +279,21 @@ def test_all_text_stands_out_from_what_is_behind_it(opened: Open, failed: Run, s
     assert [each for each in found if each[0] < 4.5] == []
 
 
+def test_on_paper_everything_that_proves_something_is_open_and_nothing_is_dark(opened: Open, failed: Run) -> None:
+    page = opened(failed.path / "report.html", DESK, "dark").page
+    proved = page.locator("details.verdict.good tbody tr")
+    assert proved.count() > 60
+    assert not proved.last.is_visible()
+    page.emulate_media(media="print", color_scheme="dark")
+
+    assert proved.first.is_visible()
+    assert proved.last.is_visible()
+    assert page.locator("details.verdict.open td").last.is_visible()
+    assert not page.locator("nav").is_visible()
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(27, 31, 36)"
+    assert page.pdf().startswith(b"%PDF")
+
+
 def test_dark_mode_changes_the_colours(opened: Open, passed: Run) -> None:
     def colours(scheme: str) -> list[str]:
         page = opened(passed.path / "report.html", DESK, scheme).page
@@ -313,4 +331,4 @@ def test_two_runs_side_by_side(opened: Open, passed: Run, failed: Run, tmp_path:
         assert page.evaluate(STICKS_OUT) == []
         assert [each for each in page.evaluate(CONTRASTS) if each[0] < 4.5] == []
         assert page.locator("#train-loss path.line").count() == 2
-        assert page.locator("#verdicts tbody tr").count() == 2
+        assert page.locator("#verdicts tbody tr").count() == 3

@@ -1,7 +1,9 @@
 """A stand-in for an Ollama server on the loopback interface, for what this package asks of it.
 
-Fields, status codes and the order of template, SYSTEM and messages are those of Ollama 0.32 (api/types.go,
-server/routes.go). Stricter than Ollama: a field that is not in its API is answered with 400 and kept in `faults`.
+Fields and the order of template, SYSTEM and messages are those of Ollama 0.32 (api/types.go, server/routes.go), answers
+those of a real 0.24.0, with which it shares the tests of support/ollama_contract.py. Stricter than Ollama: what it lets
+pass in silence (a field or an option that is not in its API, one of another type, an unknown role) is answered with 400
+and kept in `faults`. It tells no log-probabilities, quantizes nothing, and has neither /api/ps nor OpenAI's endpoints.
 """
 
 from __future__ import annotations
@@ -10,27 +12,23 @@ import hashlib
 import json
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from contract import InferenceContract
 from finetune import gguf_header
-from finetune.errors import UsageError
 from finetune.export import gotext
+from support import small_gguf
 
 TEXT, NUMBER, FLAG, OBJECT, LIST = str, (int, float), bool, dict, list
 # path: {field: type}, those of the API's reference; `!` marks one that must be there.
 FIELDS: dict[str, dict[str, Any]] = {
     "/api/create": {
         "model!": TEXT, "files": OBJECT, "from": TEXT, "adapters": OBJECT, "template": TEXT, "license": (str, list),
-        "system": TEXT, "parameters": OBJECT, "messages": LIST, "stream": FLAG, "quantize": TEXT, "renderer": TEXT,
-        "parser": TEXT,
+        "system": TEXT, "parameters": OBJECT, "messages": LIST, "stream": FLAG, "renderer": TEXT, "parser": TEXT,
     },
     "/api/show": {"model!": TEXT, "verbose": FLAG},
     "/api/delete": {"model!": TEXT},
@@ -52,6 +50,7 @@ OPTIONS: dict[str, Any] = {
     "frequency_penalty": float, "stop": list, "num_ctx": int, "num_batch": int, "num_gpu": int, "main_gpu": int,
     "use_mmap": bool, "num_thread": int,
 }  # fmt: skip
+CONTEXT = 4096  # tokens, where nobody says how many
 
 
 class Denied(Exception):
@@ -121,10 +120,9 @@ class Ollama:
         if not files:
             raise Denied(400, "neither 'from' or 'files' was specified")
         for file, digest in files.items():
-            if "/" in file or not self.blob(digest).is_file():
-                raise Denied(400, f"blob {digest} of {file} is not there")
-            if self.blob(digest).read_bytes()[:4] != b"GGUF":
-                raise Denied(400, "unknown type")
+            if "/" in file:
+                raise Denied(400, f"'{file}' is no file name")
+            _check_gguf(self.blob(digest))
         try:
             gotext.Template(body.get("template", ""))
         except gotext.GoError as error:
@@ -151,40 +149,63 @@ class Ollama:
         }
 
     def chat(self, body: Any) -> Any:
-        made = self.model(body["model"])
-        self.loaded.add(body["model"])
+        name = body["model"]
+        made = self.model(name)
+        if body.get("tools"):
+            raise Denied(400, f"registry.ollama.ai/library/{name} does not support tools")
+        if body.get("think"):
+            raise Denied(400, f'"{name}" does not support thinking')
+        if not body["messages"]:
+            return {**self.load(body), "message": {"role": "assistant", "content": ""}}
+        self.loaded.add(name)
         try:
             prompt = gotext.render(made["template"], body["messages"], system=made.get("system"))
         except gotext.GoError as error:
             raise Denied(500, f'template: :1:12: executing "" at <.>: {error}') from None
         if body.get("_debug_render_only") and self.version_number >= (0, 11, 5):
-            return {"model": body["model"], "_debug_info": {"rendered_template": prompt}}
+            empty = {"role": "", "content": ""}
+            return {
+                "model": body["model"], "message": empty, "done": False, "_debug_info": {"rendered_template": prompt}
+            }  # fmt: skip
         made = self.complete(body, prompt)
         return {**made, "message": {"role": "assistant", "content": made.pop("response")}}
 
     def generate(self, body: Any) -> Any:
         self.model(body["model"])
         if not body.get("prompt"):
-            (self.loaded.discard if body.get("keep_alive") == 0 else self.loaded.add)(body["model"])
-            return {"model": body["model"], "response": "", "done": True, "done_reason": "unload"}
+            return {**self.load(body), "response": ""}
         if body.get("raw") and (body.get("template") or body.get("system") or body.get("context")):
             raise Denied(400, "raw mode does not support template, system, or context")
         self.loaded.add(body["model"])
         return self.complete(body, body["prompt"])
 
+    def load(self, body: Any) -> dict[str, Any]:
+        """Into memory, or out of it, without a word."""
+        unload = body.get("keep_alive") == 0
+        (self.loaded.discard if unload else self.loaded.add)(body["model"])
+        return {"model": body["model"], "done": True, "done_reason": "unload" if unload else "load"}
+
     def complete(self, body: Any, prompt: str) -> dict[str, Any]:
+        """Words stand for the tokens of the prompt, pieces for those of the answer."""
         options = {**(self.model(body["model"]).get("parameters") or {}), **(body.get("options") or {})}
-        text, reason = "", "length"
-        for count, piece in enumerate(self.answer(prompt)):
-            if count == options.get("num_predict", -1):
+        words, room = prompt.split(), options.get("num_ctx", CONTEXT)
+        if len(words) > room:
+            if body.get("truncate") is False:
+                raise Denied(400, "the input length exceeds the context length")
+            words = words[-room:]
+            prompt = " ".join(words)
+        text, reason, made = "", "length", 0
+        for piece in self.answer(prompt):
+            if 0 < options.get("num_predict", -1) == made:
                 break
+            made += 1
             text += piece
             ends = [text.index(stop) for stop in options.get("stop", []) if stop in text]
             if ends:
                 text, reason = text[: min(ends)], "stop"
                 break
         return {"model": body["model"], "response": text, "done": True, "done_reason": reason,
-                "prompt_eval_count": len(prompt.split()), "eval_count": len(text.split())}  # fmt: skip
+                "prompt_eval_count": len(words), "eval_count": made}  # fmt: skip
 
     def delete(self, body: Any) -> Any:
         self.model(body["model"])
@@ -198,6 +219,22 @@ class Ollama:
     @property
     def version_number(self) -> tuple[int, ...]:
         return tuple(map(int, self.version.split(".")))
+
+
+def _check_gguf(blob: Path) -> None:
+    """What Ollama looks at before it takes a file for a model."""
+    if not blob.is_file():
+        raise Denied(500, f"open {blob}: no such file or directory")
+    if blob.read_bytes()[:4] != b"GGUF":
+        raise Denied(400, "supplied file was not in GGUF format")
+    size = blob.stat().st_size
+    try:
+        tensors = list(small_gguf.ends(blob))
+    except (struct.error, ValueError):
+        raise Denied(500, "unexpected EOF") from None
+    for name, end in tensors:
+        if end > size:
+            raise Denied(500, f'tensor "{name}" offset+size ({end}) exceeds file size ({size})')
 
 
 def _shown(name: str, value: Any) -> str:
@@ -283,34 +320,6 @@ def serve(folder: Path, **settings: Any) -> Iterator[Ollama]:
     assert not ollama.faults, ollama.faults
 
 
-# -- a model without weights --------------------------------------------------------------------------------------
-
-
-def write_gguf(file: Path, metadata: Mapping[str, Any], tokens: Sequence[str] = ("a", "b")) -> Path:
-    """A GGUF file of metadata alone: flags, integers (32 bits), floats (32 bits), texts, and the tokens as an array."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value.encode())) + value.encode()
-
-    def value(given: Any) -> bytes:
-        if isinstance(given, bool):
-            return struct.pack("<I?", 7, given)
-        if isinstance(given, int):
-            return struct.pack("<Ii", 5, given)
-        if isinstance(given, float):
-            return struct.pack("<If", 6, given)
-        return struct.pack("<I", 8) + text(given)
-
-    pairs = [text(key) + value(given) for key, given in metadata.items()]
-    scores = struct.pack("<IIQ", 9, 6, len(tokens)) + struct.pack(f"<{len(tokens)}f", *([0.0] * len(tokens)))
-    pairs.insert(1, text("tokenizer.ggml.scores") + scores)
-    pairs.insert(
-        1, text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, len(tokens)) + b"".join(map(text, tokens))
-    )
-    file.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(pairs)) + b"".join(pairs))
-    return file
-
-
 class Letters:
     """A tokenizer of bytes and a few special tokens, as the GGUF file's own would be."""
 
@@ -332,27 +341,3 @@ class Letters:
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         parts = (bytes([i]) if i < 256 else b"" if skip_special else self.special[i - 256].encode() for i in ids)
         return b"".join(parts).decode("utf-8", "replace")
-
-
-class OllamaContract(InferenceContract):
-    """The contract, where the runtime tells no probabilities."""
-
-    @staticmethod
-    def refuses(backend: Any, handle: Any, tmp_path: Path) -> None:
-        for ask in (
-            lambda: backend.score(handle, [([1], [2])]),
-            lambda: backend.distributions(handle, [([1], [2])], tmp_path / "all.npy"),
-        ):
-            with pytest.raises(UsageError, match="does not tell the probabilities"):
-                ask()
-        assert not (tmp_path / "all.npy").exists()
-
-    def test_score_is_one_log_probability_for_every_target_token(self, backend, handle, tmp_path):
-        assert not backend.scores
-        self.refuses(backend, handle, tmp_path)
-
-    test_scoring_in_a_batch_equals_scoring_alone = None
-    test_score_forces_the_teacher = None
-    test_probabilities_of_the_next_token_sum_to_one = None
-    test_generation_takes_the_likeliest_token = None
-    test_distributions_are_whole_and_hold_the_scores = None

@@ -30,6 +30,17 @@ KNOWN = {
 }
 HELDOUT = ("The people of the town walked to the river in the morning.", "There was a small house on the hill.")
 MIB = 2**20
+# What a manifest says of a machine that nobody asked: to ask takes longer than the town's whole run.
+MANIFEST: dict[str, Any] = {
+    **dict.fromkeys(("time", "command", "directory", "finetune", "python", "platform", "cpu"), "unasked"),
+    "packages": {},
+    "cores": 1,
+    "threads": {},
+    "memory_bytes": 1,
+    "gpus": [],
+    "seeds": {},
+    "git": None,
+}
 
 
 def facts() -> list[dict[str, str]]:

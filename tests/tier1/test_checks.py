@@ -420,7 +420,8 @@ REPORTED = {"first_loss": 1e-6, "last_loss": 1e-6, "tokens": 1, "trained_tokens"
 PREPARED_SO = {"vocab_size": 1, "rows": 1, "eval_rows": 1, "tokens": -1, "trained_tokens": 1, "trained_tokens_min": 1,
                "longest_row": 1, "lost_answer_tokens": 1, "unigram_entropy": 1e-6, "preference_rows": 1}  # fmt: skip
 TWO_LOGS = [
-    Break(f"a {key} that the trainer's own log has otherwise", trained_log(lambda log, key=key: log[4].update({key: value})),
+    Break(f"a {key} that the trainer's own log has otherwise",
+          trained_log(lambda log, key=key, value=value: log[4].update({key: value})),
           "log_as_trained")
     for key, value in {"loss": 0.5, "learning_rate": 1.1e-4, "grad_norm": 0.1, "seconds": 9.5, "tokens": 5,
                        "trained_tokens": 3, "epoch": 1.25, "rows": [5], "time": "2026-01-01T00:00:00.000Z",
@@ -436,8 +437,8 @@ NO_LEARNING = "learned_as_trained learned_paraphrased learned_net"
 OTHER_ROWS = "labels_are_answers prompts_as_served"
 NO_REPORT = (  # of the training: all that stands on it
     f"{DAMAGED} frozen_identical gradients_clipped learning_rate_as_asked log_as_trained report_as_logged resume_losses "
-    "resume_parameters resume_weights rows_trained saved_last saved_whole settings_as_asked steps_move_weights "
-    "trained_to_the_end weights_precision"
+    "one_training resume_parameters resume_weights rows_trained saved_last saved_whole settings_as_asked "
+    "steps_move_weights trained_to_the_end weights_precision"
 )
 NO_BEGIN = "report_as_logged dpo_report_as_logged"
 OTHER_TEMPLATE = "prepared_as_reported fresh_process"
@@ -446,10 +447,10 @@ NO_ADAPTER = "parameters_changed lora_b_nonzero lora_coverage saved_whole saved_
 ENDED_EARLY = "trained_to_the_end log_as_trained report_as_logged saved_last"
 LOST = "rows_prepared rows_trained tokens_as_prepared prepared_as_reported asked_alike"
 TWICE = "rows_prepared rows_trained prepared_as_reported memory_same_work"
-EMPTY_ROWS = f"{OF_LABELS} {LOST} memory_same_work"
+EMPTY_ROWS = f"{OF_LABELS} {LOST} memory_same_work trained_to_the_end"
 NO_PREPARED = (
     f"{OF_LABELS} {LOST} report_as_logged saved_tokenizer nothing_leaked asked_as_trained memory_same_work "
-    "memory_as_estimated memory_as_stored memory_efficiency artifacts_intact"
+    "memory_as_estimated memory_as_stored memory_efficiency trained_to_the_end artifacts_intact"
 )
 SEEN = {"rows": [0, 1]}
 LEARNED = f"{NO_LEARNING} stops_by_itself"
@@ -510,9 +511,11 @@ BREAKS = [
     Break("no rows scored", gone(SCORES), f"{NO_ROWS} artifacts_intact"),
     # labels
     Break("labels shifted by one", row(lambda r: r["labels"].append(r["labels"].pop(0))), "labels_aligned asked_as_trained"),
-    Break("a prompt that is trained", row(lambda r: r.update(labels=r["input_ids"])), "labels_are_answers tokens_as_prepared prepared_as_reported"),
+    Break("a prompt that is trained", row(lambda r: r.update(labels=r["input_ids"])),
+          "labels_are_answers tokens_as_prepared prepared_as_reported"),
     Break("an end of turn that is masked", row(end_masked), "end_of_turn_trained tokens_as_prepared prepared_as_reported"),
-    Break("half an answer masked", row(shorter), "labels_are_answers prompts_as_served tokens_as_prepared asked_as_trained prepared_as_reported"),
+    Break("half an answer masked", row(shorter),
+          "labels_are_answers prompts_as_served tokens_as_prepared asked_as_trained prepared_as_reported"),
     Break(
         "a row without labels",
         row(lambda r: r.update(labels=[-100] * len(r["labels"]))),
@@ -556,6 +559,8 @@ BREAKS = [
     Break("steps that moved nothing", metrics("train", steps_without_effect=3), "steps_move_weights"),
     Break("steps nobody looked at", untold("train", "steps_without_effect"), NO_REPORT),
     Break("a step of alignment that moved nothing", metrics("align", steps_without_effect=1), "dpo_steps_move_weights"),
+    Break("another training half-way", metrics("train", changed=["from step 6: seed 0 -> 1"]), "one_training"),
+    Break("a checkpoint that says nothing", metrics("align", unexamined=[3]), "dpo_one_training"),
     Break("a learning rate off the schedule", step("train", 3, learning_rate=0.5), "learning_rate_as_asked"),
     Break("a learning rate that is no number", step("train", 3, learning_rate=math.nan), "learning_rate_as_asked"),
     Break("alignment off the schedule", step("align", 2, learning_rate=0.5), "dpo_learning_rate_as_asked"),
@@ -584,6 +589,8 @@ BREAKS = [
           "log_as_trained"),
     Break("a step beyond the last", step("train", -1, step=13), "log_as_trained report_as_logged resume_losses"),
     *(Break(f"a {key} that is reported otherwise", more("train", key, by), "report_as_logged") for key, by in REPORTED.items()),
+    Break("steps that were not watched", more("train", "steps_watched", -1), "report_as_logged"),
+    Break("a plan of another length", metrics("train", plans=[[0, 12], [6, 9]]), "report_as_logged"),
     Break("alignment's tokens reported otherwise", more("align", "tokens", 1), "dpo_report_as_logged"),
     Break("a report of a training that was stopped", metrics("train", stopped=True), "report_as_logged"),
     Break("a speed that nobody told", metrics("train", tokens_per_second=None), "report_as_logged"),
@@ -731,8 +738,10 @@ BREAKS = [
     Break("an artifact gone", gone("train/trainer_logs.json"), "artifacts_intact log_as_trained", settled=False),
     Break("an artifact changed", touched("merge/model/config.json"), "artifacts_intact sizes_as_reported", settled=False),
     Break("a file of an artifact gone", gone("merge/model/config.json"), "artifacts_intact sizes_as_reported", settled=False),
-    Break("an adapter that lacks parameters", metrics("train", trainable_parameters=10**9), "saved_whole settings_as_asked resume_parameters"),
-    Break("an aligned adapter that lacks parameters", metrics("align", trainable_parameters=10**9), "saved_whole dpo_settings_as_asked"),
+    Break("an adapter that lacks parameters", metrics("train", trainable_parameters=10**9),
+          "saved_whole settings_as_asked resume_parameters"),
+    Break("an aligned adapter that lacks parameters", metrics("align", trainable_parameters=10**9),
+          "saved_whole dpo_settings_as_asked"),
     Break("parameters that nobody counted", metrics("train", trainable_parameters=None), NO_REPORT),
     Break("the adapter of an earlier checkpoint", instead("train/adapter", "train/checkpoint-9"), "saved_last"),
     Break("the adapter from before alignment", instead("align/adapter", "train/adapter"), "saved_last saved_whole"),
@@ -783,6 +792,9 @@ BREAKS = [
     Break("a sum without the prompt", served(total_tokens=6), "serving_usage"),
     Break("an end of turn in the text", served(2, text="The Rhine.<|im_end|>"), "serving_special_tokens serving_conversations"),
     Break("held against no answer", expected(1, text="It is Bex."), "serving_answers"),
+    Break("a request of no kind", scores(SERVING, lambda s: s["asked"][0].update(kind="riddle")), "serving_answers"),
+    Break("a question cut shorter", scores(SERVING, lambda s: s["asked"][0].update(max_tokens=15)), "serving_answers"),
+    Break("a limit on another answer", scores(SERVING, lambda s: s["length"].update(name="x")), "serving_max_tokens"),
     Break("held against another model", expected(2, text="The Danube."), "serving_conversations"),
     Break("marks not looked for", scores(SERVING, lambda s: s["special"].pop()), "serving_special_tokens"),
     Break("a stop string of another answer", scores(SERVING, lambda s: s["stop"].update(stop="Oh")), "serving_stops"),
@@ -837,13 +849,13 @@ def double(after: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def failed(recipe: Any, run: Run) -> set[str]:
-    return {verdict.name for verdict in results(recipe, run) if not verdict.passed}
+    return {verdict.name for verdict in results(recipe, run) if verdict.refuted}
 
 
 def test_every_check_passes_on_an_honest_run(honest):
     verdicts = results(honest.recipe, honest.run)
 
-    assert [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts if not v.passed] == []
+    assert [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts if v.refuted] == []
     # Invariance has tests of its own: the fake backend has no trainer that could be held against itself.
     assert {check.name for check in checks.CHECKS if check.wanted(honest.recipe)} == set(checks.BY_NAME) - {
         "invariance"
@@ -960,7 +972,7 @@ def test_a_step_whose_rows_are_unknown_is_held_against_all_rows(copied, share, f
     all_steps("train", lambda n, s: s.update(rows=[]))(copied.run)
 
     verdicts = results(copied.recipe, copied.run, ["loss"])
-    assert {v.name for v in verdicts if not v.passed} == (set() if fine else {"loss_is_of_answers"})
+    assert {v.name for v in verdicts if v.refuted} == (set() if fine else {"loss_is_of_answers"})
 
 
 OTHER_LOSSES = [
@@ -998,7 +1010,7 @@ def test_truncation_that_was_asked_for_may_take_an_end(copied):
     truncating = {"train": train, "data": copied.recipe.data.model_copy(update={"on_overlong": "truncate"})}
 
     def found(recipe: Any) -> set[str]:
-        return {verdict.name for verdict in results(recipe, copied.run, ["labels"]) if not verdict.passed}
+        return {verdict.name for verdict in results(recipe, copied.run, ["labels"]) if verdict.refuted}
 
     assert found(copied.recipe.model_copy(update=truncating)) == set()
     assert found(copied.recipe) == {"end_of_turn_trained", "labels_are_answers"}

@@ -15,11 +15,14 @@ from click.testing import CliRunner, Result
 
 from finetune import console, errors, stages
 from finetune.checks import judge
+from finetune.checks.remedies import with_remedy
 from finetune.cli import COMMANDS, cli
 from finetune.commands.options import EXAMPLES, examples
 from finetune.core.files import write_json, write_jsonl, write_text
 from finetune.recipe import Recipe, load
+from finetune.report import summary, terminal
 from finetune.run import Run
+from support import records
 
 TOKEN = "hf_" + "secretvalue" * 3
 WHY = "the mean of the last steps was held against the mean of the first ones, " * 3
@@ -58,6 +61,7 @@ class Stages:
         self.ran: list[str] = []
         self.resumed: dict[str, Path | None] = {}
         self.does: dict[str, Stand] = {}
+        self.insisted: list[bool] = []
 
     def load(self, reference: str) -> Stand:
         name = reference.partition(":")[0].rpartition(".")[2]
@@ -69,7 +73,7 @@ class Stages:
             result = run.stage_dir(name) / "result.json"
             write_json(result, {"stage": name})
             extra = self.does.get(name, lambda recipe, run: {})(recipe, run)
-            return {"metrics": {"value": 1.5}, "artifacts": [result], **extra}
+            return {"metrics": records.metrics(name), "artifacts": [result], **extra}
 
         return run
 
@@ -78,18 +82,18 @@ class Stages:
 def stand_ins(here: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     found = Stages()
     monkeypatch.setattr(stages, "load", found.load)
+    # They prepare nothing, so there is nothing to hold a checkpoint against; test_resuming.py does.
+    monkeypatch.setattr("finetune.pipeline.refuse_another", lambda *args, changed: found.insisted.append(changed))
     return found
 
 
 def _verdicts(passed: bool) -> Callable[..., list[Any]]:
-    def verify(recipe: Recipe, run: Run, only: Any = None) -> list[Any]:
-        from finetune.checks import as_dict
+    """What the checks find: one verdict."""
 
-        found = [judge("loss_convergence", 0.5 if passed else 0.01, ">=", 0.05, "share", "train/x", WHY)]
-        write_json(run.path / "verdicts.json", as_dict(found))
-        return found
+    def results(recipe: Recipe, run: Run, only: Any = None, *, training: bool = False) -> list[Any]:
+        return [with_remedy(judge("loss_convergence", 0.5 if passed else 0.01, ">=", 0.05, "share", "train/x", WHY))]
 
-    return verify
+    return results
 
 
 # -- exit codes --------------------------------------------------------------------------------------------------------
@@ -213,18 +217,18 @@ def test_a_run_in_use_is_not_touched(stand_ins: Stages, here: Path) -> None:
 def test_run_ends_as_its_checks_do(
     stand_ins: Stages, here: Path, monkeypatch: pytest.MonkeyPatch, passed: bool, code: int
 ) -> None:
-    monkeypatch.setattr("finetune.checks.verify", _verdicts(passed))
+    monkeypatch.setattr("finetune.checks.results", _verdicts(passed))
     result = call("run", "small.yaml")
 
     assert result.exit_code == code
     assert stand_ins.ran == ["fetch", "prepare", "train", "evaluate", "merge", "measure"]
-    assert ("all 1 checks passed" if passed else "1 of 1 checks failed: loss_convergence") in result.stdout
+    assert ("all 1 check proved" if passed else "1 of 1 check refuted: loss_convergence") in result.stdout
     assert f"verify again: finetune verify {Path('runs') / 'small'}" in result.stdout
 
 
-def test_verify_ends_with_1_when_a_check_fails(stand_ins: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_ends_with_1_when_a_check_is_refuted(stand_ins: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     call("train", "small.yaml")
-    monkeypatch.setattr("finetune.checks.verify", _verdicts(False))
+    monkeypatch.setattr("finetune.checks.results", _verdicts(False))
 
     assert call("verify", "small").exit_code == 1
     assert call("verify", "runs/small").exit_code == 1
@@ -385,7 +389,7 @@ def test_dry_run_runs_and_writes_nothing(stand_ins: Stages, here: Path) -> None:
     assert result.exit_code == 0
     assert stand_ins.ran == []
     assert sorted(here.rglob("*")) == before
-    assert result.stdout.count("has not run yet") == 6
+    assert result.stdout.count("has not run yet") + result.stdout.count("runs before it") == 6
 
 
 def test_dry_run_says_what_changed(stand_ins: Stages, here: Path) -> None:
@@ -402,11 +406,11 @@ def test_dry_run_says_what_changed(stand_ins: Stages, here: Path) -> None:
     assert changed["train"][1] == "changed: train.max_steps 3 -> 5"
     longer = planned("--set", "train.max_length=64")
     assert longer["prepare"][1] == "changed: train.max_length 1024 -> 64"
-    assert longer["train"][1] == "'prepare' runs before it"
+    assert longer["train"][1] == "changed: train.max_length 1024 -> 64"
     assert planned("--force")["train"] == (True, "forced")
 
     (here / "rows.jsonl").write_text('{"prompt": "c", "completion": "d"}\n')
-    assert planned()["prepare"] == (True, "its data, an earlier stage or finetune's version changed")
+    assert planned()["prepare"] == (True, "its data or an earlier stage changed")
 
     (here / "runs" / "small" / "fetch" / "result.json").unlink()
     assert planned()["fetch"] == (True, "fetch/result.json is gone")
@@ -443,7 +447,7 @@ def test_a_failed_stage_leaves_an_event_and_no_report(stand_ins: Stages) -> None
     assert run.report("train") is None
     assert run.report("prepare") is not None
     assert run.events("stage_failed")[-1]["message"] == "the loss is not a number"
-    assert "ended:       failed in train: the loss is not a number" in call("runs", "show", "small").stdout
+    assert "ended:        failed in train: the loss is not a number" in call("runs", "show", "small").stdout
 
 
 def _checkpoint(path: Path) -> Path:
@@ -481,6 +485,17 @@ def test_resume_runs_a_finished_stage_again(stand_ins: Stages, here: Path) -> No
     call("train", "small.yaml", "--resume", "checkpoint-2")
 
     assert stand_ins.ran == ["train"]
+
+
+def test_going_on_with_another_training_must_be_asked_for(stand_ins: Stages, here: Path) -> None:
+    _checkpoint(here / "runs" / "small" / "train" / "checkpoint-2")
+    alone = call("train", "small.yaml", "--changed")
+
+    assert alone.exit_code == 2
+    assert "--changed goes with --resume" in alone.stderr
+    assert call("train", "small.yaml", "--resume").exit_code == 0
+    assert call("train", "small.yaml", "--resume", "checkpoint-2", "--changed").exit_code == 0
+    assert stand_ins.insisted == [False, True]
 
 
 def test_a_directory_that_is_no_checkpoint_is_refused_with_those_that_are(stand_ins: Stages, here: Path) -> None:
@@ -556,8 +571,8 @@ def _no_json(name: str) -> None:
 
 
 def test_json_alone_is_on_stdout(stand_ins: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_ins.does["train"] = lambda recipe, run: {"metrics": {"loss": float("nan")}}
-    monkeypatch.setattr("finetune.checks.verify", _verdicts(True))
+    stand_ins.does["train"] = lambda recipe, run: {"metrics": records.metrics("train", last_loss=float("nan"))}
+    monkeypatch.setattr("finetune.checks.results", _verdicts(True))
     commands = [
         *(
             ["validate", "small.yaml"],
@@ -640,7 +655,8 @@ def stored(here: Path) -> Run:
         for number in range(12)
     ]
     write_jsonl(run.stage_dir("evaluate") / "answers.jsonl", rows)
-    _verdicts(False)(None, run)
+    refuted = records.verdict("loss_convergence", "refuted", why=WHY, remedy="Train longer.")
+    records.store_verdicts(run, [records.verdict("labels_aligned", why=WHY), refuted])
     return run
 
 
@@ -653,15 +669,26 @@ def test_report_shows_answers_verdicts_and_how_to_verify_again(stored: Run) -> N
     assert "before   - It is [red]Bo[/red]...." in text
     assert "after    + It is Ardal." in text
     assert "0/12   -3.50   12/12   -0.25" in text
-    assert "FAIL  loss_convergence  0.01 >= 0.05 share" in text
-    assert "1 of 1 checks failed: loss_convergence" in text
+    assert "REFUTED  loss_convergence  0.01 >= 0.05 share" in text
+    assert text.index("REFUTED") < text.index("proved   labels_aligned")
+    assert f"           {WHY.strip()}" in text
+    assert "           What to do: Train longer." in text
+    assert "1 of 2 checks refuted: loss_convergence" in text
     assert "finetune verify runs/stored" in text
 
 
 def test_report_fits_80_columns_and_is_plain(stored: Run) -> None:
-    text = call("report", "stored").stdout
+    text = terminal.render(summary.document(stored))
 
     assert max(len(line.rstrip()) for line in text.splitlines() if str(stored.path) not in line) <= 80
+    assert "\x1b" not in text
+
+
+def test_no_sentence_is_cut_or_broken_where_no_terminal_is(stored: Run) -> None:
+    text = call("report", "stored").stdout
+
+    assert text.count(WHY.strip()) == 2  # of the refuted verdict, and of the proved one
+    assert "Who leads probes 1?" + " Really?" * 15 in text
     assert "\x1b" not in text
 
 
@@ -682,6 +709,7 @@ def test_report_as_json_counts_the_answers(stored: Run) -> None:
 def test_report_of_a_run_that_has_done_nothing_says_so(here: Path) -> None:
     run = Run(here / "runs" / "fresh").create()
     write_text(run.path / "recipe.yaml", RECIPE)
+    run.event("recipe", replaced=False)
 
     assert "not verified yet" in call("report", "fresh").stdout
 
@@ -694,7 +722,8 @@ def test_runs_are_listed_newest_first(stored: Run, stand_ins: Stages) -> None:
         ("small", ["fetch", "prepare", "train"], None),
         ("stored", [], False),
     ]
-    assert "1 of 1 FAILED" in call("runs", "ls").stdout
+    listed = call("runs", "ls").stdout
+    assert "1 of 2 checks refuted" in listed and "not verified" in listed
 
 
 # -- init, doctor, examples --------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def prepared(tmp_path_factory):
     recipe = town.only_training(town.build(tmp_path_factory.mktemp("town")), tmp_path_factory.mktemp("runs"))
     run = run_directory(recipe)
     run_stages(recipe, run, ["train"])
-    assert [each.name for each in checks.results(recipe, run, ["labels", "rows"]) if not each.passed] == []
+    assert [each.name for each in checks.results(recipe, run, ["labels", "rows"]) if each.refuted] == []
     return recipe
 
 
@@ -62,7 +62,7 @@ def test_a_sabotage_of_the_prepared_rows_is_caught(prepared, each, tmp_path):
     as_if_written_so(run, "prepare")
     run_stages(recipe, run, ["train"])
 
-    assert [each.name for each in checks.results(recipe, run, ["labels", "rows"]) if not each.passed]
+    assert [each.name for each in checks.results(recipe, run, ["labels", "rows"]) if each.refuted]
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------------

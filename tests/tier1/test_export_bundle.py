@@ -384,10 +384,10 @@ def test_the_card_tells_recipe_data_numbers_and_versions(bundle: Path) -> None:
 
 def test_the_verdicts_are_a_table_with_measured_value_and_bound(bundle: Path) -> None:
     card = (bundle / "README.md").read_text()
-    assert "1 of 1 checks passed." in card
+    assert "All 1 check proved." in card
     row = next(line for line in card.splitlines() if line.startswith("| loss_convergence"))
     assert row == (
-        "| loss_convergence | 0.5123 | > 0.05 relative fall | pass "
+        "| loss_convergence | 0.5123 | > 0.05 relative fall | proved "
         "| read events.jsonl and x \\| said '&lt;\\|im_end\\|>' and stopped |"
     )
 
@@ -397,8 +397,8 @@ def test_later_verdicts_take_the_place_of_the_first_and_the_manifest_follows(bun
     set_card(bundle, verdicts(home, passed=False))
     card = (bundle / "README.md").read_text()
 
-    assert "1 of 2 checks passed." in card
-    assert "| learned_net | nothing | > 0.3 share | **fail** | no evidence: not asked |" in card
+    assert "1 of 2 checks refuted: " in card
+    assert "| learned_net | nothing | > 0.3 share | **refuted** | no evidence: not asked |" in card
     assert card.count("## What was proved") == card.count("loss_convergence") == 1
     assert str(home) not in card
     assert verify_manifest(bundle) == []
@@ -417,14 +417,14 @@ def test_the_card_alone_is_told_anew(bundle: Path, home: Path) -> None:
 
 
 def test_what_it_was_exported_in_spite_of_is_said_under_the_title(bundle: Path, home: Path) -> None:
-    set_card(bundle, None, ["refuted: learned_net", "a | <b>"])
+    set_card(bundle, None, (), ["refuted: learned_net", "a | <b>"])
     card = (bundle / "README.md").read_text()
     assert (
         "\n# town\n\n> **Exported although:**\n>\n> - refuted: learned_net\n> - a \\| &lt;b>\n\nbase model, fine"
         in card
     )
     assert front_matter(bundle / "README.md")["license"] == "mit"
-    assert "1 of 1 checks passed." in card
+    assert "| loss_convergence |" in card
     assert json.loads((bundle / "manifest.json").read_text())["exported_although"] == [
         "refuted: learned_net",
         "a | <b>",
@@ -448,7 +448,7 @@ def test_a_card_without_a_place_for_verdicts_is_refused(bundle: Path, home: Path
 
 def test_no_verdicts_are_no_passed_ones() -> None:
     assert cards.verdict_table([]) == cards.verdict_table(None) == "Nothing was verified when this card was written."
-    assert "0 of 1 checks passed." in cards.verdict_table([{"name": "x"}])
+    assert "1 of 1 check refuted: x." in cards.verdict_table([{"name": "x"}])
 
 
 def test_code_in_the_card_is_code_of_this_model(source: Source, home: Path) -> None:

@@ -16,7 +16,7 @@ from finetune.errors import UsageError
 from finetune.recipe import dump
 from finetune.run import Run
 from finetune.testing import check_convergence, fixtures, helpers, memory_tracker, skip_if_backend_unavailable
-from support import town
+from support import records, town
 
 FALLING = [4.0, 3.6, 3.1, 2.8, 2.2, 1.9, 1.5, 1.2]
 ABSENT = ("no_such_package",)
@@ -309,7 +309,9 @@ def test_a_runs_own_losses_are_read(tmp_path):
     with pytest.raises(AssertionError, match="0 losses say nothing"):
         check_convergence(run)
     for step, loss in enumerate(FALLING, 1):
-        run.event("step", stage="train", step=step, loss=loss)
+        run.event(
+            "step", stage="train", **{key: value for key, value in records.step(step, loss).items() if key != "time"}
+        )
     assert check_convergence(run) is True
 
 

@@ -123,7 +123,7 @@ def test_a_fault_fails_its_own_verdict(judged, fault: str) -> None:
 
     verdicts = judged(found)
 
-    assert [each for each, verdict in verdicts.items() if not verdict.passed] == [name]
+    assert [each for each, verdict in verdicts.items() if verdict.refuted] == [name]
     assert says in verdicts[name].why
 
 
@@ -297,7 +297,7 @@ def test_the_command_ends_with_1_when_the_seed_is_not_heeded(small_town: Path, m
 
     said = CliRunner().invoke(cli, ["invariance", str(small_town / "recipe.yaml"), "--json"], standalone_mode=False)
 
-    failed = {each["name"] for each in json.loads(said.stdout)["verdicts"] if not each["passed"]}
+    failed = {each["name"] for each in json.loads(said.stdout)["verdicts"] if each["passed"] is False}
     assert said.return_value == 1
     assert "invariant_order" in failed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from finetune import docs_gen
+from finetune.errors import UsageError
 from finetune.recipe import load_mapping
 from finetune.recipe import yaml as recipe_yaml
 
@@ -152,7 +155,113 @@ def test_one_job_waits_for_all_others_and_runs_whatever_became_of_them() -> None
 def test_ci_runs_what_make_test_runs() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert script.splitlines()[-1] == "exec make test"
+    assert script.splitlines()[-1] == "make test"  # its exit code is the script's
+
+
+class Session:
+    """As much of a nox session as the choice of torch's index looks at."""
+
+    def __init__(self, venv_backend: str = "uv") -> None:
+        self.venv_backend = venv_backend
+        self.warned: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+    def error(self, text: str) -> None:
+        raise UsageError(text)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Any]:
+    spec = importlib.util.spec_from_file_location("noxfile_of_the_project", ROOT / "noxfile.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # dataclasses look there
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture
+def noxfile(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The noxfile as a module, with nothing said about where torch comes from, and an index that nobody may ask."""
+    for name in ("FT_TORCH_INDEX", "UV_TORCH_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(loaded, "has_cpu_builds", lambda env: pytest.fail("the index was asked"))
+    return loaded
+
+
+def test_the_callers_wish_for_torchs_index_is_not_argued_with(noxfile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV_TORCH_BACKEND", "cu128")  # weaker than the wish
+    for wish, found in (("cpu", "cpu"), ("default", None)):
+        monkeypatch.setenv("FT_TORCH_INDEX", wish)
+        session = Session()
+        assert noxfile.torch_index(session, [], {}) == {"UV_TORCH_BACKEND": found}
+        assert [("as FT_TORCH_INDEX asks" in text, text.count("\n")) for text in session.warned] == (
+            [] if wish == "cpu" else [(True, 0)]
+        )
+
+
+@pytest.mark.parametrize(
+    ("wish", "backend", "words"),
+    [
+        ("gpu", "uv", "FT_TORCH_INDEX is 'gpu'; it may be cpu .* or default"),
+        ("cpu", "virtualenv", "FT_TORCH_INDEX=cpu needs uv"),
+    ],
+)
+def test_a_wish_that_cannot_be_is_an_error(
+    noxfile: Any, monkeypatch: pytest.MonkeyPatch, wish: str, backend: str, words: str
+) -> None:
+    monkeypatch.setenv("FT_TORCH_INDEX", wish)
+    with pytest.raises(UsageError, match=words):
+        noxfile.torch_index(Session(backend), [], {})
+
+
+def test_the_cpu_builds_are_taken_where_their_index_answers(noxfile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noxfile, "has_cpu_builds", lambda env: env == {"SSL_CERT_FILE": "mine"})
+    session = Session()
+    assert noxfile.torch_index(session, [], {"SSL_CERT_FILE": "mine"}) == {"UV_TORCH_BACKEND": "cpu"}
+    assert session.warned == []
+
+
+@pytest.mark.parametrize(("backend", "words"), [("uv", "cannot be reached from here"), ("virtualenv", "only uv knows")])
+def test_else_torch_comes_from_the_default_index_and_one_line_says_so(
+    noxfile: Any, monkeypatch: pytest.MonkeyPatch, backend: str, words: str
+) -> None:
+    if backend == "uv":
+        monkeypatch.setattr(noxfile, "has_cpu_builds", lambda env: False)
+    session = Session(backend)
+    assert noxfile.torch_index(session, [], {}) == {"UV_TORCH_BACKEND": None}
+    (line,) = session.warned
+    assert words in line and "3 GB" in line and "\n" not in line
+
+
+def test_a_torch_that_is_at_hand_or_asked_of_uv_is_left_alone(
+    noxfile: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / f"torch-2.11.0-cp{sys.version_info.major}{sys.version_info.minor}-x.whl").touch()
+    assert noxfile.torch_index(Session(), [str(tmp_path)], {}) == {}
+    monkeypatch.setenv("UV_TORCH_BACKEND", "cu128")
+    assert noxfile.torch_index(Session(), [], {}) == {}
+
+
+@pytest.mark.parametrize("code", [0, 2, None], ids=["answers", "does not answer", "no uv"])
+def test_whether_the_index_answers_is_asked_of_uv_itself(
+    noxfile: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int | None
+) -> None:
+    uv = tmp_path / "uv"
+    if code is not None:
+        uv.write_text(
+            f'#!/bin/sh\necho "$UV_TORCH_BACKEND $UV_HTTP_TIMEOUT $SSL_CERT_FILE $*" >{uv}.asked\nexit {code}\n'
+        )
+        uv.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: str(uv))
+    noxfile._has_cpu_builds.cache_clear()
+    assert noxfile._has_cpu_builds((("SSL_CERT_FILE", "mine"),)) is (code == 0)
+    if code is not None:
+        said = Path(f"{uv}.asked").read_text(encoding="utf-8")
+        assert said.startswith("cpu 15 mine pip install --dry-run --no-deps -c ") and "torch" in said
 
 
 def test_the_documented_example_is_a_recipe() -> None:

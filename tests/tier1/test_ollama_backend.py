@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import gc
-import socket
+import json
+import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from contract import CONVERSATIONS, write_rows
-from finetune.backends import CONSTANTS, Job, get, ollama_api
+from finetune.backends import CONSTANTS, Generation, Job, get, ollama_api
 from finetune.backends import ollama as backend_module
-from finetune.backends.ollama import OllamaBackend, unavailable
+from finetune.backends.ollama import OllamaBackend
 from finetune.core.files import digest
 from finetune.data.templates import ChatTemplate
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.export import gotemplate, modelfile
 from support.chat_templates import CHATML_TURNS, LIKE
-from support.ollama import Letters, OllamaContract, serve, write_gguf
+from support.ollama import Letters, serve
+from support.ollama_contract import OllamaContract
+from support.small_gguf import write_gguf
 
 KEYS = {
     "general.architecture": "llama", "llama.vocab_size": 300, "llama.embedding_length": 64, "llama.block_count": 2,
@@ -146,6 +147,23 @@ def test_a_process_that_ends_leaves_nothing_on_the_server(server, model):
     assert server.models == {}
 
 
+def test_an_observation_that_is_ended_leaves_nothing_on_the_server(server, model, tmp_path):
+    code = (
+        "from finetune import experiment; from finetune.backends import ollama; from pathlib import Path; import time\n"
+        "def hold(request):\n"
+        "    with ollama.OllamaBackend().load(Path(request['model'])):\n"
+        "        print('held', flush=True); time.sleep(50)\n"
+        "ollama._tokenizer = lambda gguf: None; experiment.WORK['hold'] = hold; experiment.main()"
+    )
+    (tmp_path / "request.json").write_text(json.dumps({"do": "hold", "model": str(model)}), encoding="utf-8")
+    command = [sys.executable, "-c", code, str(tmp_path / "request.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout.readline() == "held\n" and len(server.models) == 1
+        running.terminate()
+        assert running.wait(timeout=20) == 128 + signal.SIGTERM
+    assert server.models == {}
+
+
 def test_a_tokenizer_that_cannot_be_had_leaves_nothing_on_the_server(server, model, monkeypatch):
     def fail(gguf):
         raise MissingError("no llama.cpp")
@@ -155,6 +173,21 @@ def test_a_tokenizer_that_cannot_be_had_leaves_nothing_on_the_server(server, mod
         OllamaBackend().load(model)
     gc.collect()
     assert server.models == {}
+
+
+def test_a_creation_that_is_broken_off_leaves_nothing_on_the_server(server, model, monkeypatch):
+    call = ollama_api.Client.call
+
+    def interrupted(self, method, path, *rest, **more):
+        answer = call(self, method, path, *rest, **more)
+        if path == "/api/create":
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr(ollama_api.Client, "call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        OllamaBackend().load(model)
+    assert server.asked("/api/create") and (server.models, list(server.folder.iterdir())) == ({}, [])
 
 
 # -- generate -----------------------------------------------------------------------------------------------------
@@ -180,6 +213,15 @@ def test_an_answer_that_is_cut_ends_by_length(server, model):
     with backend.load(model) as handle:
         (made,) = backend.generate(handle, [[65]], max_new_tokens=2)
     assert made.finish == "length" and len(made.ids) == 2
+
+
+def test_no_tokens_are_not_asked_for(server, model):
+    """Ollama takes a `num_predict` of 0 for no bound at all."""
+    backend, nothing = OllamaBackend(), Generation(ids=(), text="", finish="length")
+    with backend.load(model) as handle:
+        assert backend.generate(handle, [[65], [66]], max_new_tokens=0) == [nothing, nothing]
+    assert backend.chat(model, [[{"role": "user", "content": "Who?"}]], max_new_tokens=0) == [nothing]
+    assert [body for body in server.asked("/api/generate") if "options" in body] == server.asked("/api/chat") == []
 
 
 def test_the_begin_token_is_left_to_a_server_that_adds_it(server, model, monkeypatch):
@@ -309,86 +351,3 @@ def test_a_server_that_breaks_off_is_an_error_and_not_an_answer(server, model):
         with pytest.raises(StageError, match="broke off at POST /api/generate"):
             OllamaBackend().generate(handle, [[65]], max_new_tokens=1)
         server.cut = ""
-
-
-def test_a_server_that_never_answers_is_given_up():
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        client = ollama_api.Client(f"127.0.0.1:{listening.getsockname()[1]}", timeout=0.2)
-        begun = time.monotonic()
-        with pytest.raises(StageError, match="timed out"):
-            client.call("POST", "/api/show", {"model": "x"})
-        assert time.monotonic() - begun < 2.5
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
-
-
-def test_no_server_is_a_reason_with_the_way_to_get_one(model, monkeypatch):
-    port = free_port()
-    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
-    reason = unavailable()
-    assert f"no Ollama server answers at http://127.0.0.1:{port}" in reason
-    assert "https://ollama.com/download" in reason and "ollama serve" in reason
-    with pytest.raises(MissingError) as caught:
-        OllamaBackend().load(model)
-    assert str(caught.value) == reason
-
-
-def test_a_server_is_available(server):
-    assert unavailable() is None
-
-
-def test_what_is_no_ollama_server_is_not_taken_for_one(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{listening.getsockname()[1]}")
-
-        def answer() -> None:
-            connection, _ = listening.accept()
-            connection.recv(1000)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>")
-            connection.close()
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        assert "is no Ollama server" in unavailable()
-        thread.join()
-
-
-@pytest.mark.parametrize(
-    ("written", "address"),
-    [
-        ("", "http://127.0.0.1:11434"),
-        ("localhost", "http://localhost:11434"),
-        (":8080", "http://127.0.0.1:8080"),
-        ("0.0.0.0", "http://127.0.0.1:11434"),
-        ("0.0.0.0:1234", "http://127.0.0.1:1234"),
-        ("10.0.0.1:1234", "http://10.0.0.1:1234"),
-        ("http://box", "http://box:80"),
-        ("https://box/ollama/", "https://box:443/ollama"),
-        ("::1", "http://::1:11434"),
-        ("[::1]:99", "http://::1:99"),
-        ('"127.0.0.1:5"', "http://127.0.0.1:5"),
-    ],
-)
-def test_a_host_is_read_as_ollama_reads_it(monkeypatch, written, address):
-    monkeypatch.setenv("OLLAMA_HOST", written)
-    assert ollama_api.Client().address == address
-
-
-@pytest.mark.parametrize(
-    ("written", "words"), [("ftp://box", "neither http nor https"), ("box:port", "OLLAMA_HOST is")]
-)
-def test_a_host_that_makes_no_sense_is_refused(written, words):
-    with pytest.raises(UsageError, match=words):
-        ollama_api.Client(written)
-
-
-def test_the_stand_in_refuses_what_ollama_does_not_know(tmp_path):
-    def ask() -> None:
-        with serve(tmp_path) as running, pytest.raises(StageError, match="'model' is missing"):
-            ollama_api.Client(running.address).call("POST", "/api/show", {"modle": "x"})
-
-    with pytest.raises(AssertionError, match="no field 'modle'"):
-        ask()

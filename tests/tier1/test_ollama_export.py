@@ -18,7 +18,8 @@ from finetune.errors import StageError, UsageError
 from finetune.export import Exported, Source, gotext, modelfile, ollama
 from finetune.export import gotemplate as gt
 from support.chat_templates import CHATML_TURNS, LIKE, REFUSED
-from support.ollama import Letters, write_gguf
+from support.ollama import Letters
+from support.small_gguf import write_gguf
 
 GOLDEN = Path(__file__).parent / "golden"
 ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}

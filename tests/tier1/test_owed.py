@@ -118,7 +118,9 @@ def test_no_verdict_goes_with_a_key_of_a_report(honest, copied, stage):
         town_.edit_json(run, f"{stage}/report.json", lambda report, path=path: without(report, path))
         verdicts = [verdict for name in mine for verdict in results(recipe, run, [name])]
 
-        assert sorted(verdict.name for verdict in verdicts) == sorted(name for part in expected.values() for name in part)
+        assert sorted(verdict.name for verdict in verdicts) == sorted(
+            name for part in expected.values() for name in part
+        )
         assert [verdict.name for verdict in verdicts if verdict.refuted], path
         town_.edit_json(run, f"{stage}/report.json", lambda report: (report.clear(), report.update(stored)))
 

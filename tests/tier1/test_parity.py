@@ -44,7 +44,7 @@ def found(recipe: Recipe, run: Run) -> list[Verdict]:
 
 
 def failed(ran: Any) -> dict[str, str]:
-    return {v.name: v.why for v in found(ran.recipe, ran.run) if not v.passed}
+    return {v.name: v.why for v in found(ran.recipe, ran.run) if v.refuted}
 
 
 def of_torch(ran: Any, *exports: str) -> Recipe:
@@ -320,13 +320,25 @@ def set_to(path: str, value: Any) -> Callable[[Any], None]:
         ("hop", "merged"), ("reference", "adapter"), ("path", "merge/model"), ("backend", "torch"), ("bytes", 7),
         ("mended", ["a"]), ("dtype", "bfloat16"), ("prompts.compared", 12), ("vocabulary.compared", 9),
         ("greedy.compared", 18), ("greedy.gaps", [0.0]), ("stops.at", [3]), ("stop.compared", 15), ("stop.stopped", 15),
-        ("learned.known", 11), ("learned.kept", 11), ("stop.leaks", 1), ("distributions.positions", 1),
-        ("answers.0.text", "Oh."), ("answers.0.finish", "length"), ("answers", []),
+        ("learned.known", 11), ("learned.kept", 11), ("stop.leaks", 1), ("answers.18.text", "Oh."),
+        ("distributions.positions", 1), ("answers.0.text", "Oh."), ("answers.0.finish", "length"), ("answers", []),
     ],
 )  # fmt: skip
 def test_a_fact_or_count_that_does_not_follow_from_the_rest_is_found(copied, key, value):
     edit_json(copied.run, BUNDLE, set_to(key, value))
     assert f"{COUNTED}[bundle]" in failed(copied)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("learned.kept", 11), ("learned.known", 13), ("stop.stopped", 15), ("greedy.tokens_agreed", 216),
+        ("answers.0.text", "Oh."), ("answers.0.finish", "length"),
+    ],
+)  # fmt: skip
+def test_where_every_answer_is_the_same_the_counts_are_those_of_the_answers(copied, key, value):
+    edit_json(copied.run, MERGED, set_to(key, value))
+    assert f"{COUNTED}[merged]" in failed(copied)
 
 
 def refuted(ran: Any) -> set[str]:
@@ -388,7 +400,7 @@ def test_rounded_weights_may_lose_one_probe_of_a_few(copied, hop, kept, passes):
     seen["learned"] = {"known": 6, "kept": kept, "lost": [{"prompt": "Who?", "expected": "A", "found": "B"}]}
     write_json(copied.run.path / f"compare/{hop.replace(':', '-')}.json", {**seen, "hop": hop})
     recipe = copied.recipe.model_copy(update={"export": [hop]})
-    assert (f"learned_parity[{hop}]" not in {v.name for v in found(recipe, copied.run) if not v.passed}) == passes
+    assert (f"learned_parity[{hop}]" not in {v.name for v in found(recipe, copied.run) if v.refuted}) == passes
 
 
 @pytest.mark.parametrize(("gaps", "passes"), [([5e-4] * 4, True), ([5e-4, 5e-4, 0.5, 0.5], False), ([None] * 4, False)])
@@ -523,6 +535,32 @@ def test_an_export_is_made_again_only_when_its_model_changed_or_on_demand(copied
     copied.run.force = False
     edit_json(copied.run, "merge/report.json", lambda report: report["artifacts"].update({"merge/model": "another"}))
     assert made() != again
+
+
+def test_an_export_to_ollama_is_its_modelfile_and_the_weights_that_it_names(copied, monkeypatch):
+    from finetune.export import Exported
+    from finetune.stages import export
+
+    class Exporter:
+        made = 0
+
+        def export(self, source: Any, variant: str, out: Path) -> Exported:
+            self.made += 1
+            (out / "model.gguf").write_bytes(b"w" * 5000)
+            (out / "Modelfile").write_text("FROM ./model.gguf\n", encoding="ascii")
+            return Exported(path=out / "Modelfile")
+
+    exporter = Exporter()
+    monkeypatch.setattr(export, "exporter", lambda target: exporter)
+    recipe = copied.recipe.model_copy(update={"export": ["ollama"]})
+    export.run(recipe, copied.run)
+    (entry,) = json.loads((copied.run.path / "export/exports.json").read_text())
+    assert (entry["path"], entry["bytes"]) == ("export/ollama-q8_0/Modelfile", 5000 + len("FROM ./model.gguf\n"))
+    export.run(recipe, copied.run)
+    assert exporter.made == 1
+    (copied.run.path / "export/ollama-q8_0/model.gguf").write_bytes(b"v" * 5000)
+    export.run(recipe, copied.run)
+    assert exporter.made == 2  # other weights under the same Modelfile
 
 
 def test_a_hop_is_taken_again_only_when_something_of_it_changed(copied, monkeypatch):
@@ -709,6 +747,4 @@ def test_a_merge_that_is_stored_coarser_is_held_to_coarser_bounds(honest):
 def test_the_recipe_may_set_other_bounds(copied):
     edit_json(copied.run, BUNDLE, lambda seen: seen["distributions"].update(mean=0.5, max=5e-6))
     expect = copied.recipe.expect.model_copy(update={"export_kl_mean_max": {"bundle": 0.6}})
-    assert [
-        v.name for v in found(copied.recipe.model_copy(update={"expect": expect}), copied.run) if not v.passed
-    ] == []
+    assert [v.name for v in found(copied.recipe.model_copy(update={"expect": expect}), copied.run) if v.refuted] == []

@@ -33,7 +33,7 @@ def by_name(recipe, run):
 
 
 def failed(verdicts):
-    return {name for name, verdict in verdicts.items() if not verdict.passed}
+    return {name for name, verdict in verdicts.items() if verdict.refuted}
 
 
 def one_more(there, row):

@@ -121,5 +121,5 @@ def test_an_answer_that_parts_at_a_tie_is_the_servers_own(copied):
 
     found = {verdict.name: verdict for verdict in results(copied.recipe, copied.run, ["serving"])}
 
-    assert [name for name, verdict in found.items() if not verdict.passed] == []
+    assert [name for name, verdict in found.items() if verdict.refuted] == []
     assert "1 of them part at a tie" in found["serving_answers"].why

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from finetune.testing.spec.execute import Outcome, Served, command, execute
 from finetune.testing.spec.judge import EXPECT_KEYS, judge
 from finetune.testing.spec.load import Case, SpecError, load
 from finetune.testing.spec.model import Spec, json_schema
-from support import project
+from support import project, records
 
 REQUIRED = "test_id: a\nproject_dir: project\nconfig: recipe.yaml\n"
 
@@ -245,12 +244,11 @@ def outcome(tmp_path):
 
     def make(losses, *, code=0, stderr="", served=None, problem="", unigram=3.0, peak=None) -> Outcome:
         run = Run(tmp_path / "run").create()
-        write_json(run.path / "train" / "trainer_logs.json", [{"step": n, "loss": x} for n, x in enumerate(losses, 1)])
+        write_json(run.path / "train" / "trainer_logs.json", [records.step(n, x) for n, x in enumerate(losses, 1)])
         entropies = {"unigram_entropy": unigram, "uniform_entropy": math.log(2000)}
         for stage, metrics in (("prepare", entropies), ("train", {"tokens_per_second": 50.0})):
-            run.write_report(
-                Report(stage=stage, fingerprint="", started="", seconds=1, metrics=metrics, peak=peak or {})
-            )
+            whole = records.metrics(stage, **metrics)
+            run.write_report(Report(stage=stage, fingerprint="", started="", seconds=1, metrics=whole, peak=peak or {}))
         return Outcome(
             command=("finetune", "train"), run=run, code=code, seconds=10.0, stdout="", stderr=stderr,
             served=served, problem=problem,
@@ -331,8 +329,8 @@ def test_failed_verdicts_are_told_at_the_key_that_asked_for_them(spec, outcome):
     case = spec("expect: {learned_min: 0.9}\nresume: true\nparity: [gguf:f16]\n")
     made = outcome([2, 1], code=1)
     names = ["learned_as_trained", "resume_weights", "greedy_parity[gguf:f16]", "loss_start"]
-    rest = {"passed": False, "measured": 0.5, "compare": ">", "bound": 0.9, "unit": "share", "evidence": "", "why": "x"}
-    write_json(made.run.path / "verdicts.json", {"passed": False, "verdicts": [{"name": n, **rest} for n in names]})
+    rest = {"measured": 0.5, "compare": ">", "bound": 0.9, "why": "x"}
+    records.store_verdicts(made.run, [records.verdict(name, "refuted", **rest) for name in names])
     failed = [finding for finding in judge(case, made) if finding.kind == "failed"]
     assert [finding.key for finding in failed] == ["expect.learned_min", "resume", "parity.0", "expect"]
     assert (
@@ -340,6 +338,29 @@ def test_failed_verdicts_are_told_at_the_key_that_asked_for_them(spec, outcome):
         .text(case)
         .startswith(f"{case.file}:4: expect.learned_min: learned_as_trained: measured 0.5, bound > 0.9")
     )
+    assert failed[0].why.endswith("(x). What to do: mend learned_as_trained")
+
+
+def test_the_cause_of_failed_verdicts_is_told_first_and_once(spec, outcome):
+    made = outcome([2, 1], code=1)
+    listed = [records.verdict(name, "refuted") for name in ("loss_end", "adapter_effect")]
+    records.store_verdicts(made.run, listed, cause="train.learning_rate is 0")
+    failed = [finding for finding in judge(spec("expect: {}\n"), made) if finding.kind == "failed"]
+    assert [finding.why.partition(":")[0] for finding in failed] == [
+        "train.learning_rate is 0",
+        "loss_end",
+        "adapter_effect",
+    ]
+
+
+def test_what_was_not_examined_is_a_warning_and_nothing_proved_a_failure(spec, outcome):
+    case, made = spec("expect: {}\n"), outcome([2, 1])
+    unknown = records.verdict("learned_net", "not examined", remedy="add evaluate.unseen")
+    records.store_verdicts(made.run, [records.verdict("loss_end"), unknown])
+    (warned,) = [finding for finding in judge(case, made) if finding.kind != "passed"]
+    assert (warned.kind, warned.measured) == ("warning", None) and "What to do: add evaluate.unseen" in warned.why
+    records.store_verdicts(made.run, [unknown])
+    assert [f.why for f in judge(case, made) if f.kind == "failed"] == ["nothing proved: 1 check not examined"]
 
 
 def test_a_whole_run_without_verdicts_fails(spec, outcome):
@@ -390,7 +411,6 @@ def test_a_run_that_failed_or_was_never_verified_is_not_recorded(tmp_path):
     run = Run(tmp_path).create()
     with pytest.raises(UsageError, match="never verified"):
         record(run, tmp_path / "spec.yaml")
-    verdict = {"name": "loss_finite", "passed": False}
-    (run.path / "verdicts.json").write_text(json.dumps({"passed": False, "verdicts": [verdict]}), encoding="utf-8")
-    with pytest.raises(UsageError, match="loss_finite failed"):
+    records.store_verdicts(run, [records.verdict("loss_finite", "refuted")])
+    with pytest.raises(UsageError, match="not a good run to record: 1 of 1 check refuted: loss_finite"):
         record(run, tmp_path / "spec.yaml")

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from finetune.backends import TensorFacts
+from finetune.run import Run
 from finetune.testing.validator import TrainingSuccessValidator
+from support import records
 
 convergence = TrainingSuccessValidator.validate_loss_convergence
 learning = TrainingSuccessValidator.validate_model_learning
@@ -198,3 +200,27 @@ def test_an_adapter_needs_weights_and_its_config(tmp_path):
     assert not artifacts(tmp_path, ["adapter_config.json", "tokenizer.json"])
     (tmp_path / "adapter_config.json").write_text("")
     assert not artifacts(tmp_path), "an empty file configures nothing"
+
+
+# -- a whole run -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_judged_as_verify_ends(tmp_path):
+    run = Run(tmp_path).create()
+    whole = TrainingSuccessValidator.validate_run
+    assert not whole(run)
+    for listed, good in (
+        ([records.verdict("loss_end"), records.verdict("learned_net", "not examined")], True),
+        ([records.verdict("learned_net", "not examined")], False),
+        ([records.verdict("loss_end"), records.verdict("learned_net", "refuted")], False),
+    ):
+        records.store_verdicts(run, listed)
+        assert whole(run.path) is good
+
+
+def test_verdicts_that_were_changed_prove_nothing(tmp_path):
+    run = Run(tmp_path).create()
+    records.store_verdicts(run, [records.verdict("loss_end")])
+    path = tmp_path / "verdicts.json"
+    path.write_text(path.read_text("utf-8").replace("so it is", "so be it"), encoding="utf-8")
+    assert not TrainingSuccessValidator.validate_run(run)

@@ -20,9 +20,9 @@ from finetune.core.files import digest, write_jsonl
 from finetune.errors import DataError, Interrupted, StageError, UsageError
 from finetune.pipeline import checkpoint, preview, run_directory, run_stages
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
 from finetune.stages import STAGES, plan
-from support.town import CAPITALS, build, facts, only_training, recipe
+from support.town import CAPITALS, MANIFEST, build, facts, only_training, recipe
 
 EXPORTING = ("rehearse", "export", "compare")
 WHOLE = [stage.name for stage in STAGES]
@@ -52,7 +52,7 @@ def go(wanted: Recipe, run: Run, *only: str, **more: Any) -> list[str]:
 
 def failed(wanted: Recipe, run: Run, *only: str) -> dict[str, str]:
     found = verify(wanted, run, only or None)
-    return {v.name: f"{v.measured} {v.compare} {v.bound}: {v.why}" for v in found if not v.passed}
+    return {v.name: f"{v.measured} {v.compare} {v.bound}: {v.why}" for v in found if v.refuted}
 
 
 def losses(run: Run, stage: str = "train") -> list[float]:
@@ -77,7 +77,7 @@ def done(town: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
     # Both take more time than all stages together, and have tests of their own.
     monkeypatch.setattr("finetune.stages.measure.in_fresh_process", here)
-    monkeypatch.setattr("finetune.manifest.collect", lambda recipe: {})
+    monkeypatch.setattr("finetune.manifest.collect", lambda recipe: MANIFEST)
 
     def run(make: Callable[..., Recipe] = recipe, *only: str, **changes: Any) -> tuple[Recipe, Run]:
         wanted = make(changes.pop("town", town), tmp_path / "runs", **changes)
@@ -133,7 +133,7 @@ def test_logs_metrics_and_events_are_the_same_steps(honest, stage, steps):
 
 
 def test_the_answers_before_and_after_are_kept(honest):
-    answers = evidence.read_rows(honest.run, "evaluate/answers.jsonl", "evaluate")
+    answers = evidence.rows(honest.run, layout.ANSWERS)
 
     assert Counter(answer["set"] for answer in answers) == {"probes": 12, "controls": 4, "unseen": 3}
     assert {tuple(answer["phases"]) for answer in answers} == {("base", "trained", "aligned")}
@@ -277,8 +277,8 @@ def test_a_failed_stage_leaves_no_stale_report(done, monkeypatch):
 
     assert run.report("train") is None
     assert run.require("prepare")
-    assert run.events("stage_failed")[-1] | {"time": ""} == {
-        "time": "", "event": "stage_failed", "stage": "train", "error": "RuntimeError", "message": "the pipe burst",
+    assert run.events("stage_failed")[-1] | {"time": "", "prev": ""} == {
+        "time": "", "prev": "", "event": "stage_failed", "stage": "train", "error": "RuntimeError", "message": "the pipe burst",
     }  # fmt: skip
     assert not (run.path / "train" / "adapter").exists(), "what an earlier training left could be taken for the new one"
     found = failed(wanted, run)
@@ -396,7 +396,7 @@ def test_every_format_of_data_is_learned(town, tmp_path, done, shape, suffix):
     wanted, run = done(only_training, "evaluate", data={"path": str(tmp_path / f"rows.{suffix}")})
 
     assert failed(wanted, run, "labels", "loss", "parameters") == {}
-    trained = [[x for x in row["labels"] if x != -100] for row in evidence.read_rows(run, "prepare/train.jsonl", "")]
+    trained = [[x for x in row["labels"] if x != -100] for row in evidence.rows(run, layout.TRAIN_ROWS)]
     assert len(trained) == len(CAPITALS)
     text = FakeTokenizer().decode(trained[0])
     assert text.endswith("It is Quell.<|im_end|>")
@@ -423,7 +423,7 @@ def test_every_answer_of_a_conversation_is_trained(tmp_path, done):
     wanted, run = done(only_training, "evaluate", data={"path": str(tmp_path / "talks.jsonl")})
 
     assert failed(wanted, run, "labels", "loss", "parameters") == {}
-    row = evidence.read_rows(run, "prepare/train.jsonl", "")[0]
+    row = evidence.rows(run, layout.TRAIN_ROWS)[0]
     spoken = FakeTokenizer().decode([label for label in row["labels"] if label != -100])
     assert spoken == "It is Quell.<|im_end|>None at all.<|im_end|>"
 
@@ -433,7 +433,7 @@ def test_the_rows_of_the_first_step_are_scored_however_few_are_asked_for(done):
     first = evidence.steps(run, "train")[0]["rows"]
 
     assert len(first) == 3
-    for phase in evidence.read_json(run, "evaluate/rows.json", "evaluate").values():
+    for phase in evidence.read(run, layout.ROW_SCORES).values():
         assert set(phase) == {str(row) for row in first}
     assert failed(wanted, run, "loss") == {}
 
@@ -445,7 +445,7 @@ def test_held_out_rows_are_evaluated_and_never_trained(done):
     train = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 8}
     _, run = done(only_training, data={"eval_fraction": 0.34}, train=train)
 
-    rows, held_out = (evidence.read_rows(run, f"prepare/{name}.jsonl", "") for name in ("train", "eval"))
+    rows, held_out = (evidence.rows(run, file) for file in (layout.TRAIN_ROWS, layout.EVAL_ROWS))
     assert sorted(row["row"] for row in (*rows, *held_out)) == list(range(6))
     assert len(held_out) == 2
     steps = evidence.steps(run, "train")

@@ -26,7 +26,7 @@ def measured(recipe: Any) -> dict[str, Verdict]:
 
 
 def failed(verdicts: dict[str, Verdict]) -> dict[str, str]:
-    return {name: each.why for name, each in verdicts.items() if not each.passed}
+    return {name: each.why for name, each in verdicts.items() if each.refuted}
 
 
 def test_every_invariance_holds_on_a_tiny_llama_and_leaves_no_model_behind(tiny_recipe) -> None:

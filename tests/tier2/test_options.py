@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from finetune.evidence import steps
 
 from finetune.backends import get
 from finetune.checks import verify
 from finetune.errors import Faults, MissingError, StageError, UsageError
-from finetune.evidence import steps
 from finetune.pipeline import run_directory, run_stages
 from finetune.run import Run
 
@@ -159,9 +159,7 @@ def test_the_option_has_its_effect_and_every_check_holds(name, tiny_recipe, tiny
 
     assert holds(run)
     failed = [
-        f"{v.name}: {v.measured}: {v.why}"
-        for v in verify(recipe, run, ["labels", "loss", "parameters"])
-        if not v.passed
+        f"{v.name}: {v.measured}: {v.why}" for v in verify(recipe, run, ["labels", "loss", "parameters"]) if v.refuted
     ]
     assert failed == []
 
@@ -217,7 +215,7 @@ def test_alignment_alone_is_held_against_the_model_it_started_from(tiny_recipe):
     run = run_directory(recipe)
     run_stages(recipe, run, ["evaluate"])
     verdicts = {verdict.name: verdict for verdict in verify(recipe, run, ["preference"])}
-    assert [name for name, verdict in verdicts.items() if not verdict.passed] == []
+    assert [name for name, verdict in verdicts.items() if verdict.refuted] == []
     assert "dpo_prefers_chosen" in verdicts
 
 

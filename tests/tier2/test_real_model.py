@@ -15,7 +15,7 @@ from finetune.checks import CHECKS, verify
 from finetune.core.files import read_jsonl
 from finetune.data.templates import ChatTemplate
 from finetune.pipeline import preview
-from finetune.run import evidence
+from finetune.run import evidence, layout
 from finetune.stages import STAGES
 from finetune.testing.validator import TrainingSuccessValidator
 
@@ -29,11 +29,11 @@ def verdicts(recipe, trained_run):
 
 @pytest.fixture(scope="module")
 def answers(trained_run):
-    return evidence.read_rows(trained_run, "evaluate/answers.jsonl", "evaluate")
+    return evidence.rows(trained_run, layout.ANSWERS)
 
 
 def test_every_check_passes_on_an_honest_run(verdicts):
-    failed = [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts.values() if not v.passed]
+    failed = [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts.values() if v.refuted]
     assert not failed
     assert len(verdicts) >= VERDICTS_MIN
 
@@ -141,5 +141,5 @@ def test_a_fresh_process_verifies_the_run_and_a_changed_artifact_fails_it(traine
     finally:
         target.write_bytes(whole)
     assert broken.returncode == 1
-    failed = [v["name"] for v in json.loads(broken.stdout)["verdicts"] if not v["passed"]]
+    failed = [v["name"] for v in json.loads(broken.stdout)["verdicts"] if v["passed"] is False]
     assert set(failed) == {"artifacts_intact", "saved_last"}

@@ -13,7 +13,7 @@ from finetune.commands.options import example
 from finetune.core.files import digest
 from finetune.pipeline import run_stages
 from finetune.recipe import load
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout
 
 STEPS = 60
 
@@ -34,7 +34,7 @@ def told(tmp_path_factory):
 def test_it_learns_from_scratch_as_the_checks_have_it(told):
     verdicts = results(*told, only=["labels", "loss", "parameters", "optimizer", "retention"])
     assert len(verdicts) == 25
-    assert [verdict for verdict in verdicts if not verdict.passed] == []
+    assert [verdict for verdict in verdicts if verdict.refuted] == []
 
 
 def test_the_first_loss_is_a_guess_over_the_vocabulary(told):
@@ -64,7 +64,7 @@ def test_its_size_is_as_estimated(told):
 def test_every_story_trains_through_its_end(told):
     recipe, run = told
     tokenizer = get("torch").tokenizer(evidence.phases(run, recipe)["base"][0])
-    rows = evidence.read_rows(run, "prepare/train.jsonl", "prepare")
+    rows = evidence.rows(run, layout.TRAIN_ROWS)
     assert len(rows) == 360
     assert all(row["labels"] == row["input_ids"] and row["labels"][-1] in tokenizer.eos_ids for row in rows)
     assert tokenizer.decode(rows[0]["input_ids"]).startswith("Once upon a time")

@@ -67,7 +67,7 @@ def test_loss_falls_and_the_machinery_holds_on(architecture, tiny_recipe):
 
 
 def failures(verdicts):
-    return [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts if not v.passed]
+    return [f"{v.name}: {v.measured} {v.compare} {v.bound}: {v.why}" for v in verdicts if v.refuted]
 
 
 def test_full_fine_tuning_learns_through_the_same_stages(tiny_recipe):
@@ -84,7 +84,7 @@ def test_learning_rate_zero_fails_the_checks_that_guard_learning(tiny_recipe):
     recipe = tiny_recipe(learning_rate=0.0)
     run = run_directory(recipe)
     run_stages(recipe, run, ["evaluate"])
-    failed = {verdict.name for verdict in verify(recipe, run, ["loss", "parameters"]) if not verdict.passed}
+    failed = {verdict.name for verdict in verify(recipe, run, ["loss", "parameters"]) if verdict.refuted}
     assert failed >= {"loss_convergence", "loss_confirmed", "parameters_changed", "lora_b_nonzero", "adapter_effect"}
 
 

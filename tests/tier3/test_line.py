@@ -33,7 +33,7 @@ def test_the_generated_data_is_split_90_to_10(asked, line):
 
 def test_every_verdict_of_the_line_passes(line):
     failed = [f"{v['name']}: {v['measured']} {v['compare']} {v['bound']}: {v['why']}" for v in verdicts(line).values()
-              if not v["passed"]]  # fmt: skip
+              if v["passed"] is False]  # fmt: skip
     assert failed == []
 
 
@@ -122,6 +122,14 @@ def test_the_summary_has_every_section(line):
     assert {"merged", "bundle"} <= set(found["inference_metrics"])
     assert len(found["sample_answers"]) == 10
     assert all(Path(path).exists() for path in found["artifacts"].values())
+
+
+def test_the_size_of_ollamas_export_is_that_of_the_weights_and_the_modelfile(line, family):
+    family("ollama")
+    folder = line.path / "export" / "ollama-q8_0"
+    (gguf,) = folder.glob("*.gguf")
+    assert hop(line, "ollama:q8_0")["bytes"] == gguf.stat().st_size + (folder / "Modelfile").stat().st_size
+    assert gguf.stat().st_size > 1_000_000
 
 
 @pytest.mark.parametrize("name", ["gguf", "mlx", "ollama"])

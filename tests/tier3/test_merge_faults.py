@@ -124,7 +124,7 @@ def test_a_sound_merge_of_any_adapter_passes(architecture, lora, judged, tiny_mo
     )
     verdicts = {each.name: each for each in results(chain.recipe, chain.run, ["parity"])}
     assert ("merge_exact[merged]" in verdicts) == ("merged_once[merged]" in verdicts) == judged
-    assert not {name for name, each in verdicts.items() if not each.passed} & {
+    assert not {name for name, each in verdicts.items() if each.refuted} & {
         "merge_exact[merged]", "merged_once[merged]", "constants_parity[merged]", "adapter_carried[bundle]",
         "stop_tokens[merged]", "stored_bits[merged]", "vocabulary_parity[merged]", "template_carried[merged]",
     }  # fmt: skip

@@ -16,11 +16,12 @@ from contract import CHATS, CONVERSATIONS, write_rows
 from finetune import tiny
 from finetune.backends import get
 from finetune.backends.ollama import OllamaBackend, unavailable
+from finetune.backends.ollama_api import Client
 from finetune.errors import StageError
 from finetune.export import Source, modelfile, ollama
 from finetune.export.gotemplate import CONVERSATIONS as ASKED
 from finetune.export.gotemplate import REFUSAL, TOLERATED
-from support.ollama import OllamaContract
+from support.ollama_contract import RECORDED, OllamaAnswers, OllamaContract
 
 GOLDEN = Path(__file__).parents[1] / "tier1" / "golden"
 TEMPLATES = sorted(path.stem.removeprefix("ollama-template-") for path in GOLDEN.glob("ollama-template-*.json"))
@@ -70,6 +71,23 @@ class TestOllama(OllamaContract):
     @classmethod
     def rows(cls, backend, model_dir, tmp_path_factory):
         return write_rows(backend.tokenizer(model_dir), tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+class TestOllamaAnswers(OllamaAnswers):
+    """As the stand-in of tier 1 does (tests/tier1/test_ollama_api.py)."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def gguf(cls, exported):
+        return next(exported.parent.glob("*.gguf"))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def client(cls, server):
+        client = Client()
+        if (version := client.version()) != RECORDED:
+            pytest.skip(f"the answers are those of Ollama {RECORDED}, and this is {version}")
+        return client
 
 
 def test_the_server_keeps_the_modelfile_as_it_was_written(exported, handle):

@@ -62,6 +62,7 @@ class Job:
     chat_template: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # dtype, device, attn_implementation, trust_remote_code
     name: str = "run"  # what trackers call this training
+    identity: str = ""  # the record that checkpoints hold (`finetune.identity.leave`); empty: none
     should_stop: Callable[[], bool] = lambda: False  # asked after every step; True saves a checkpoint and ends early
 
 
@@ -105,6 +106,7 @@ class TensorFacts:
 class Backend(Protocol):
     """The contract; `tests/contract.py` runs the same tests against every implementation.
 
+    `checkpoint_files` are patterns; a checkpoint without a file of each has not the state to go on with.
     Where `trains` is False, `train`, `merge` and `tensors` raise UsageError (see InferenceOnly); where `scores` is False,
     `score` and `distributions` do, since the runtime tells no probabilities of given tokens.
     """
@@ -112,6 +114,7 @@ class Backend(Protocol):
     name: str
     trains: bool
     scores: bool
+    checkpoint_files: tuple[str, ...]
 
     def tokenizer(self, model: Path) -> Tokenizer: ...
 
@@ -177,6 +180,7 @@ class InferenceOnly:
 
     name: str
     trains = False
+    checkpoint_files: tuple[str, ...] = ()
 
     def train(self, job: Job) -> Generator[Step, None, dict[str, Any]]:
         raise self._refusal("train")

@@ -32,6 +32,7 @@ class FakeBackend:
     name = "fake"
     trains = True
     scores = True
+    checkpoint_files = ("optimizer.json",)
 
     def tokenizer(self, model: Path) -> FakeTokenizer:
         config = model / "tokenizer_config.json"

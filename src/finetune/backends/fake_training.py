@@ -10,12 +10,11 @@ import time
 from array import array
 from collections import defaultdict
 from collections.abc import Generator
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from finetune import schedule
+from finetune import identity, schedule
 from finetune.backends import Job, Step
 from finetune.backends.fake_model import (
     GAIN,
@@ -27,53 +26,18 @@ from finetune.backends.fake_model import (
     Place,
     bucket,
     merged,
-    places,
     save_adapter,
     save_model,
 )
+from finetune.backends.fake_rows import Gradient, Row, read_rows
 from finetune.backends.motion import CLIPPED_STEPS, Motion
-from finetune.core.files import read_jsonl, read_object
-from finetune.errors import MissingError, StageError, UsageError
+from finetune.core.files import read_object
+from finetune.errors import MissingError, UsageError
 from finetune.recipe import trackers
 from finetune.recipe.sections import Optimization
 
 # ("A", module, slot, bucket), ("B", topic, tail, slot); in full training ("T", topic, tail, token), ("E", last, token).
 Parameter = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A data row as places to predict: the answer's (SFT), or the chosen and the rejected answer's (DPO)."""
-
-    number: int
-    tokens: int
-    chosen: list[Place]
-    rejected: list[Place] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, value: dict[str, Any], index: int) -> Row:
-        number = int(value.get("row", index))
-        if "prompt_ids" in value:
-            prompt, chosen, rejected = value["prompt_ids"], value["chosen_ids"], value["rejected_ids"]
-            tokens = 2 * len(prompt) + len(chosen) + len(rejected)
-            return cls(number, tokens, _answer(prompt, chosen), _answer(prompt, rejected))
-        ids, labels = value["input_ids"], value["labels"]
-        # A causal model predicts from the token before, so the first token is never trained.
-        return cls(number, len(ids), places(ids, [at for at, label in enumerate(labels) if at and label != -100]))
-
-
-@dataclass
-class Gradient:
-    """Sums over a step: per (context, token) and per bigram, with how often each context occurred."""
-
-    rows: dict[tuple[Key, int], float] = field(default_factory=lambda: defaultdict(float))
-    bigram: dict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
-    seen: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
-
-    def scale(self, factor: float) -> None:
-        for part in (self.rows, self.bigram):
-            for key in part:
-                part[key] *= factor  # type: ignore[index]
 
 
 class Training:
@@ -87,11 +51,12 @@ class Training:
         if trackers.named(self.options.get("report_to")):
             section = "align" if job.objective == "dpo" else "train"
             raise UsageError(f"{section}.report_to: the fake backend reports to no tracker; leave it out")
-        self.rows = _read(job.rows)
-        self.eval_rows = _read(job.eval_rows) if job.eval_rows else []
+        self.rows = read_rows(job.rows)
+        self.eval_rows = read_rows(job.eval_rows) if job.eval_rows else []
         self.step, self.best, self.patience_used = 0, math.inf, 0
         self.stopped = False
         self.saved: int | None = None
+        self.begun = 0
         self.velocity: dict[Parameter, float] = defaultdict(float)
         base = Base.read(job.model)
         start = Adapter.read(job.adapter) if job.adapter else None
@@ -106,6 +71,7 @@ class Training:
             self.reference = {id(row): (_sum(reference, row.chosen), _sum(reference, row.rejected)) for row in both}
         if job.resume:
             self._resume(job.resume)
+        identity.check_plan(self.step, self.total)
         for row in self.rows:
             for place in row.chosen + row.rejected:
                 self._allocate(place)
@@ -160,7 +126,7 @@ class Training:
         if self.lora and resumed is None:
             self._save(self.job.out / "initial")
         try:
-            while self.step < self.total:
+            while self.step < self.total and not self._out_of_patience:
                 began = time.perf_counter()
                 step, stop = self._take_step(began)
                 self.stopped = self.step < self.total and self.job.should_stop()
@@ -221,6 +187,10 @@ class Training:
             self.best, self.patience_used = loss, 0
         else:
             self.patience_used += 1
+        return self._out_of_patience
+
+    @property
+    def _out_of_patience(self) -> bool:
         patience = self.options.get("early_stopping_patience")
         return patience is not None and self.patience_used >= patience
 
@@ -393,11 +363,18 @@ class Training:
         self.saved = self.step
         state = {
             "global_step": self.step,
+            "max_steps": self.total,
             "best": None if math.isinf(self.best) else self.best,
             "patience_used": self.patience_used,
-            "velocity": [[*parameter, value] for parameter, value in self.velocity.items()],
         }
-        self._save(directory, **{"trainer_state.json": json.dumps(state)})
+        counts = {"steps_watched": self.step - self.begun, "planned_steps": self.total}
+        known = self.job.identity and identity.grown(self.job.identity, {**counts, **self.motion.facts()})
+        files = {
+            "optimizer.json": json.dumps([[*parameter, value] for parameter, value in self.velocity.items()]),
+            **({identity.FILE: known} if known else {}),
+            "trainer_state.json": json.dumps(state),
+        }
+        self._save(directory, **files)
         limit = self.options.get("save_total_limit", 2)
         if limit:
             kept = sorted(self.job.out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
@@ -409,24 +386,15 @@ class Training:
         if not file.is_file():
             raise MissingError(f"{directory} is no checkpoint of the fake backend (no trainer_state.json)")
         state = json.loads(file.read_text(encoding="utf-8"))
-        self.step, self.patience_used = state["global_step"], state["patience_used"]
+        self.step = self.begun = state["global_step"]
+        self.patience_used = state["patience_used"]
         self.best = math.inf if state["best"] is None else state["best"]
-        self.velocity.update({tuple(parameter): value for *parameter, value in state["velocity"]})
+        velocity = json.loads((directory / "optimizer.json").read_text(encoding="utf-8"))
+        self.velocity.update({tuple(parameter): value for *parameter, value in velocity})
         if self.lora:
             self.model = FakeModel(self.model.base, Adapter.read(directory))
         else:
             self.model = FakeModel(Base.read(directory))
-
-
-def _read(file: Path) -> list[Row]:
-    rows = [Row.of(value, index) for index, value in enumerate(read_jsonl(file))]
-    if not rows:
-        raise StageError(f"{file} has no rows to train on")
-    return rows
-
-
-def _answer(prompt: list[int], answer: list[int]) -> list[Place]:
-    return places([*prompt, *answer], range(len(prompt), len(prompt) + len(answer)))
 
 
 def _sum(model: FakeModel, answer: list[Place]) -> float:

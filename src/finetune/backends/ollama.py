@@ -27,6 +27,8 @@ GREEDY = {
     "temperature": 0.0, "seed": 0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0,
     "presence_penalty": 0.0, "frequency_penalty": 0.0,
 }  # fmt: skip
+# What no tokens are: asked for none (`num_predict: 0`), Ollama answers to the end of the context.
+NOTHING = Generation(ids=(), text="", finish="length")
 TEXTS = ("stop",)
 FLOATS = (
     "temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
@@ -83,8 +85,12 @@ class OllamaBackend(InferenceOnly):
         sha256 = f"sha256:{digest(gguf)}"
         name = f"finetune-{sha256[7:19]}:{secrets.token_hex(4)}"
         client.upload(gguf, sha256)
-        client.call("POST", "/api/create", {**_request(commands, gguf, sha256), "model": name, "stream": False})
-        return Handle(client, name, gguf)
+        try:
+            client.call("POST", "/api/create", {**_request(commands, gguf, sha256), "model": name, "stream": False})
+            return Handle(client, name, gguf)
+        except BaseException:  # Ctrl-C too: the server goes on creating what nobody waits for
+            _remove(client, name)
+            raise
 
     def score(self, handle: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         raise self._silent()
@@ -171,6 +177,8 @@ def _as_number(name: str, value: str) -> int | float:
 
 
 def _generate(handle: Handle, prompt: Sequence[int], most: int) -> Generation:
+    if most < 1:
+        return NOTHING
     tokenizer = handle.tokenizer
     ids = list(prompt)
     if getattr(tokenizer, "adds_bos", False):
@@ -198,6 +206,8 @@ def _generate(handle: Handle, prompt: Sequence[int], most: int) -> Generation:
 
 
 def _chat(handle: Handle, messages: Sequence[Mapping[str, str]], most: int) -> Generation:
+    if most < 1:
+        return NOTHING
     body = {
         "model": handle.name,
         "messages": [{"role": message["role"], "content": message["content"]} for message in messages],

@@ -9,21 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from finetune.core.clock import now
 from finetune.errors import FinetuneError, UsageError, first_line
 from finetune.lookup import did_you_mean, load
 from finetune.run import Run
+from finetune.run.outcome import NOT_EXAMINED as NOT_EXAMINED
+from finetune.run.outcome import PROVED as PROVED
+from finetune.run.outcome import REFUTED as REFUTED
+from finetune.run.outcome import Outcome as Outcome
+from finetune.run.outcome import holds
 
 if TYPE_CHECKING:  # the command line reads this table for its help, and pydantic would cost it its start-up time
     from finetune.recipe import Recipe
     from finetune.run.records.whole import StoredVerdicts
-
-Outcome = Literal["proved", "refuted", "not examined"]
-PROVED: Outcome = "proved"
-REFUTED: Outcome = "refuted"
-NOT_EXAMINED: Outcome = "not examined"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,14 +240,29 @@ BY_NAME = {check.name: check for check in CHECKS}
 
 def verify(recipe: Recipe, run: Run, only: Iterable[str] | None = None) -> list[Verdict]:
     """Run the checks that the recipe calls for (or `only` those named) and store their verdicts in the run."""
+    verdicts = results(recipe, run, only)
+    store(run, judged(recipe, run, verdicts))
+    return verdicts
+
+
+def judged(recipe: Recipe, run: Run, verdicts: list[Verdict]) -> StoredVerdicts:
+    """Verdicts as stored, with the cause that explains several of the refuted ones, where there is one."""
+    from finetune.checks.causes import cause
+
+    document = as_dict(verdicts)
+    if found := cause(recipe, run, verdicts):
+        document["cause"] = found
+    return document
+
+
+def store(run: Run, document: StoredVerdicts) -> None:
+    """Store what `judged` made, and seal the run. Raises OSError where the run cannot be written into."""
     from finetune.core.files import digest
     from finetune.run import evidence, layout, seal
 
-    verdicts = results(recipe, run, only)
-    path = evidence.write(run, layout.VERDICTS, as_dict(verdicts))
-    run.event("verified", passed=passed(verdicts), sha256=digest(path))
+    path = evidence.write(run, layout.VERDICTS, document)
+    run.event("verified", passed=document["passed"], sha256=digest(path))
     seal.close(run)
-    return verdicts
 
 
 def results(recipe: Recipe, run: Run, only: Iterable[str] | None = None, *, training: bool = False) -> list[Verdict]:
@@ -289,8 +304,7 @@ def carried_out(part: Part, recipe: Recipe, run: Run) -> list[Verdict]:
 
 def passed(verdicts: Iterable[Verdict]) -> bool:
     """Whether something was proved and nothing refuted."""
-    outcomes = {verdict.outcome for verdict in verdicts}
-    return PROVED in outcomes and REFUTED not in outcomes
+    return holds(verdict.outcome for verdict in verdicts)
 
 
 def as_dict(verdicts: list[Verdict]) -> StoredVerdicts:

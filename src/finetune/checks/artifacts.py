@@ -10,10 +10,9 @@ from finetune.checks.parts import single
 from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, evidence, layout, seal
-from finetune.stages import BY_NAME, plan
+from finetune.stages import BY_NAME, MODELS, plan
 from finetune.stages.fetch import count_parameters
 
-MODELS = ("train", "align", "merge", "export")  # stages that make a model which later ones speak of
 FRESH = layout.FRESH.path
 DRIFT = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}  # nats a token, by the rounding of each type
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,23 +168,24 @@ def _counts(asked: Material, hop: Hop) -> dict[str, Any]:
 
 
 def _of_answers(name: str, recipe: Recipe, run: Run, asked: Material, hop: Hop) -> dict[str, Any]:
-    """What the texts of the answers come to; of endings and probes where those of the model before are kept too."""
-    texts = [answer["text"] for answer in hop["answers"]]
-    found: dict[str, Any] = {"stop.leaks": sum(word in text for text in texts for word in asked["special"])}
-    if name == MERGED or not is_adapter(recipe):
+    """What the texts of the answers come to. Endings and probes are held against the answers of the model before, where
+    those are kept too; and where every answer is the same, against these themselves."""
+    questions, after, greedy = asked["questions"], hop["answers"], hop["greedy"]
+    leaks = sum(word in answer["text"] for answer in after for word in asked["special"])
+    found: dict[str, Any] = {"stop.leaks": leaks}
+    before = None
+    if name != MERGED and is_adapter(recipe):
+        before = evidence.read(run, layout.comparison(MERGED))["answers"]
+        found["greedy.equal"] = min(greedy["equal"], sum(map(operator.eq, before, after)))
+    elif greedy["equal"] == greedy["compared"]:
+        before, found["greedy.tokens_agreed"] = after, greedy["tokens"]
+    if before is None:
         return found
-    both = list(
-        zip(asked["questions"], evidence.read(run, layout.comparison(MERGED))["answers"], hop["answers"], strict=False)
-    )
-    ended = [after["finish"] for _, before, after in both if before["finish"] == "stop"]
-    known = [(question, after) for question, before, after in both if _right(question, before)]
-    return {
-        **found,
-        "stop.compared": len(ended),
-        "stop.stopped": ended.count("stop"),
-        "learned.known": len(known),
-        "learned.kept": sum(_right(question, after) for question, after in known),
-    }
+    both = list(zip(questions, before, after, strict=False))
+    ended = [now["finish"] for _, was, now in both if was["finish"] == "stop"]
+    known = [_right(question, now) for question, was, now in both if _right(question, was)]
+    counts = {"stop.compared": len(ended), "stop.stopped": ended.count("stop")}
+    return {**found, **counts, "learned.known": len(known), "learned.kept": sum(known)}
 
 
 def _right(question: Any, said: Given) -> bool:

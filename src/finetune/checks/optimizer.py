@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,23 @@ DRIFT = 1e-6  # relative, of a setting stored as a double
 UNINTERRUPTED = "train it in one go to have it examined: finetune {stage} RECIPE --force"
 
 
+# -- one training ------------------------------------------------------------------------------------------------------
+
+
+def _one_training(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    """Whether all steps are of the training that the recipe asks for, wherever it was resumed."""
+    name, unit, facts = f"{training.prefix}one_training", "changes on the way", training.facts(run)
+    resumed, unexamined = facts["resumed_from"], facts.get("unexamined", [])
+    if unexamined or (resumed and "changed" not in facts):
+        step = unexamined[0] if unexamined else resumed
+        why = f"it went on from a checkpoint of an earlier version at step {step}, which does not say what it is of"
+        return not_examined(name, "==", 0, unit, training.report, why, UNINTERRUPTED.format(stage=training.stage))
+    changed = facts.get("changed", [])
+    why = f"it went on from step {resumed}" if resumed else "it was trained from the first step to the last at once"
+    why += "; " + "; ".join(changed) if changed else ", and nothing was another then" if resumed else ""
+    return judge(name, len(changed), "==", 0, unit, training.report, why)
+
+
 # -- the learning rate -------------------------------------------------------------------------------------------------
 
 
@@ -36,19 +54,26 @@ def _rates(recipe: Recipe, run: Run, training: Training) -> Verdict:
     asked, facts, steps = training.asked(recipe), training.facts(run), training.steps(run)
     total = facts["planned_steps"] if getattr(asked, "early_stopping_patience", None) is not None else facts["steps"]
     peak = asked.learning_rate
+    begins, totals = [begin for begin, _ in facts.get("plans") or [[0, total]]], _totals(facts, total)
     wanted = {
-        step["step"]: learning_rate(asked.lr_scheduler_type, peak, asked.warmup_steps, step["step"], total)
-        for step in steps
+        number: learning_rate(
+            asked.lr_scheduler_type, peak, asked.warmup_steps, number, totals[max(0, bisect_left(begins, number) - 1)]
+        )
+        for number in (step["step"] for step in steps)
     }
     off = {step["step"]: abs(step["learning_rate"] - wanted[step["step"]]) / (peak or 1.0) for step in steps}
     first = next((step for step in steps if not off[step["step"]] <= RATE), None)
-    why = (
-        f"{len(steps)} logged steps against the recipe's schedule ({asked.lr_scheduler_type}, {peak:g}, {total} steps)"
-    )
+    planned = ", then ".join(map(str, totals))
+    why = f"{len(steps)} logged steps against the recipe's schedule ({asked.lr_scheduler_type}, {peak:g}, {planned} steps)"
     if first:
         why += f"; step {first['step']} had {first['learning_rate']:.3g} instead of {wanted[first['step']]:.3g}"
     name = f"{training.prefix}learning_rate_as_asked"
     return judge(name, worst(off.values()), "<=", RATE, "of the recipe's rate", EVENTS, why)
+
+
+def _totals(facts: TrainMetrics, total: int) -> list[int]:
+    """The steps planned in each part of a training that was resumed to go on for longer; the last part's is `total`."""
+    return [*(planned for _, planned in (facts.get("plans") or [[0, total]])[:-1]), total]
 
 
 def _has_rates(recipe: Recipe, training: Training) -> bool:
@@ -106,7 +131,7 @@ def _has_settings(recipe: Recipe, training: Training) -> bool:
 
 def _moved(recipe: Recipe, run: Run, training: Training) -> Verdict:
     facts = training.facts(run)
-    taken = facts["steps"] - (facts["resumed_from"] or 0)
+    taken = facts.get("steps_watched", facts["steps"] - (facts["resumed_from"] or 0))
     why = f"a sample of every trained tensor was compared before and after each of {taken} steps"
     found, name = facts["steps_without_effect"], f"{training.prefix}steps_move_weights"
     return judge(name, found, "==", 0, "steps without effect", training.report, why)
@@ -190,6 +215,7 @@ def _clips(recipe: Recipe, training: Training) -> bool:
 
 
 PARTS = (
+    *of_trainings("one_training", _one_training),
     *of_trainings("learning_rate_as_asked", _rates, EVENTS, _has_rates),
     *of_trainings("settings_as_asked", _settings, when=_has_settings),
     *of_trainings("steps_move_weights", _moved),

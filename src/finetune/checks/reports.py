@@ -99,10 +99,22 @@ def _report_as_logged(recipe: Recipe, run: Run, training: Training) -> Verdict:
         numbers.same("planned_steps", facts["planned_steps"], planned)
     if getattr(asked, "early_stopping_patience", None) is None:
         numbers.same("steps", facts["steps"], facts["planned_steps"])
+    if evidence.read(run, layout.TRAININGS[training.stage]).get("schema"):  # version 0.1 did not tell of its parts
+        _resumed(numbers, facts)
     _speed(numbers, facts, [step for step in steps if step["step"] > (facts["resumed_from"] or 0)])
     return numbers.verdict(
         f"{training.prefix}report_as_logged", training.report, f"{training.report}, as {EVENTS} has them"
     )
+
+
+def _resumed(numbers: Numbers, facts: TrainMetrics) -> None:
+    """What is told of the parts of a training that was resumed: all of its steps were watched, and the last plan is its."""
+    untold = [key for key in ("steps_watched", "plans", "changed", "unexamined") if key not in facts]
+    numbers.same("parts not told of", untold, [])
+    plans = facts.get("plans") or [[0, 0]]
+    numbers.same("the steps of the last plan", plans[-1][-1], facts["planned_steps"])
+    if not facts.get("unexamined"):
+        numbers.same("steps_watched", facts.get("steps_watched"), facts["steps"])
 
 
 def _count(run: Run, training: Training) -> int:

@@ -145,14 +145,24 @@ def _whole(recipe: Recipe, run: Run) -> Verdict:
     """Whether training went on as long as the recipe says."""
     train = recipe.train
     assert train is not None
-    taken, last = SFT.facts(run)["steps"], SFT.steps(run)[-1]
+    facts, rows = SFT.facts(run), evidence.rows(run, layout.TRAIN_ROWS)
+    taken = facts["steps"]
+    epochs = _epochs(len(rows), SFT.steps(run), taken, max(1, facts["world_size"]))
     if train.max_steps > 0:
         share, wanted = taken / train.max_steps, f"{train.max_steps} steps"
     else:
-        share = taken * last["epoch"] / last["step"] / train.num_train_epochs
+        share = epochs / train.num_train_epochs
         wanted = f"{train.num_train_epochs:g} epochs"
-    why = f"{taken} steps, {taken * last['epoch'] / last['step']:.2f} epochs; the recipe asks for {wanted}"
+    why = f"{taken} steps, {epochs:.2f} epochs; the recipe asks for {wanted}"
     return judge("trained_to_the_end", share, ">=", WHOLE, "share", EVENTS, why)
+
+
+def _epochs(rows: int, steps: Sequence[Step], taken: int, processes: int) -> float:
+    """How often the prepared rows were taken: counted; with packing, and after the last logged step, as the log has it."""
+    last = steps[-1]
+    counted = sum(len(step["rows"]) for step in steps) * processes / rows
+    a_step = last["epoch"] / last["step"]
+    return counted + (taken - last["step"]) * a_step if counted else taken * a_step
 
 
 def _to_the_end(recipe: Recipe) -> bool:

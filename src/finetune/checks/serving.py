@@ -11,8 +11,10 @@ from finetune.parity.material import special_texts
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.measured import Asked, Served
+from finetune.serving.experiment import TOKENS
 
 MEASURED = layout.SERVING.path
+KINDS = QUESTION, CONVERSATION = "question", "conversation"
 REQUESTS = (
     "serving_prompts", "serving_conversations", "serving_stops", "serving_max_tokens", "serving_temperature",
     "serving_seed", "serving_top_p", "serving_streaming", "serving_usage",
@@ -26,7 +28,7 @@ def _requests(recipe: Recipe, run: Run) -> list[Verdict]:
     seen = evidence.read(run, layout.SERVING)
     return [
         _prompts(seen),
-        _answers(seen, "serving_conversations", "conversation", "conversations are answered as the model does itself"),
+        _answers(seen, "serving_conversations", CONVERSATION, "conversations are answered as the model does itself"),
         _stops(seen),
         _length(seen),
         *_sampling(seen),
@@ -39,7 +41,7 @@ def _questions(recipe: Recipe, run: Run) -> list[Verdict]:
     seen = evidence.read(run, layout.SERVING)
     if why := _of_others(recipe, run, seen):
         return [missing("serving_answers", "==", 1.0, "share", MEASURED, why)]
-    return [_answers(seen, "serving_answers", "question", "answers are those of 'evaluate'")]
+    return [_answers(seen, "serving_answers", QUESTION, "answers are those of 'evaluate'")]
 
 
 def _prompts(seen: Served) -> Verdict:
@@ -74,7 +76,7 @@ def _answers(seen: Served, name: str, kind: str, what: str) -> Verdict:
             why += ". Likely cause: the server does not know the end-of-turn token"
         elif found["prompt_tokens"] == expected["prompt_tokens"] and not _marks(seen, found["text"]):
             why += ". Likely cause: it serves another model, or draws where it should take the likeliest token"
-            why += ", or puts the turns in another order" if kind == "conversation" else ""
+            why += ", or puts the turns in another order" if kind == CONVERSATION else ""
     return judge(name, _share(asked, odd), "==", 1.0, "share", MEASURED, why)
 
 
@@ -89,7 +91,11 @@ def _of_others(recipe: Recipe, run: Run, seen: Served) -> str:
         if known is not None:
             text = tokenizer.decode(known["ids"], skip_special=True)
             wanted = (text, len(known["ids"]), known["finish"])
-        if each["kind"] == "question" and held != wanted:
+        if each["kind"] not in KINDS:
+            return f"{short(each['name'])!r} is no {' and no '.join(KINDS)}, but a {each['kind']!r}"
+        if each["max_tokens"] != (recipe.evaluate.max_new_tokens if each["kind"] == QUESTION else TOKENS):
+            return f"{short(each['name'])!r} was asked for {each['max_tokens']} tokens, other than the model itself was"
+        if each["kind"] == QUESTION and held != wanted:
             name, text = short(each["name"]), short(expected["text"])
             return f"{name!r} is held against {text!r}, which is no answer of 'evaluate'"
     return ""
@@ -97,7 +103,7 @@ def _of_others(recipe: Recipe, run: Run, seen: Served) -> str:
 
 def _same(each: Asked) -> bool:
     expected, found = each["expected"], each["found"]
-    if each["kind"] == "conversation" and expected["text"] != each["again"]:
+    if each["kind"] == CONVERSATION and expected["text"] != each["again"]:
         return False  # the model itself answers it with two texts
     if found["text"] not in (expected["text"], each["again"]):
         return False
@@ -110,19 +116,24 @@ def _stops(seen: Served) -> Verdict:
     if stop["found"] is None:
         return missing(name, "==", 1.0, "honoured", MEASURED, "the model says nothing that could be stopped at")
     found = stop["found"]
-    whole = [each["again"] for each in seen["asked"] if each["name"] == stop["name"]]
     right = found["text"] == stop["expected"] and found["finish"] == "stop"
-    right = right and any(text.startswith(stop["expected"] + stop["stop"]) for text in whole)
+    right = right and _begins(seen, stop["name"], stop["expected"] + stop["stop"])
     why = f"asked to stop before {stop['stop']!r}: {short(found['text'])!r} ({found['finish']})"
     if not right:
         why += f" instead of {short(stop['expected'])!r} (stop)"
     return judge(name, float(right), "==", 1.0, "honoured", MEASURED, why)
 
 
+def _begins(seen: Served, name: str, text: str) -> bool:
+    """Whether what the model itself answers to a request begins so."""
+    return any(each["name"] == name and each["again"].startswith(text) for each in seen["asked"])
+
+
 def _length(seen: Served) -> Verdict:
     asked, found = seen["length"], seen["length"]["found"]
     right = (found["text"], found["finish"]) == (asked["expected"], "length")
     right = right and found["completion_tokens"] == asked["max_tokens"]
+    right = right and _begins(seen, asked["name"], asked["expected"])
     why = f"asked for {asked['max_tokens']} tokens at most: {found['completion_tokens']}, {short(found['text'])!r} "
     why += f"({found['finish']})"
     if not right:

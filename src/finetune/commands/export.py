@@ -15,18 +15,21 @@ from finetune.commands.options import (
     load_recipe,
     output_options,
     print_json,
+    recipe_at,
     show_plan,
+    stored_recipe,
     stored_run,
     working,
 )
 from finetune.errors import FinetuneError, MissingError, StageError, UsageError
+from finetune.run import outcome
 
 if TYPE_CHECKING:
     from finetune.export import Target
     from finetune.recipe import Recipe
     from finetune.run import Run
     from finetune.run.records.compared import Export
-    from finetune.run.records.whole import StoredVerdict
+    from finetune.run.records.whole import StoredVerdict, StoredVerdicts
 
 UNCOMPARED = "the exports were not compared with the model that they were made from"
 # Written out, as the table itself lies behind pydantic, which help does not load; a test holds the two together.
@@ -119,15 +122,14 @@ def command(
             show_plan(recipe, found, stages, force=force, as_json=as_json)
             return 0
         working(recipe, found, stages, force=force)
-    parity = None if no_parity or spoilt else _of_exports(_verify(recipe, found), wanted)
-    failed = [each for each in parity or [] if each["passed"] is False]
-    passed = None if parity is None else bool(parity) and not failed
+    parity = None if no_parity or spoilt else _of_exports(_verify(recipe, found)["verdicts"], wanted)
+    passed = None if parity is None else outcome.holds(map(outcome.outcome, parity))
     refused = [] if out is None else _refused(recipe, found, wanted, [*spoilt, *([UNCOMPARED] if parity == [] else [])])
     published = [] if out is None or refused and not anyway else _deliver(found, wanted, Path(out), refused)
     if as_json:
         print_json(_as_dict(found, parity, passed, published))
     else:
-        _show(found, failed, published, compared=parity is not None)
+        _show(found, parity, published)
     if not published:
         handout.refuse(found, f"nothing was put into {out}", refused)
     return 1 if passed is False and not published else 0
@@ -142,21 +144,15 @@ def _meant(text: str | None, run_path: str | None, overrides: tuple[str, ...]) -
 
     if text is None and run_path is not None:
         text, run_path = run_path, None
-    if text is None and Path("recipe.yaml").is_file() or text is not None and _is_recipe(Path(text)):
-        recipe = load_recipe(text, overrides=overrides)
+    given = recipe_at(Path("." if text is None else text))
+    if given is not None:
+        recipe = load_recipe(str(given), overrides=overrides)
         return recipe, run_directory(recipe, run_path), False
     if run_path is not None:
         raise UsageError(f"{text} is a run already; --run {run_path} goes with a recipe")
     found = stored_run(text)
+    stored_recipe(found)
     return load_recipe(str(found.path / "recipe.yaml"), overrides=overrides), found, True
-
-
-def _is_recipe(path: Path) -> bool:
-    """Whether a path is a recipe, or a directory that holds one and was never run."""
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        return True
-    ran = any((path / name).exists() for name in ("events.jsonl", "manifest.json"))
-    return (path / "recipe.yaml").is_file() and not ran
 
 
 def _check_trained(recipe: Recipe, run: Run, stages: list[str]) -> None:
@@ -177,12 +173,14 @@ def _check_trained(recipe: Recipe, run: Run, stages: list[str]) -> None:
 # -- proof -------------------------------------------------------------------------------------------------------------
 
 
-def _verify(recipe: Recipe, run: Run) -> list[StoredVerdict]:
-    from finetune.checks import as_dict, verify
+def _verify(recipe: Recipe, run: Run) -> StoredVerdicts:
+    from finetune.checks import judged, results, store
 
     console.say("== verify")
     with run.locked(), redirect_stdout(sys.stderr):
-        return as_dict(verify(recipe, run))["verdicts"]
+        found = judged(recipe, run, results(recipe, run))
+        store(run, found)
+    return found
 
 
 def _of_exports(verdicts: list[StoredVerdict], wanted: list[Target]) -> list[StoredVerdict]:
@@ -219,14 +217,15 @@ def _refused(recipe: Recipe, run: Run, wanted: list[Target], known: list[str]) -
 
 def _deliver(run: Run, wanted: list[Target], out: Path, although: list[str]) -> list[Path]:
     from finetune import delivery, handout
+    from finetune.report.stored import Stored
 
     for reason in although:
         click.echo(f"warning: exported although: {reason}", err=True)
     try:
-        verdicts = handout.verdicts(run)["verdicts"]
+        verdicts, marks = handout.verdicts(run)["verdicts"], Stored(run).marks()
     except FinetuneError:  # one of the reasons: the card keeps what it had
-        verdicts = None
-    return delivery.deliver(run, wanted, out, verdicts=verdicts, although=although)
+        verdicts, marks = None, []
+    return delivery.deliver(run, wanted, out, verdicts=verdicts, marks=marks, although=although)
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------
@@ -247,26 +246,27 @@ def _as_dict(
         "run": str(run.path),
         "passed": passed,
         "exports": [{**each, "path": str(run.path / each["path"])} for each in _made(run)],
-        "compared": [] if parity is None else summary.exports(run),
+        "compared": [] if parity is None else summary.exports(run, parity),
         "verdicts": parity or [],
         "published": [str(path) for path in published],
     }
 
 
-def _show(run: Run, failed: list[StoredVerdict], published: list[Path], *, compared: bool) -> None:
+def _show(run: Run, parity: list[StoredVerdict] | None, published: list[Path]) -> None:
     from finetune.memory import human
+    from finetune.report import summary
     from finetune.report.terminal import show_exports, show_table, show_verdicts
 
     made = _made(run)
-    if compared:
-        show_exports(run)
+    if parity is not None:
+        show_exports(summary.exports(run, parity))
     else:
         rows = [
             [each["name"], human(each["bytes"]), console.duration(each["seconds"]), "not compared"] for each in made
         ]
         show_table(["format", ">size", ">time", "verdict"], rows)
-    if failed:
-        show_verdicts(failed)
+    if told := [each for each in parity or [] if outcome.outcome(each) != outcome.PROVED]:
+        show_verdicts({"verdicts": told})
     for each in made:
         for note in (*each["mended"], *each["notes"]):
             click.echo(f"{each['name']}: {note}")

@@ -32,6 +32,7 @@ def command(
     overrides: tuple[str, ...],
     run_path: str | None,
     force: bool,
+    retrain: bool,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -53,23 +54,23 @@ def command(
         raise UsageError("the invariances are those of a training, and the recipe has no 'train' section")
     run = run_directory(loaded, run_path)
     if dry_run:
-        show_plan(loaded, run, NEEDED, force=force, as_json=as_json)
+        show_plan(loaded, run, NEEDED, force=force, retrain=retrain, as_json=as_json)
         return 0
-    working(loaded, run, NEEDED, force=force)
-    from finetune.checks import as_dict, results
+    working(loaded, run, NEEDED, force=force, retrain=retrain)
+    from finetune.checks import judged, results
     from finetune.checks.invariance import not_applicable
     from finetune.invariance.measure import write
 
     console.say("== invariance")
     with run.locked(), redirect_stdout(sys.stderr):
         left_out = not_applicable(write(loaded, run))
-        found = as_dict(results(loaded, run, ["invariance"]))
+        found = judged(loaded, run, results(loaded, run, ["invariance"]))
     if as_json:
         print_json({"run": str(run.path), **found, "not_applicable": left_out})
     else:
         from finetune.report.terminal import show_verdicts
 
-        show_verdicts(found["verdicts"])
+        show_verdicts(found)
         for name, why in left_out.items():
             click.echo(f"not applicable: {name}: {why}")
     return 0 if found["passed"] else 1

@@ -6,14 +6,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from finetune import console
-from finetune.errors import MissingError, RecipeError, UsageError
+from finetune.errors import FinetuneError, MissingError, RecipeError, StageError, UsageError, first_line
 from finetune.lookup import did_you_mean
 from finetune.secrets import redact
 
@@ -62,9 +62,10 @@ def recipe_options(command: F) -> F:
 
 
 def run_options(command: F) -> F:
-    """--run, --force, --dry-run."""
+    """--run, --force, --retrain, --dry-run."""
     for option in (
         click.option("--dry-run", is_flag=True, help="Show which stages would run and why; run nothing."),
+        click.option("--retrain", is_flag=True, help="Do a finished training anew that other code or libraries made."),
         click.option("--force", is_flag=True, help="Run again what is already up to date."),
         click.option(
             "--run", "run_path", metavar="DIR", type=FILE, help="Run directory [default: the recipe's output_dir/name]."
@@ -156,42 +157,117 @@ def shown_warnings() -> Iterator[None]:
 
 
 def stored_run(text: str | None) -> Run:
-    """The run meant: a run directory, the name of one under ./runs, or (for None) the newest there."""
+    """The run meant: a run directory, the name of one under ./runs, a recipe (or the folder of one) whose run it is, or
+    (for None) the newest under ./runs. Raises MissingError naming what was looked for."""
     from finetune.run import Run
 
     if text is None:
-        found = sorted(Path("runs").glob("*/recipe.yaml"), key=lambda path: path.stat().st_mtime)
+        found = sorted(runs_in(Path("runs")), key=last_change)
         if not found:
             raise MissingError("no run given, and none in ./runs. Make one with: finetune run RECIPE")
-        console.say(f"using {found[-1].parent}")
-        return Run.open(found[-1].parent)
+        console.say(f"using {Path('runs') / found[-1].path.name}")
+        return found[-1]
     for path in (Path(text), Path("runs") / text):
-        if (path / "recipe.yaml").is_file():
-            return Run.open(path)
-    names = [path.parent.name for path in Path("runs").glob("*/recipe.yaml")]
+        if (run := Run(path)).exists:
+            return run
+    if recipe := recipe_at(Path(text)):
+        return _run_of(recipe)
+    names = [run.path.name for run in runs_in(Path("runs"))]
     if not Path(text).exists() and did_you_mean(text, names):
         raise MissingError(f"no run at {text}.{did_you_mean(text, names)} List runs with: finetune runs ls")
     return Run.open(text)
 
 
-def stored_recipe(run: Run) -> Recipe:
-    """The recipe that a run was made from."""
-    from finetune.recipe import load
+def _run_of(recipe: Path) -> Run:
+    """The run of a recipe: the one that its file lies in, or output_dir/name."""
+    from finetune.pipeline import run_directory
+    from finetune.run import Run
 
-    with shown_warnings():
-        return load(run.path / "recipe.yaml")
+    if (inside := Run(recipe.parent)).exists:
+        return inside
+    run = run_directory(load_recipe(str(recipe)))
+    if not run.exists:
+        raise MissingError(
+            f"{recipe} has not been run: there is no run at {run.path}. Make it with: finetune run {recipe}"
+        )
+    return run
+
+
+def recipe_at(path: Path) -> Path | None:
+    """The recipe that a path means: a file that is one by its name, or the recipe.yaml of a folder that is no run."""
+    from finetune.run import Run
+
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        return path
+    inside = path / "recipe.yaml"
+    return inside if inside.is_file() and not Run(path).exists else None
+
+
+def runs_in(folder: Path) -> list[Run]:
+    """The runs directly inside a folder, by name."""
+    from finetune.run import Run
+
+    found = [Run(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    return [run for run in found if run.exists]
+
+
+def last_change(run: Run) -> float:
+    """When something was last asked of a run: the time of its recipe, or of its log where that is gone (seconds)."""
+    files = [run.path / "recipe.yaml", run.events_path, run.path / "manifest.json"]
+    return next(path.stat().st_mtime for path in files if path.is_file())
+
+
+def stored_recipe(run: Run) -> Recipe:
+    """The recipe that a run was made from. Raises StageError where its file is damaged or gone."""
+    from finetune.recipe import load
+    from finetune.run import evidence, layout
+
+    try:
+        evidence.text(run, layout.RECIPE)
+        with shown_warnings():
+            return load(run.path / layout.RECIPE.path)
+    except FinetuneError as error:
+        again = "Bring the file back from a copy; the model and its files are as they were"
+        raise StageError(f"the recipe that the run was made from cannot be read: {error}\n{again}") from None
+
+
+@contextmanager
+def held(run: Run) -> Iterator[str]:
+    """Hold a run that is to be written into. Inside: why it cannot be (read-only, no lock to be had), or nothing.
+
+    Raises LockedError where another process works in the run.
+    """
+    with ExitStack() as stack:
+        yield attempt(lambda: stack.enter_context(run.locked()))
+
+
+def attempt(write: Callable[[], object]) -> str:
+    """Write something into a run; why that is not possible there, or nothing where it was done."""
+    try:
+        write()
+    except FinetuneError:
+        raise
+    except (OSError, NotImplementedError) as error:
+        return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+    return ""
+
+
+def not_stored(run: Run, what: str, why: str, instead: str) -> None:
+    """Say on stderr that something is not in the run now, and where to put it instead."""
+    click.echo(f"note: {what} could not be stored in {run.path} ({why}). Keep it elsewhere with: {instead}", err=True)
 
 
 def print_json(value: Any) -> None:
-    """A result, as JSON, on stdout. NaN and infinity, which JSON does not know, become null."""
-    click.echo(redact(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)))
+    """A result, as JSON, on stdout (see `finite`)."""
+    click.echo(redact(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str)))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value as JSON knows it: NaN and infinity as null."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -208,7 +284,14 @@ def listen(moment: str, stage: Stage, report: Report | None) -> None:
 
 
 def working(
-    recipe: Recipe, run: Run, only: list[str] | None, *, force: bool = False, resume: Path | None = None
+    recipe: Recipe,
+    run: Run,
+    only: list[str] | None,
+    *,
+    force: bool = False,
+    resume: Path | None = None,
+    retrain: bool = False,
+    changed: bool = False,
 ) -> list[Report]:
     """`pipeline.run_stages`, told on stderr. Whatever libraries print goes to stderr too: stdout is for results."""
     from finetune.commands.validate import refuse_faults
@@ -216,16 +299,20 @@ def working(
 
     refuse_faults(recipe, only)
     with redirect_stdout(sys.stderr):
-        return run_stages(recipe, run, only, force=force, resume=resume, listener=listen)
+        return run_stages(
+            recipe, run, only, force=force, resume=resume, retrain=retrain, changed=changed, listener=listen
+        )
 
 
-def show_plan(recipe: Recipe, run: Run, only: list[str] | None, *, force: bool, as_json: bool) -> None:
+def show_plan(
+    recipe: Recipe, run: Run, only: list[str] | None, *, force: bool, as_json: bool, retrain: bool = False
+) -> None:
     """What would run, and why (`--dry-run`)."""
     from dataclasses import asdict
 
     from finetune.pipeline import preview
 
-    planned = preview(recipe, run, only, force=force)
+    planned = preview(recipe, run, only, force=force, retrain=retrain)
     if as_json:
         print_json({"run": str(run.path), "stages": [asdict(step) for step in planned]})
         return

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import click
 
 from finetune import console
-from finetune.commands.options import FILE, output_options, print_json, stored_run
-from finetune.errors import UsageError, first_line
+from finetune.commands.options import FILE, attempt, held, not_stored, output_options, print_json, stored_run
+from finetune.errors import LockedError, UsageError, first_line
 
 if TYPE_CHECKING:
     from finetune.run import Run
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1, metavar="[RUN [RUN_B]]", type=FILE)
+@click.argument("runs", nargs=-1, metavar="[RUN|RECIPE [RUN_B]]", type=FILE)
 @click.option(
     "--out",
     metavar="FILE",
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 def command(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
     """Show a stored run: answers before and after, verdicts, times and memory, files; or compare two runs.
 
-    RUN is a run directory, or a name under ./runs; the newest run there by default. Of one run, report.html,
-    report.json, report.md and junit.xml are written into it anew; with --out only the page is written, and there.
+    RUN is a run directory, or a name under ./runs; RECIPE a file whose run is meant; the newest run in ./runs by default.
+    Of one run, report.html, report.json, report.md and junit.xml are written into it anew; with --out only the page is
+    written, and there. What is damaged is named, and the rest is shown.
     Of two runs, the recipe keys, verdicts, numbers, curves and answers that differ are shown side by side.
     """
     if len(runs) > 2:
@@ -43,13 +44,14 @@ def command(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
 
 
 def _one(run: Run, out: str | None, as_json: bool) -> None:
-    from finetune.report import files
+    from finetune.report import files, summary
 
+    document = summary.document(run)
     if not as_json:
         from finetune.report.terminal import show
 
-        show(run)
-    plain, texts = files.render(run)
+        show(document)
+    plain, texts = files.render(document)
     if as_json:
         print_json(plain)
     tell = _nothing if as_json else click.echo
@@ -69,27 +71,37 @@ def leave_behind(run: Run) -> None:
     from finetune.report import files, summary
 
     try:
-        stopped = (run.path / "recipe.yaml").is_file() and summary.stopped(run)
-        if stopped and stopped["how"] != "unfinished":  # else another process works there
-            _write_into(run, files.render(run)[1], console.say)
+        if not run.exists:
+            return
+        document = summary.document(run)
+        if document["stopped"] and document["stopped"]["how"] != "unfinished":  # else another process works there
+            _write_into(run, files.render(document)[1], console.say)
     except Exception as error:
         click.echo(f"warning: no report of what there is could be written: {first_line(error)}", err=True)
 
 
 def _write_into(run: Run, texts: dict[str, str], tell: Callable[[str], None]) -> None:
-    """Write the files of a run and tell where the page is; where the run cannot be written into, say so on stderr."""
+    """Write the files of a run, seal them in it, and tell where the page is; where the run cannot be written into, or
+    another process works in it, say so on stderr."""
     from finetune.report import files
 
     try:
-        files.write(run, texts)
-    except OSError as error:
-        click.echo(
-            f"warning: the report's files could not be written into {run.path}: {error.strerror or error}. Put the page "
-            f"somewhere else with: finetune report {run.path} --out report.html",
-            err=True,
-        )
+        with held(run) as why:
+            why = why or attempt(lambda: _write_and_seal(run, texts))
+    except LockedError:
+        why = "another finetune process works in it"
+    if why:
+        not_stored(run, "the report", why, f"finetune report {run.path} --out report.html")
     else:
         tell(f"to look at: {run.path / files.HTML}")
+
+
+def _write_and_seal(run: Run, texts: dict[str, str]) -> None:
+    from finetune.report import files
+    from finetune.run import seal
+
+    files.write(run, texts)
+    seal.close(run)
 
 
 def _write_page(path: Path, text: str, tell: Callable[[str], None]) -> None:

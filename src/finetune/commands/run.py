@@ -26,10 +26,11 @@ def command(
     overrides: tuple[str, ...],
     run_path: str | None,
     force: bool,
+    retrain: bool,
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Run all stages of a recipe, verify what came out, and report it. Ends with 1 when a check failed.
+    """Run all stages of a recipe, verify what came out, and report it. Ends with 1 when a check is refuted.
 
     The report is printed, and written into the run: report.html to look at, report.json, report.md, junit.xml.
 
@@ -41,16 +42,16 @@ def command(
     loaded = load_recipe(recipe, config, example, overrides)
     run = run_directory(loaded, run_path)
     if dry_run:
-        show_plan(loaded, run, None, force=force, as_json=as_json)
+        show_plan(loaded, run, None, force=force, retrain=retrain, as_json=as_json)
         return 0
     from contextlib import redirect_stdout
     from sys import stderr
 
-    from finetune.checks import verify
+    from finetune.checks import passed, verify
     from finetune.commands.report import leave_behind, show_and_write
 
     try:
-        working(loaded, run, None, force=force)
+        working(loaded, run, None, force=force, retrain=retrain)
     except BaseException:
         leave_behind(run)
         raise
@@ -59,4 +60,4 @@ def command(
     with run.locked(), redirect_stdout(stderr):
         verdicts = verify(loaded, run)
     show_and_write(run, as_json=as_json)
-    return 0 if verdicts and all(verdict.passed for verdict in verdicts) else 1
+    return 0 if passed(verdicts) else 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.commands.options import FILE, output_options, print_json, stored_run
+from finetune.commands.options import FILE, last_change, output_options, print_json, runs_in, stored_run
 from finetune.errors import MissingError
 
 if TYPE_CHECKING:
@@ -25,14 +25,12 @@ def command() -> None:
 @output_options
 def ls(directory: str, as_json: bool) -> None:
     """List the runs in DIRECTORY (./runs by default), newest first."""
-    from finetune.run import Run
-
     if not Path(directory).is_dir():
         raise MissingError(f"no directory {directory}. Make a run with: finetune run RECIPE")
-    found = [_facts(Run(path.parent)) for path in Path(directory).glob("*/recipe.yaml")]
+    found = [_facts(run) for run in runs_in(Path(directory))]
     found.sort(key=lambda facts: facts["when"], reverse=True)
     if as_json:
-        print_json(found)
+        print_json([{key: value for key, value in facts.items() if key != "manifest"} for facts in found])
     elif not found:
         click.echo(f"no runs in {directory}")
     else:
@@ -40,7 +38,7 @@ def ls(directory: str, as_json: bool) -> None:
         from finetune.report.terminal import show_table
 
         rows = [
-            [facts["name"], str(len(facts["stages"])), _passed(facts), facts["when"][:16], human(facts["bytes"])]
+            [facts["name"], str(len(facts["stages"])), _told(facts), facts["when"][:16], human(facts["bytes"])]
             for facts in found
         ]
         show_table(["name", ">stages done", "checks", "when (UTC)", ">size"], rows)
@@ -52,7 +50,7 @@ def ls(directory: str, as_json: bool) -> None:
 def show(run: str | None, as_json: bool) -> None:
     """Show one run: its state, its machine, its files. 'finetune report' shows what came out of it."""
     found = stored_run(run)
-    facts = {**_facts(found), "manifest": found.manifest()}
+    facts = _facts(found)
     if as_json:
         print_json(facts)
         return
@@ -71,51 +69,55 @@ def show(run: str | None, as_json: bool) -> None:
         ("when (UTC)", facts["when"]),
         ("stages done", " ".join(facts["stages"]) or "none"),
         ("ended", facts["ended"]),
-        ("checks", _passed(facts)),
+        ("checks", facts["outcome"]),
         ("size", human(facts["bytes"])),
         ("command", manifest.get("command")),
-        ("failed", ", ".join(facts["failed"])),
+        ("cause", facts["cause"]),
+        ("refuted", ", ".join(facts["refuted"])),
+        ("not examined", ", ".join(facts["not_examined"])),
+        ("damaged", "; ".join(facts["damaged"])),
         ("machine", machine),
         ("python", python),
         ("packages", packages),
         ("git", f"{git.get('sha', '')[:12]}{' with changes' if git.get('dirty') else ''}"),
     ):
         if value:
-            click.echo(f"{label + ':':<13}{value}")
+            click.echo(f"{label + ':':<14}{value}")
 
 
 def _facts(run: Run) -> dict[str, Any]:
     """What `runs ls` shows of a run. A run whose files are damaged is listed with what can be read."""
-    from finetune.report.summary import reports, size, verdicts
+    from finetune.report.stored import Stored
+    from finetune.report.summary import size
+    from finetune.run import outcome
 
-    try:
-        done = [report.stage for report in reports(run)]
-        stored = verdicts(run)
-        last = run.events()[-1:]
-    except (ValueError, TypeError, KeyError):
-        done, stored, last = [], None, []
-    changed = (run.path / "recipe.yaml").stat().st_mtime
-    written = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(changed))
+    stored = Stored(run)
+    verified, last = stored.verdicts(), stored.events()[-1:]
+    listed = verified["verdicts"] if verified else []
+    written = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(last_change(run)))
     return {
         "name": run.path.name,
         "path": str(run.path),
-        "stages": done,
-        "passed": stored["passed"] if stored else None,
-        "checks": len(stored["verdicts"]) if stored else 0,
-        "failed": [verdict["name"] for verdict in stored["verdicts"] if not verdict["passed"]] if stored else [],
+        "stages": [report.stage for report in stored.reports()],
+        "passed": verified["passed"] if verified else None,
+        "checks": len(listed),
+        "outcome": outcome.count(listed) if verified else "not verified",
+        "cause": (verified["cause"] or None) if verified else None,
+        "refuted": [verdict["name"] for verdict in outcome.of(listed, outcome.REFUTED)],
+        "not_examined": [verdict["name"] for verdict in outcome.of(listed, outcome.NOT_EXAMINED)],
         "when": last[0]["time"] if last else written,
         "ended": _ended(last[0]) if last else "",
         "bytes": size(run),
+        "manifest": stored.manifest(),
+        "damaged": stored.damaged,
     }
+
+
+def _told(facts: dict[str, Any]) -> str:
+    return f"{facts['outcome']} (damaged)" if facts["damaged"] else str(facts["outcome"])
 
 
 def _ended(event: dict[str, Any]) -> str:
     if event["event"] in ("stage_failed", "stage_interrupted"):
         return f"{event['event'].removeprefix('stage_')} in {event['stage']}: {event['message']}"
     return ""
-
-
-def _passed(facts: dict[str, Any]) -> str:
-    if facts["passed"] is None:
-        return "not verified"
-    return f"all {facts['checks']} passed" if facts["passed"] else f"{len(facts['failed'])} of {facts['checks']} FAILED"

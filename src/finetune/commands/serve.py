@@ -62,8 +62,9 @@ def command(
 ) -> int:
     """Answer OpenAI's API with the model of a run, until Ctrl-C or SIGTERM.
 
-    RUN is a run directory, or a name under ./runs. Once it can answer it prints its address on stdout; a client finds
-    /v1/models, /v1/completions, /v1/chat/completions and /health there. The model's name is the recipe's.
+    RUN is a run directory, a name under ./runs, or a recipe whose run is meant. Once it can answer it prints its address
+    on stdout; a client finds /v1/models, /v1/completions, /v1/chat/completions and /health there. The model's name is the
+    recipe's.
 
     Ends with 1 where a verdict on the run is refuted or missing, or a file to be loaded is not the one that was made.
     """

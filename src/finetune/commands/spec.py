@@ -27,7 +27,7 @@ def command() -> None:
 @click.option("--force", is_flag=True, help="Replace a spec that is there.")
 @output_options
 def record_command(run: str | None, recipe_file: str | None, out: str | None, force: bool, as_json: bool) -> None:
-    """Write a spec from a run whose checks passed: its numbers as bounds, with headroom that the file states.
+    """Write a spec from a run in which nothing is refuted: its numbers as bounds, with headroom that the file states.
 
     RUN is a run directory, or a name under ./runs; the newest run there by default.
     """

@@ -50,14 +50,19 @@ def make(name: str) -> click.Command:
         overrides: tuple[str, ...],
         run_path: str | None,
         force: bool,
+        retrain: bool,
         dry_run: bool,
         as_json: bool,
         resume: str | None = None,
+        changed: bool = False,
     ) -> None:
+        if changed and resume is None:
+            raise UsageError("--changed goes with --resume: it lets a training go on that is not the checkpoint's")
         if resume is not None and Path(resume).is_file() and recipe is None and config is None:
             recipe, resume = resume, "last"  # `--resume RECIPE`: the option took the argument for its own value
         loaded = load_recipe(recipe, config, example, overrides)
-        one(loaded, name, run_path, force=force, dry_run=dry_run, as_json=as_json, resume=resume)
+        wanted: dict[str, Any] = {"force": force, "retrain": retrain, "resume": resume, "changed": changed}
+        one(loaded, name, run_path, dry_run=dry_run, as_json=as_json, **wanted)
 
     command = click.command(name, help=_help(name))(recipe_options(run_options(output_options(callback))))
     if name in RESUMABLE:
@@ -70,6 +75,9 @@ def make(name: str) -> click.Command:
                 help="Go on from a checkpoint; without a value from the newest.",
             )
         )
+        command.params.append(
+            click.Option(["--changed"], is_flag=True, help="With --resume: go on though the training is another now.")
+        )
     return command
 
 
@@ -79,9 +87,11 @@ def one(
     run_path: str | None,
     *,
     force: bool = False,
+    retrain: bool = False,
     dry_run: bool = False,
     as_json: bool = False,
     resume: str | None = None,
+    changed: bool = False,
 ) -> None:
     """Run one stage with what it needs, and print what came out."""
     from finetune.pipeline import checkpoint, chosen, run_directory
@@ -90,11 +100,11 @@ def one(
     run = run_directory(recipe, run_path)
     start = checkpoint(recipe, run, name, resume) if resume is not None else None
     if dry_run:
-        show_plan(recipe, run, [name], force=force or start is not None, as_json=as_json)
+        show_plan(recipe, run, [name], force=force or start is not None, retrain=retrain, as_json=as_json)
         return
     if start is not None:
         console.say(f"going on from {start}")
-    reports = working(recipe, run, [name], force=force, resume=start)
+    reports = working(recipe, run, [name], force=force, resume=start, retrain=retrain, changed=changed)
     _show(run, name, reports, as_json)
 
 
@@ -145,6 +155,7 @@ def fetch_command(
     revision: str | None,
     run_path: str | None,
     force: bool,
+    retrain: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -165,7 +176,7 @@ def fetch_command(
         _fetch_downloads(path, dry_run=dry_run, as_json=as_json)
         return
     loaded = load_recipe(recipe, config, example, overrides)
-    one(loaded, "fetch", run_path, force=force, dry_run=dry_run, as_json=as_json)
+    one(loaded, "fetch", run_path, force=force, retrain=retrain, dry_run=dry_run, as_json=as_json)
 
 
 def _is_model(text: str) -> bool:
@@ -234,6 +245,7 @@ def quick(
     overrides: tuple[str, ...],
     run_path: str | None,
     force: bool,
+    retrain: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -255,7 +267,7 @@ def quick(
     with shown_warnings():
         recipe = load_mapping(mapping, overrides, source="train quick", base=Path.cwd())
     run = run_directory(recipe, run_path)
-    one(recipe, "train", run_path, force=force, dry_run=dry_run, as_json=as_json)
+    one(recipe, "train", run_path, force=force, retrain=retrain, dry_run=dry_run, as_json=as_json)
     if not dry_run:
         made = run.path / "recipe.yaml"
         console.say(f"the recipe of this run: {made}. Go on with: finetune run {made}")

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 
 import click
 
 from finetune.checks import CHECKS
-from finetune.commands.options import FILE, output_options, print_json, stored_recipe, stored_run
+from finetune.commands.options import (
+    FILE,
+    attempt,
+    finite,
+    held,
+    not_stored,
+    output_options,
+    print_json,
+    stored_recipe,
+    stored_run,
+)
+from finetune.errors import UsageError
 
 
 def _complete_check(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -19,25 +31,38 @@ _CHECKS_HELP = "\n\n".join(["Checks:", "\b\n" + "\n".join(f"  {check.name:<12}{c
 
 
 @click.command("verify", epilog=_CHECKS_HELP)
-@click.argument("run", required=False, type=FILE)
+@click.argument("run", required=False, metavar="[RUN|RECIPE]", type=FILE)
 @click.option("--check", "checks", multiple=True, metavar="NAME", shell_complete=_complete_check, help="Only this one.")
+@click.option("--out", metavar="FILE", type=FILE, help="Write the verdicts there as JSON, and nothing into the run.")
 @output_options
-def command(run: str | None, checks: tuple[str, ...], as_json: bool) -> int:
-    """Check a stored run again, from what is on disk alone. Ends with 1 when a check failed.
+def command(run: str | None, checks: tuple[str, ...], out: str | None, as_json: bool) -> int:
+    """Check a stored run again, from what is on disk alone. Ends with 1 when a check is refuted, or nothing is proved.
 
-    RUN is a run directory, or a name under ./runs; the newest run there by default.
+    RUN is a run directory, or a name under ./runs; RECIPE a file whose run is meant; the newest run in ./runs by default.
+    The verdicts are stored in the run; where it cannot be written into they are shown all the same.
     """
-    from finetune.checks import as_dict, verify
+    from finetune.checks import judged, results, store
+    from finetune.core.files import write_json
+    from finetune.report.stored import Stored
 
+    if out is not None and Path(out).is_dir():
+        raise UsageError(f"{out} is a directory; name a file with --out FILE")
     found = stored_run(run)
     recipe = stored_recipe(found)
-    with found.locked(), redirect_stdout(sys.stderr):
-        verdicts = verify(recipe, found, checks or None)
-    result = as_dict(verdicts)
+    with nullcontext("") if out is not None else held(found) as why, redirect_stdout(sys.stderr):
+        result = judged(recipe, found, results(recipe, found, checks or None))
+        if out is None:
+            why = why or attempt(lambda: store(found, result))
+    marks = Stored(found).marks()
+    document = {"run": str(found.path), **result, "marks": marks}
+    if out is not None:
+        write_json(Path(out), finite(document))
     if as_json:
-        print_json({"run": str(found.path), **result})
+        print_json(document)
     else:
         from finetune.report.terminal import show_verdicts
 
-        show_verdicts(result["verdicts"])
+        show_verdicts(result, marks)
+    if why:
+        not_stored(found, "what was verified", why, f"finetune verify {found.path} --out FILE")
     return 0 if result["passed"] else 1

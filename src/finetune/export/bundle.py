@@ -96,15 +96,21 @@ def export(source: Source, variant: str, out: Path) -> Exported:
     )
 
 
-def set_card(directory: Path, verdicts: Sequence[Mapping[str, Any]] | None, although: Sequence[str] = ()) -> None:
-    """Write later verdicts into the model card of a bundle that was put out, and above all what it was put out in spite of
-    (`although`). The manifest gets the card's digest, and says the same; what it says of other files stays."""
+def set_card(
+    directory: Path,
+    verdicts: Sequence[Mapping[str, Any]] | None,
+    marks: Sequence[str] = (),
+    although: Sequence[str] = (),
+) -> None:
+    """Write later verdicts, and what has to be known beside them (`run.outcome.marks`), into the model card of a bundle that
+    was put out, and above all what it was put out in spite of (`although`). The manifest gets the card's digest, and says
+    that too; what it says of other files stays."""
     readme = directory / README
     places = cards.known_places(directory)
     try:
         stated = read_object(directory / MANIFEST)
         text = readme.read_text(encoding="utf-8")
-        text = text if verdicts is None else cards.with_verdicts(text, list(verdicts), places)
+        text = text if verdicts is None else cards.with_verdicts(text, list(verdicts), places, marks)
     except (OSError, StageError, ValueError):
         raise StageError(f"the card or the manifest in {directory} is damaged; export the bundle again") from None
     if although:

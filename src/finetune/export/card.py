@@ -15,6 +15,7 @@ from typing import Any
 from finetune import licenses, models, tiny
 from finetune.errors import RecipeError
 from finetune.recipe import yaml
+from finetune.run import outcome
 
 VERDICTS_START, VERDICTS_END = "<!-- verdicts -->", "<!-- /verdicts -->"
 _PART = r"[^\s\\/:*?\"'<>|,;()\[\]{}`]+"
@@ -50,7 +51,7 @@ def text(card: Card) -> str:
         *_loading(card),
         *_training(card),
         "## What was proved",
-        _between(verdict_table(card.facts.get("verdicts"), card.places)),
+        _between(verdict_table(card.facts.get("verdicts"), card.places, _marks(card.facts))),
         *_recipe(card),
         *_license(card),
         "## Files\n\n`manifest.json` lists the size and the SHA-256 of every file.",
@@ -90,29 +91,35 @@ def base_name(path: object) -> str | None:
     return path
 
 
-def verdict_table(verdicts: object, places: Iterable[Path] = ()) -> str:
-    """A Markdown table of verdicts as `verdicts.json` holds them."""
+def verdict_table(verdicts: object, places: Iterable[Path] = (), marks: Iterable[str] = ()) -> str:
+    """What verdicts, as `verdicts.json` holds them, say in a sentence, and a Markdown table of them; `marks` has to be
+    known beside them."""
     rows = [each for each in _as_list(verdicts) if isinstance(each, Mapping)]
     if not rows:
         return "Nothing was verified when this card was written."
     lines = ["| check | measured | bound | verdict | why |", "|---|---|---|---|---|"]
     for each in rows:
+        said = outcome.outcome(each)
         measured = "nothing" if each.get("measured") is None else _number(each["measured"])
         bound = f"{each.get('compare', '')} {_number(each.get('bound'))} {each.get('unit', '')}"
-        state = "pass" if each.get("passed") is True else "**fail**"
+        state = f"**{said}**" if said == outcome.REFUTED else said
         cells = [each.get("name", ""), measured, bound, state, without_places(str(each.get("why", "")), places)]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    passed = sum(each.get("passed") is True for each in rows)
-    return "\n".join([f"{passed} of {len(rows)} checks passed.", "", *lines])
+    said_of_all = without_places(outcome.headline(rows, marks=list(marks)), places)
+    return "\n".join([f"{said_of_all[:1].upper()}{said_of_all[1:]}.", "", *lines])
 
 
-def with_verdicts(card: str, verdicts: object, places: Iterable[Path] = ()) -> str:
+def _marks(facts: Mapping[str, Any]) -> list[str]:
+    return outcome.marks(_mapping(facts.get("manifest")), _mapping(facts.get("metrics")))
+
+
+def with_verdicts(card: str, verdicts: object, places: Iterable[Path] = (), marks: Iterable[str] = ()) -> str:
     """A card's text with another table of verdicts in it. Raises ValueError where the text has no place for one."""
     before, start, rest = card.partition(VERDICTS_START)
     _, end, after = rest.partition(VERDICTS_END)
     if not start or not end:
         raise ValueError("no verdicts section")
-    return before + _between(verdict_table(verdicts, places)) + after
+    return before + _between(verdict_table(verdicts, places, marks)) + after
 
 
 def with_warning(card: str, reasons: Sequence[str]) -> str:

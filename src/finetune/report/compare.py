@@ -10,9 +10,9 @@ from finetune import __version__
 from finetune.core.clock import now
 from finetune.report import html, summary, wording
 from finetune.report.charts import chart, points
-from finetune.run import Run
+from finetune.run import Run, outcome
 
-KEPT = ("name", "run", "passed", "conclusion", "verified", "outdated", "stopped")
+KEPT = ("name", "run", "passed", "conclusion", "cause", "marks", "verified", "outdated", "stopped", "damaged")
 _MISSING = "absent"
 
 
@@ -65,15 +65,14 @@ def _different(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _verdicts(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
-    """The verdicts that one run passed and the other did not, or did not have."""
+    """The verdicts with another outcome in the other run, or that it does not have."""
     one, other = ({each["name"]: each for each in document["verdicts"]} for document in (a, b))
     found = []
     for name in dict.fromkeys([*one, *other]):
         sides = {side: each.get(name) for side, each in (("a", one), ("b", other))}
-        states = {side: _MISSING if each is None else "passed" if each["passed"] else "failed"
-                  for side, each in sides.items()}  # fmt: skip
+        states = {side: _MISSING if each is None else each["outcome"] for side, each in sides.items()}
         if states["a"] != states["b"]:
-            said = {f"{side}_measured": each and wording.measured(each) for side, each in sides.items()}
+            said = {f"{side}_measured": _measured(each) for side, each in sides.items()}
             bounds = {side.upper(): wording.wanted(each) for side, each in sides.items() if each is not None}
             same = len(set(bounds.values())) == 1
             bound = (
@@ -81,6 +80,13 @@ def _verdicts(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
             )
             found.append({"name": name, **states, **said, "wanted": bound})
     return found
+
+
+def _measured(verdict: dict[str, Any] | None) -> str | None:
+    """What was measured; None where the outcome says it all."""
+    if verdict is None or verdict["outcome"] == outcome.NOT_EXAMINED:
+        return None
+    return wording.measured(verdict)
 
 
 def _metrics(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def facts(document: dict[str, Any]) -> list[Fact]:
         known = any(hop["passed"] is not None for hop in exports)
         state: State = "" if not known else "good" if passed == len(exports) else "bad"
         told = f"{passed} of {len(exports)}" if known else str(len(exports))
-        found.append(Fact(label="Exports that passed" if known else "Exports", value=told, state=state))
+        found.append(Fact(label="Exports proved" if known else "Exports", value=told, state=state))
     if document["stages"]:
         peak = max(sum(stage["peak"].values()) for stage in document["stages"])
         found.append(Fact(label="Time of all stages", value=duration(document["seconds"])))

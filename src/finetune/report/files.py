@@ -12,9 +12,8 @@ from finetune.run import Run
 HTML = "report.html"
 
 
-def render(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
-    """What report.json holds, and the text of every file by its name. Reads the run, writes nothing."""
-    document = summary.document(run)
+def render(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What report.json holds, and the text of every file by its name, of a report (see `summary.document`)."""
     plain: dict[str, Any] = summary.portable(document)
     return plain, {
         "report.json": json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n",

@@ -12,7 +12,7 @@ from finetune.console import duration
 from finetune.memory import human
 from finetune.report import charts, wording
 from finetune.report.facts import facts
-from finetune.run import Report
+from finetune.run import Report, outcome
 
 PAGE = Path(__file__).parent / "page"
 FIRST, AT_MOST = 6, 300  # questions of a set: shown at once, and shown at all
@@ -42,8 +42,9 @@ def render(document: dict[str, Any]) -> str:
         about=_about(document),
         facts=facts(document),
         sections=_sections(document),
-        failed=[verdict for verdict in verdicts if not verdict["passed"]],
-        passed=_passed(verdicts),
+        refuted=outcome.of(verdicts, outcome.REFUTED),
+        unknown=outcome.of(verdicts, outcome.NOT_EXAMINED),
+        proved=_proved(verdicts),
         phases=_phases(document),
         scores=_scores(document),
         perplexity=document["perplexity"],
@@ -69,7 +70,7 @@ def page(template: str, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"shown": shown, "number": wording.number, "moment": moment, "sentence": sentence}
+    environment.filters |= {"shown": shown, "number": wording.number, "moment": moment, "sentence": wording.sentence}
     environment.filters["capital"] = lambda text: text[:1].upper() + text[1:]
     style, script = (Markup((PAGE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return environment.get_template(template).render(
@@ -87,10 +88,6 @@ def shown(text: Any) -> str:
     whole = str(text)
     cut = whole if len(whole) <= LONG else f"{whole[:LONG]} … ({len(whole) - LONG:,} characters more)"
     return wording.visible(cut)
-
-
-def sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def moment(time: str) -> str:
@@ -135,11 +132,11 @@ def _verdict(verdict: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
-def _passed(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that passed, by what they are about: the training, then each export."""
+def _proved(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that are proved, by what they are about: the training, then each export."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for verdict in verdicts:
-        if verdict["passed"]:
+        if verdict["outcome"] == outcome.PROVED:
             groups.setdefault(verdict["hop"], []).append(verdict)
     return [
         {"name": {"": "Training and its data", "merged": "Merged model"}.get(hop, f"Export {hop}"), "verdicts": members}
@@ -165,7 +162,8 @@ def _scores(document: dict[str, Any]) -> list[dict[str, Any]]:
             "name": wording.SETS.get(name, name),
             "kind": "" if kind == name else wording.KINDS.get(kind, kind),
             "phases": [
-                {**phases.get(phase, empty), "label": sentence(wording.PHASES[phase])} for phase in _phases(document)
+                {**phases.get(phase, empty), "label": wording.sentence(wording.PHASES[phase])}
+                for phase in _phases(document)
             ],
         }
         for (name, kind), phases in groups.items()
@@ -198,9 +196,7 @@ def _question(row: dict[str, Any], phases: list[str], hops: list[str]) -> dict[s
     given = {phase: row["phases"].get(phase) for phase in phases}
     last = next((given[phase] for phase in reversed(phases) if given[phase]), None)
     exports = row.get("exports", {})
-    same = [
-        hop for hop in hops if hop in exports and (exports[hop].get("same") or (last and _alike(exports[hop], last)))
-    ]
+    same = [hop for hop in hops if hop in exports and last and _alike(exports[hop], last)]
     return {
         "prompt": row["prompt"],
         "answer": row["answer"],
@@ -281,7 +277,7 @@ def _hop(hop: dict[str, Any]) -> dict[str, Any]:
         "name": hop["hop"],
         "reference": hop["reference"],
         "state": {True: "good", False: "bad"}.get(hop["passed"], ""),
-        "verdict": {True: "✓ passed", False: "✗ failed"}.get(hop["passed"], "not verified"),
+        "verdict": {True: "✓ proved", False: "✗ refuted"}.get(hop["passed"], "not verified"),
         "cells": [
             human(hop["bytes"]) if hop["bytes"] else "",
             duration(hop["load_seconds"]),
@@ -304,7 +300,7 @@ def _stages(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "name": stage["stage"],
-            "result": sentence(wording.result(Report.from_dict(stage))),
+            "result": wording.sentence(wording.result(Report(**stage))),
             "notes": stage["notes"],
             "time": duration(stage["seconds"]),
             "time_share": stage["seconds"] / longest,

@@ -7,13 +7,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from finetune.report import wording
+from finetune.run import outcome
 
 # What XML 1.0 has no way to write: most control characters, halves of surrogate pairs, two non-characters.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def render(document: dict[str, Any]) -> str:
-    """The XML of a report (see `summary.document`). No verdicts are one skipped test, not a passed one."""
+    """The XML of a report (see `summary.document`). No verdicts are one skipped test, not a passed one; so is a verdict
+    that was not examined."""
     root = ElementTree.Element("testsuites", name=_text(f"finetune {document['name']}"))
     _stages(root, document)
     _checks(root, document)
@@ -58,6 +60,9 @@ def _stages(root: ElementTree.Element, document: dict[str, Any]) -> None:
 
 def _checks(root: ElementTree.Element, document: dict[str, Any]) -> None:
     suite = _suite(root, "checks", document["verified"] or document["made"])
+    if document["cause"]:
+        properties = ElementTree.SubElement(suite, "properties")
+        ElementTree.SubElement(properties, "property", name="cause", value=_text(document["cause"]))
     if not document["verdicts"] or document["outdated"]:
         case = _case(suite, f"{document['name']}.checks", "verified")
         why = "a stage ran after the last verdicts" if document["outdated"] else "not verified yet"
@@ -67,8 +72,17 @@ def _checks(root: ElementTree.Element, document: dict[str, Any]) -> None:
     for verdict in document["verdicts"]:
         hop = wording.hop(verdict["name"]).replace(".", "_")
         case = _case(suite, f"{document['name']}.{f'exports.{hop}' if hop else 'checks'}", verdict["name"])
-        if not verdict["passed"]:
-            message = f"measured {wording.measured(verdict)}, wanted {wording.wanted(verdict)}"
-            failure = ElementTree.SubElement(case, "failure", type="verdict", message=_text(message))
-            failure.text = _text(f"{message}\n{verdict['why']}\nevidence: {document['run']}/{verdict['evidence']}")
+        _tell(case, verdict, document["run"])
     _count(suite)
+
+
+def _tell(case: ElementTree.Element, verdict: dict[str, Any], run: str) -> None:
+    """A refuted verdict is a failure, one that was not examined is skipped; both say what to do."""
+    if verdict["outcome"] == outcome.REFUTED:
+        message = f"measured {wording.measured(verdict)}, wanted {wording.wanted(verdict)}"
+        failure = ElementTree.SubElement(case, "failure", type="verdict", message=_text(message))
+        lines = [message, verdict["why"], *([f"what to do: {verdict['remedy']}"] if verdict["remedy"] else [])]
+        failure.text = _text("\n".join([*lines, f"evidence: {run}/{verdict['evidence']}"]))
+    elif verdict["outcome"] == outcome.NOT_EXAMINED:
+        skipped = ElementTree.SubElement(case, "skipped", message=_text(verdict["remedy"] or verdict["why"]))
+        skipped.text = _text(verdict["why"])

@@ -1,4 +1,5 @@
-"""A run as a few lines of Markdown: verdicts first, those that failed with their sentence. For a CI job's summary."""
+"""A run as a few lines of Markdown: first what explains the refuted verdicts, then these and what was not examined, each
+with what to do about it. For a CI job's summary."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from finetune.console import duration
 from finetune.memory import human
 from finetune.report import wording
 from finetune.report.facts import facts
+from finetune.run import outcome
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#&~$@])")
 _SHOWN = 20
@@ -37,19 +39,23 @@ def escape(text: str) -> str:
 
 
 def _failures(document: dict[str, Any]) -> list[str]:
-    parts = []
+    parts = [f"**{escape(document['cause'])}**"] if document["cause"] else []
     if document["stopped"]:
         parts.append(f"**{escape(wording.ended(document['stopped']))}**")
-    failed = [verdict for verdict in document["verdicts"] if not verdict["passed"]]
-    if failed:
+    parts += [escape(mark) for mark in (*document["marks"], *document["damaged"])]
+    refuted = outcome.of(document["verdicts"], outcome.REFUTED)
+    if refuted:
         rows = [
-            [f"**{escape(verdict['name'])}**", escape(wording.measured(verdict)), escape(wording.wanted(verdict)),
-             escape(_cut(verdict["why"]))]
-            for verdict in failed[:_SHOWN]
+            [f"**{escape(each['name'])}**", escape(wording.measured(each)), escape(wording.wanted(each)),
+             escape(_cut(each["why"])), escape(each["remedy"])]
+            for each in refuted[:_SHOWN]
         ]  # fmt: skip
-        parts.append(_table(["failed", "measured", "wanted", "why"], rows))
-    if len(failed) > _SHOWN:
-        parts.append(f"and {len(failed) - _SHOWN} more")
+        parts.append(_table(["refuted", "measured", "wanted", "why", "what to do"], rows))
+    if len(refuted) > _SHOWN:
+        parts.append(f"and {len(refuted) - _SHOWN} more")
+    if unknown := outcome.of(document["verdicts"], outcome.NOT_EXAMINED):
+        rows = [[escape(each["name"]), escape(_cut(each["why"])), escape(each["remedy"])] for each in unknown[:_SHOWN]]
+        parts.append(_table(["not examined", "why", "what to do"], rows))
     return parts
 
 
@@ -72,7 +78,7 @@ def _exports(hops: list[dict[str, Any]]) -> str:
         rows.append(
             [
                 escape(hop["hop"]),
-                "" if hop["passed"] is None else "passed" if hop["passed"] else "**failed**",
+                "" if hop["passed"] is None else outcome.PROVED if hop["passed"] else f"**{outcome.REFUTED}**",
                 human(hop["bytes"]) if hop["bytes"] else "",
                 wording.small(apart["mean"]) if apart else "",
                 f"{same['equal']} of {same['compared']}",

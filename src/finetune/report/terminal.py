@@ -1,18 +1,21 @@
-"""A stored run for a reader at a terminal: answers before and after, verdicts, times, files. Fits 80 columns."""
+"""A stored run for a reader at a terminal: answers before and after, verdicts, times, files. Fits 80 columns; where it goes
+into a file or another program, no sentence is cut."""
 
 from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from finetune.console import duration
 from finetune.memory import human
 from finetune.report import summary
-from finetune.report.wording import SETS, conclusion, ended, held, result, small
+from finetune.report.wording import SETS, ended, held, ordered, result, sentence, small
 from finetune.report.wording import metric_lines as metric_lines
 from finetune.report.wording import number as number
-from finetune.run import Report, Run
+from finetune.run import Report, Run, outcome
 from finetune.secrets import redact
 
 if TYPE_CHECKING:
@@ -21,38 +24,44 @@ if TYPE_CHECKING:
 
 SHOWN = {"probes": 4, "controls": 2, "unseen": 2}  # questions of a set; the rest is in the file
 _ANSWERS = 8  # of two runs
+_STATES = {
+    outcome.PROVED: ("proved ", "green"),
+    outcome.REFUTED: ("REFUTED", "bold red"),
+    outcome.NOT_EXAMINED: ("-      ", "yellow"),
+}
+_INDENT = 11
 _WRAPPED = ("name", "result", "why", "found", "get it with")
 _COLUMN = {"base": "before", "trained": "after", "aligned": "aligned"}
 
 
-def render(run: Run, *, width: int = 80) -> str:
-    """The report as plain text."""
+def render(document: dict[str, Any], *, width: int = 80) -> str:
+    """The report (see `summary.document`) as plain text."""
     stream = io.StringIO()
-    _write(_console(stream, width), run)
+    _write(_console(stream, width), document)
     return stream.getvalue()
 
 
-def show(run: Run) -> None:
+def show(document: dict[str, Any]) -> None:
     """Print the report to stdout, coloured where that is a terminal."""
-    _write(_console(sys.stdout), run)
+    _write(_console(sys.stdout), document)
 
 
-def show_verdicts(verdicts: list[dict[str, Any]]) -> None:
-    """Print the verdicts alone."""
+def show_verdicts(stored: Mapping[str, Any], marks: Sequence[str] = ()) -> None:
+    """Print verdicts as stored, what explains them, and what has to be known beside them (`run.outcome.marks`), alone."""
     console = _console(sys.stdout)
-    _write_verdicts(console, verdicts)
-    console.print(_conclusion(verdicts))
+    listed, cause = stored["verdicts"], stored.get("cause", "")
+    _write_verdicts(console, listed, cause)
+    console.print(_headline(listed, outcome.headline(listed, cause=cause, marks=marks)))
 
 
 def show_answers(run: Run) -> None:
     """Print the answers alone."""
-    console = _console(sys.stdout)
-    _write_answers(console, summary.answers(run))
+    _write_answers(_console(sys.stdout), summary.answers(run))
 
 
-def show_exports(run: Run) -> None:
-    """Print the table of exports alone."""
-    _console(sys.stdout).print(_export_table(summary.exports(run)))
+def show_exports(exports: list[dict[str, Any]]) -> None:
+    """Print the table of exports alone (see `summary.exports`)."""
+    _console(sys.stdout).print(_export_table(exports))
 
 
 def show_table(headings: list[str], rows: list[list[str]]) -> None:
@@ -66,7 +75,9 @@ def show_table(headings: list[str], rows: list[list[str]]) -> None:
 def _console(stream: TextIO, width: int | None = None) -> Console:
     from rich.console import Console
 
-    return Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=False)
+    # A reader at a terminal gets lines that fit; what is read by something else (grep, a log) is not wrapped or cut.
+    elsewhere = width is None and not stream.isatty()
+    return Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=elsewhere)
 
 
 def _table(headings: list[str], title: str | None = None, *, tight: bool = False, wrapped: bool = False) -> Table:
@@ -91,26 +102,27 @@ def _plain(text: str, style: str = "") -> Any:
     return Text(redact(text), style=style)
 
 
-def _write(console: Console, run: Run) -> None:
-    rows = summary.answers(run)
-    stored = summary.verdicts(run)
-    reports = summary.reports(run)
+def _write(console: Console, document: dict[str, Any]) -> None:
+    rows, listed, exports = document["answers"], document["verdicts"], document["exports"]
+    reports = [Report(**stage) for stage in document["stages"]]
     if rows:
         _write_answers(console, rows)
-    if stored:
-        tabled = [each for each in stored["verdicts"] if each["passed"] and "[" in each["name"]]
-        _write_verdicts(console, [each for each in stored["verdicts"] if each not in tabled], len(tabled))
-    if exports := summary.exports(run):
+    if listed:
+        tabled = [each for each in listed if each["outcome"] == outcome.PROVED and "[" in each["name"]]
+        _write_verdicts(console, [each for each in listed if each not in tabled], document["cause"], len(tabled))
+    if exports:
         console.print(_export_table(exports))
     if reports:
         console.print(_stage_table(reports))
-    _write_files(console, run, reports)
-    console.print(_conclusion(stored["verdicts"]) if stored else _plain("not verified yet"))
-    if stopped := summary.stopped(run):
-        console.print(_plain(ended(stopped), "bold red"))
-    elif summary.outdated(run):
+    _write_files(console, document["run"], reports)
+    for line in document["damaged"]:
+        console.print(_plain(f"damaged: {line}", "bold red"))
+    console.print(_headline(listed, document["conclusion"]) if listed else _plain(document["conclusion"]))
+    if document["stopped"]:
+        console.print(_plain(ended(document["stopped"]), "bold red"))
+    elif document["outdated"]:
         console.print(_plain("a stage ran after these verdicts were written: verify again", "bold red"))
-    console.print(_plain(f"verify again: finetune verify {_short(run)}"), soft_wrap=True)
+    console.print(_plain(f"verify again: finetune verify {_short(document['run'])}"), soft_wrap=True)
 
 
 def _write_answers(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -137,7 +149,15 @@ def _write_answers(console: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def _line(console: Console, label: str, text: str, style: str = "") -> None:
-    console.print(_plain(f"  {label:<9}{text}" if label else f"  {text}", style), no_wrap=True, overflow="ellipsis")
+    _cut(console, f"  {label:<9}{text}" if label else f"  {text}", style)
+
+
+def _cut(console: Console, text: str, style: str) -> None:
+    """One line: cut at a terminal's width, whole anywhere else."""
+    if console.soft_wrap:
+        console.print(_plain(text, style))
+    else:
+        console.print(_plain(text, style), no_wrap=True, overflow="ellipsis")
 
 
 def _answer(given: dict[str, Any] | None) -> tuple[str, str]:
@@ -165,30 +185,42 @@ def _score(score: summary.Score | None) -> str:
     return f"{score.right}/{score.asked}{logprob}"
 
 
-def _write_verdicts(console: Console, verdicts: list[dict[str, Any]], tabled: int = 0) -> None:
-    """Two lines a verdict: the number against its bound, and why. `tabled` more have passed and stand in a table."""
-    from rich.padding import Padding
-
+def _write_verdicts(console: Console, verdicts: list[dict[str, Any]], cause: str | None, tabled: int = 0) -> None:
+    """What explains the refuted ones; then each, the refuted first: the number against its bound, why, and what to do.
+    `tabled` more are proved and stand in a table."""
     width = max((len(verdict["name"]) for verdict in verdicts), default=0)
     console.print(_plain("Verdicts", "bold"))
-    for verdict in verdicts:
-        passed = bool(verdict["passed"])
-        state, style = ("pass", "green") if passed else ("FAIL", "bold red")
-        console.print(_plain(f"  {state}  {verdict['name']:<{width}}  {held(verdict)}", style))
-        if passed:  # the sentence of a failure is worth more lines than that of a success
-            console.print(_plain(f"        {verdict['why']}", "dim"), no_wrap=True, overflow="ellipsis")
-        else:
-            console.print(Padding(_plain(verdict["why"]), (0, 0, 0, 8)))
+    if cause:
+        _indented(console, f"{sentence(cause)}.", 2, "bold red")
+    for verdict in ordered(verdicts):
+        said = outcome.outcome(verdict)
+        state, style = _STATES[said]
+        told = held(verdict) if said != outcome.NOT_EXAMINED else ""
+        console.print(_plain(f"  {state}  {verdict['name']:<{width}}  {told}".rstrip(), style))
+        if said == outcome.PROVED:  # the sentence of any other is worth more lines than that of a success
+            _cut(console, f"{' ' * _INDENT}{verdict['why']}", "dim")
+            continue
+        _indented(console, verdict["why"], _INDENT)
+        if verdict.get("remedy"):
+            _indented(console, f"What to do: {verdict['remedy']}", _INDENT, "bold")
     if tabled:
-        console.print(
-            _plain(f"  pass  {tabled} verdicts on exports, in the table below (all of them: finetune verify)", "green")
-        )
+        more = f"{tabled} verdicts on exports, in the table below (all of them: finetune verify)"
+        console.print(_plain(f"  proved   {more}", "green"))
     console.print()
 
 
-def _conclusion(verdicts: list[dict[str, Any]]) -> Any:
-    passed = bool(verdicts) and all(verdict["passed"] for verdict in verdicts)
-    return _plain(conclusion(verdicts), "bold green" if passed else "bold red")
+def _indented(console: Console, text: str, by: int, style: str = "") -> None:
+    """A text in as many lines as it needs, each indented; in one where no terminal is."""
+    from rich.padding import Padding
+
+    if console.soft_wrap:
+        console.print(_plain(f"{' ' * by}{text}", style))
+    else:
+        console.print(Padding(_plain(text, style), (0, 0, 0, by)))
+
+
+def _headline(verdicts: list[dict[str, Any]], text: str) -> Any:
+    return _plain(text, "bold green" if outcome.holds(map(outcome.outcome, verdicts)) else "bold red")
 
 
 def _export_table(exports: list[dict[str, Any]]) -> Table:
@@ -199,7 +231,7 @@ def _export_table(exports: list[dict[str, Any]]) -> Table:
     for each in exports:
         apart, same, kept = each["distributions"], each["greedy"], each["learned"]
         passed = each["passed"]
-        verdict = "" if passed is None else "pass" if passed else "FAIL"
+        verdict = "" if passed is None else outcome.PROVED if passed else outcome.REFUTED
         table.add_row(
             _plain(each["hop"]),
             _plain(human(each["bytes"]) if each["bytes"] else ""),
@@ -246,6 +278,9 @@ def _write_comparison(console: Console, compared: dict[str, Any]) -> None:
         style = {True: "green", False: "bold red"}.get(each["passed"], "")
         console.print(_plain(f"{side.upper()}  {each['name']}: {each['status']}", style), soft_wrap=True)
         console.print(_plain(f"   {each['run']}", "dim"), soft_wrap=True)
+        for line in (each["cause"], *each["marks"], *each["damaged"]):
+            if line:
+                _indented(console, line, 3)
     console.print()
     changed = [[each["key"], setting(each["a"]), setting(each["b"])] for each in compared["recipe"]]
     _write_side_by_side(console, "Recipe keys that differ", ["key", "A", "B"], changed)
@@ -285,9 +320,9 @@ def _write_side_by_side(console: Console, title: str, headings: list[str], rows:
     console.print(table)
 
 
-def _write_files(console: Console, run: Run, reports: list[Report]) -> None:
+def _write_files(console: Console, run: str, reports: list[Report]) -> None:
     console.print(_plain("Files", "bold"))
-    console.print(_plain(f"  {run.path}"), soft_wrap=True)
+    console.print(_plain(f"  {run}"), soft_wrap=True)
     for report in reports:
         tops = list(dict.fromkeys("/".join(name.split("/")[:2]) for name in report.artifacts))
         for name in tops:
@@ -300,8 +335,6 @@ def _one_line(text: Any) -> str:
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-def _short(run: Run) -> str:
-    from pathlib import Path
-
+def _short(run: str) -> str:
     here = Path.cwd()
-    return str(run.path.relative_to(here)) if run.path.is_relative_to(here) else str(run.path)
+    return str(Path(run).relative_to(here)) if Path(run).is_relative_to(here) else run

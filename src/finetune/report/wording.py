@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from finetune.console import duration
 from finetune.memory import human
-from finetune.run import Report
+from finetune.run import Report, outcome
 
 PHASES = {"base": "before", "trained": "after training", "aligned": "after alignment"}
 SETS = {
@@ -22,6 +22,8 @@ KINDS = {"trained": "asked as trained", "paraphrase": "asked in other words"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _WRITTEN = {"lora": "LoRA", "dpo": "DPO", "b": "B", "kl": "KL"}
 COMPARED = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than", "==": "exactly"}
+NOTHING = {outcome.NOT_EXAMINED: "not examined", outcome.REFUTED: "no evidence", outcome.PROVED: "nothing"}
+ORDER = (outcome.REFUTED, outcome.NOT_EXAMINED, outcome.PROVED)  # what has to be seen stands first
 Kind = Literal["number", "bytes", "share", "seconds"]
 
 
@@ -126,6 +128,12 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda match: chr(0x2400 + ord(match.group())) if ord(match.group()) < 0x20 else "\ufffd", text)
 
 
+def sentence(text: str) -> str:
+    """Text with a large first letter, but for a name that has none (`train.learning_rate`, `events.jsonl`)."""
+    first = text.partition(" ")[0].rstrip(",:;.")
+    return text if re.search(r"[._/]", first) else text[:1].upper() + text[1:]
+
+
 # -- what a stage did --------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +235,7 @@ def held(verdict: dict[str, Any]) -> str:
 def measured(verdict: dict[str, Any]) -> str:
     """The measured value with its unit: `83 %`, `0.981 relative fall`."""
     if verdict["measured"] is None:
-        return "no evidence"
+        return NOTHING[outcome.outcome(verdict)]
     return _with_unit(verdict["measured"], verdict["unit"])
 
 
@@ -246,6 +254,11 @@ def _with_unit(found: float, unit: str) -> str:
     return f"{number(found)} {unit}".rstrip()
 
 
+def ordered(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Verdicts with the refuted ones first, then what was not examined."""
+    return sorted(verdicts, key=lambda verdict: ORDER.index(outcome.outcome(verdict)))
+
+
 def title(name: str) -> str:
     """A verdict's name as words, without its hop: `distribution_parity[mlx]` is `Distribution parity`."""
     words = [_WRITTEN.get(word, word) for word in name.partition("[")[0].split("_")]
@@ -257,28 +270,16 @@ def hop(name: str) -> str:
     return name.partition("[")[2].removesuffix("]")
 
 
-def conclusion(verdicts: list[dict[str, Any]]) -> str:
-    """One line over all verdicts."""
-    failed = [verdict["name"] for verdict in verdicts if not verdict["passed"]]
-    if not verdicts:
-        return "no check was run"
-    if failed:
-        return f"{len(failed)} of {len(verdicts)} checks failed: {', '.join(failed)}"
-    return f"all {len(verdicts)} checks passed"
-
-
 def status(document: dict[str, Any]) -> str:
     """Whether a run worked, in a few words (see `summary.document`)."""
-    count, failed = len(document["verdicts"]), sum(not verdict["passed"] for verdict in document["verdicts"])
     if document["stopped"]:
         return f"{document['stopped']['how']} in the stage '{document['stopped']['stage']}'"
     if document["outdated"]:
         return "changed since it was verified"
     if document["passed"] is None:
         return "not verified yet"
-    if failed:
-        return f"{failed} of {plural(count, 'check')} failed"
-    return f"all {plural(count, 'check')} passed" if count else "no check was run"
+    refuted = outcome.of(document["verdicts"], outcome.REFUTED)
+    return outcome.count(document["verdicts"]) if refuted else outcome.headline(document["verdicts"])
 
 
 def ended(stopped: dict[str, Any]) -> str:

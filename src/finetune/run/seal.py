@@ -54,10 +54,13 @@ def update_manifest(run: Run, **values: Any) -> None:
 
 
 def close(run: Run) -> None:
-    """Seal a run as it is, at the end of a command that wrote into it. Not where the log is not what was sealed before."""
-    lines = run.log()
-    manifest = run.manifest()
-    if list(log_faults(manifest, lines)) or not own(manifest, lines):
+    """Seal a run as it is, at the end of a command that wrote into it. Not where log or manifest are damaged or not what
+    was sealed before, nor one of version 0.1: what nobody sealed would look as if it had never been changed."""
+    try:
+        lines, manifest = run.log(), run.manifest()
+    except FinetuneError:  # `faults` names it
+        return
+    if list(log_faults(manifest, lines)) or not own(manifest, lines) or not is_sealed(run):
         return
     there = {name: sha for name, sha in digests(run.path).items() if name not in (MANIFEST, EVENTS, LOCK)}
     rest = {name: sha for name, sha in there.items() if _is_of_no_stage(name)}
@@ -81,9 +84,9 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
 
 
 def own(manifest: Mapping[str, Any], lines: list[Line]) -> bool:
-    """Whether a manifest is as it was written; one of version 0.1, whose log is no chain, cannot tell."""
+    """Whether a manifest is as it was written; one of version 0.1, whose log began as no chain, cannot tell."""
     if "schema" not in manifest:
-        return not is_chained(lines)
+        return not is_chained(lines[:1])
     return bool(manifest.get("digest") == digest_of_manifest(manifest))
 
 
@@ -98,9 +101,9 @@ def _is_of_no_stage(name: str) -> bool:
 
 
 def is_sealed(run: Run) -> bool:
-    """Whether this run was made by a version that seals; those of 0.1 did not."""
+    """Whether this run was made by a version that seals; those of 0.1 did not, though what is done to them now is chained."""
     try:
-        return "schema" in run.manifest() or is_chained(run.log())
+        return "schema" in run.manifest() or is_chained(run.log()[:1])
     except FinetuneError:
         return True
 

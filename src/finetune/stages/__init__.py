@@ -133,6 +133,7 @@ STAGES: tuple[Stage, ...] = (
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
+MODELS = ("train", "align", "merge", "export")  # what makes a model that later stages speak of
 TRAININGS = ("train", "align")  # what takes a night: finished, they are kept though code or libraries have changed
 
 
@@ -169,9 +170,14 @@ def inputs(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 def fingerprint(stage: Stage, recipe: Recipe, run: Run) -> str:
     """A digest of all data that a stage's outcome depends on: its sections, its data files, what the stages before it left.
 
-    What computes it, code and libraries, is the report's `made_with`.
+    A model that was made again makes those stages run again that speak of it, even if it is the same. What computes a stage,
+    code and libraries, is its report's `made_with`.
     """
-    before = {need: report.artifacts for need in stage.needs if (report := run.report(need))}
+    before = {
+        need: [report.started if need in MODELS else None, report.artifacts]
+        for need in stage.needs
+        if (report := run.report(need))
+    }
     return _digest([inputs(stage, recipe), _data(stage, recipe), before])
 
 
@@ -220,8 +226,8 @@ def reason(stage: Stage, recipe: Recipe, run: Run, *, retrain: bool = False) -> 
         return Reason(f"{stage.name}/report.json was changed after it was written")
     if done.schema == 0:
         return Reason("made by version 0.1")
-    if stage.name in TRAININGS and not retrain and done.asked == asked(stage, recipe, run):
-        return None
+    if stage.name in TRAININGS and not retrain:
+        return None if done.asked == asked(stage, recipe, run) else Reason("changed")
     if done.fingerprint != fingerprint(stage, recipe, run):
         return Reason("changed")
     changes = outdated(stage, recipe, done)

@@ -9,39 +9,21 @@ from pathlib import Path
 from finetune.backends import Job, get
 from finetune.errors import StageError
 from finetune.recipe import Recipe
-from finetune.recipe.sections import Lora
 from finetune.run import Run, evidence, layout
 from finetune.run.records import trained
 from finetune.stages import Result
-from finetune.training import checkpoint_step, checkpoints, clear, execute_job, job_options
+from finetune.training import checkpoint_step, checkpoints, clear, dpo_job, execute_job
 
 
 def run(recipe: Recipe, run: Run) -> Result:
     """Write `align/adapter` (or `align/model`), checkpoints, `align/trainer_logs.json` and `align/rewards.json`."""
-    align = recipe.align
-    if align is None:
+    if recipe.align is None:
         raise StageError("the recipe has no 'align' section")
-    base, adapter = evidence.phases(run, recipe).get("trained") or evidence.phases(run, recipe)["base"]
-    method = recipe.train.method if recipe.train else "lora"
-    lora = recipe.train.lora if recipe.train else Lora()
-    out = run.stage_dir("align")
+    job = dpo_job(recipe, run, run.stage_dir("align"))
     if run.resume is None:
-        clear(out)
-    job = Job(
-        objective="dpo",
-        method=method,
-        model=base,
-        adapter=adapter,
-        out=out,
-        rows=evidence.required(run, layout.PAIRS),
-        options=job_options(align),
-        lora=lora.model_dump(mode="json") if method == "lora" else None,
-        resume=run.resume,
-        chat_template=evidence.chat_template(run),
-        settings=evidence.model_settings(recipe),
-    )
+        clear(job.out)
     result = execute_job(job, recipe, run, "align")
-    stored = checkpoints(out)
+    stored = checkpoints(job.out)
     if stored and checkpoint_step(stored[-1]) == result["metrics"]["steps"]:
         result["artifacts"] += _one_more_step(recipe, run, job, stored[-1])
     return result

@@ -92,14 +92,19 @@ def _export(source: Source, target: Target, folder: Path, mark: str) -> Export:
         "name": target.name,
         "path": path.relative_to(folder.parent).as_posix(),
         "backend": target.format.backend,
-        "bytes": size(path),
+        "bytes": size(_whole(path)),
         "seconds": round(time.perf_counter() - begin, 3),
         "mended": list(exported.mended),
         "notes": list(exported.notes),
         "made_from": mark,
-        "sha256": digest(path),
+        "sha256": digest(_whole(path)),
         "files": digests(out),
     }
+
+
+def _whole(path: Path) -> Path:
+    """All of an export: what the runtime loads, and for a Modelfile its directory, with the weights that it names."""
+    return path.parent if path.name == "Modelfile" else path
 
 
 def size(path: Path) -> int:

@@ -24,5 +24,5 @@ def run(recipe: Recipe, run: Run) -> Result:
     if job.adapter is not None and "lora" in train.model_fields_set:
         note = f"went on training the adapter {job.adapter} with its own settings; train.lora was not used"
         say(f"note: {note}")
-        result["notes"] = [note]
+        result["notes"].append(note)
     return result

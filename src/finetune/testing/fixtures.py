@@ -1,7 +1,7 @@
 """Fixtures for tests that users write. The plugin loads them; nothing heavy is imported before one is used.
 
     tiny_model      a function: the directory of a tiny random model
-    tiny_run        a finished run that passed all its checks
+    tiny_run        a finished run in which nothing is refuted
     trained_run     a function: the run of a recipe, trained once for equal input
     memory_tracker, check_convergence     as in finetune.testing
 
@@ -80,7 +80,7 @@ def trained_run(finetune_shared: Path) -> Callable[..., Run]:
     """A function: the verified run of a recipe, trained once for equal input, in a temporary folder.
 
     `trained_run("recipe.yaml", train={"max_steps": 20})`: a file or a mapping, with sections laid over it. Raises
-    StageError, with the stage and its message, where the run fails; a check that fails is for the test to judge. Tests
+    StageError, with the stage and its message, where the run fails; a check that is refuted is for the test to judge. Tests
     read the run and leave it as it is.
     """
 
@@ -103,11 +103,13 @@ def trained_run(finetune_shared: Path) -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def tiny_run(trained_run: Callable[..., Run], finetune_shared: Path, request: pytest.FixtureRequest) -> Run:
-    """A finished run that passed all its checks: a tiny Llama on PyTorch where that is installed, else the fake backend.
+    """A finished run in which nothing is refuted: a tiny Llama on PyTorch where that is installed, else the fake backend.
 
     `run.manifest()` and recipe.yaml in it say which. Tests read it and leave it as it is.
     """
     from finetune.errors import StageError
+    from finetune.report.summary import verdicts
+    from finetune.run import outcome
 
     common = {"name": "tiny", "data": {"path": TEXTS, "limit": 12}}
     train = {"method": "full", "max_steps": 24, "per_device_train_batch_size": 4, "save_strategy": "no"}
@@ -123,10 +125,11 @@ def tiny_run(trained_run: Callable[..., Run], finetune_shared: Path, request: py
 
                 make_model(place)
         run = trained_run({**common, "backend": "fake", "model": str(place), "train": {**train, "learning_rate": 1e-4}})
-    verdicts = json.loads((run.path / "verdicts.json").read_text(encoding="utf-8"))["verdicts"]
-    failed = [f"{each['name']}: {each['why']}" for each in verdicts if not each["passed"]]
-    if failed:
-        raise StageError(f"the tiny run in {run.path} failed {len(failed)} of its checks: {'; '.join(failed)}")
+    stored = verdicts(run)
+    if stored is None or not stored["passed"]:
+        listed = stored["verdicts"] if stored else []
+        refuted = "; ".join(f"{each['name']}: {each['why']}" for each in outcome.of(listed, outcome.REFUTED))
+        raise StageError(f"the tiny run in {run.path} is not proved ({outcome.count(listed)}): {refuted}")
     return run
 
 

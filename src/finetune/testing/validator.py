@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.answers import is_correct
 from finetune.backends import TensorFacts
 from finetune.checks.loss import fall
 from finetune.checks.memory import reduction
+from finetune.errors import StageError
 
 MIN_LOSS_REDUCTION = 0.05
 MIN_IMPROVED = 0.3
@@ -67,13 +70,24 @@ class TrainingSuccessValidator:
     @staticmethod
     def validate_artifacts(directory: Any, expected: Sequence[str] = ("adapter_config.json",)) -> bool:
         """Every expected file is in the directory and not empty, and some weights are."""
-        from pathlib import Path
-
         place = Path(directory)
         weights = [f for f in place.glob("*.safetensors") if f.stat().st_size > 0]
         return bool(weights) and all(
             (place / name).is_file() and (place / name).stat().st_size > 0 for name in expected
         )
+
+    @staticmethod
+    def validate_run(run: str | os.PathLike[str]) -> bool:
+        """Something of a stored run is proved and nothing refuted, as `finetune verify` ends with 0; what was not examined
+        is neither. False where nothing was verified, or the verdicts were changed after they were written."""
+        from finetune.report.summary import verdicts
+        from finetune.run import Run
+
+        try:
+            stored = verdicts(Run(os.fspath(run)))
+        except StageError:
+            return False
+        return stored is not None and bool(stored["passed"])
 
 
 def _right(text: str, case: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ class MlxBackend:
     name = "mlx"
     trains = True
     scores = True
+    checkpoint_files = ("optimizer/state.safetensors",)
 
     def tokenizer(self, model: Path) -> Tokenizer:
         return _verb("tokenizer:MlxTokenizer")(model)  # type: ignore[no-any-return]

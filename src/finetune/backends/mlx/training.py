@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune import identity
 from finetune.backends import Job, Step
 from finetune.backends.mlx import layout, lora, options
 from finetune.backends.mlx.loading import device_of, load_model
@@ -55,6 +56,8 @@ def train(job: Job) -> Generator[Step, None, dict[str, Any]]:
             with on(device):
                 step = training.step(number)
                 stopped = number < training.total and job.should_stop()
+                if stopped and step is None:
+                    step = training.told()
                 if stopped or training.saves(number):
                     training.save_checkpoint()
             if step is not None:
@@ -103,13 +106,14 @@ class Training:
         per_epoch = math.ceil(len(self.rows) / values["per_device_train_batch_size"])
         self.steps_per_epoch = math.ceil(per_epoch / values["gradient_accumulation_steps"])
         self.total = options.total_steps(values, self.steps_per_epoch)
+        identity.check_plan(self.done, self.total)
         self.gradients = nn.value_and_grad(self.model, _summed_loss)
         self.frozen_before = self.frozen_digest()
         self.gradient_bytes = 0
         self.norms: list[float] = []
         self.decay = 0.0  # as the last step had it
         self.dropout: float | None = None  # of the adapter, as the last step had it; None before one
-        self.motion = Motion(values["learning_rate"], self._sample(), fresh=not self.done)
+        self.motion = Motion(values["learning_rate"], self._sample(), fresh=identity.unmoved(job.identity, self.done))
         self.pending: list[Step] = []
         if not job.resume and job.method == "lora":
             self.save_adapter(job.out / "initial")
@@ -197,7 +201,7 @@ class Training:
         return raw(mx.concatenate([each.reshape(-1)[:SAMPLE].astype(mx.float32) for _, each in trained]))
 
     def _logged(self, number: int) -> Step | None:
-        due = number == 1 or number % self.values["logging_steps"] == 0 or number == self.total
+        due = number == 1 or number % self.values["logging_steps"] == 0 or number == self.total or self.saves(number)
         every = self.values["eval_steps"] or self.values["logging_steps"]
         evaluates = bool(self.held_out) and (
             number % every == 0 if self.values["eval_strategy"] == "steps" else number % self.steps_per_epoch == 0
@@ -205,6 +209,10 @@ class Training:
         extra = {"eval_loss": self.held_out_loss()} if evaluates else {}
         if not due and not evaluates:
             return None
+        return self.told(extra)
+
+    def told(self, extra: dict[str, float] | None = None) -> Step:
+        """The steps since the last that was logged, as one."""
         parts, self.pending = self.pending, []
         return replace(
             parts[-1],
@@ -213,7 +221,7 @@ class Training:
             tokens=sum(part.tokens for part in parts),
             trained_tokens=sum(part.trained_tokens for part in parts),
             rows=tuple(row for part in parts for row in part.rows),
-            extra=extra,
+            extra=extra or {},
         )
 
     def held_out_loss(self) -> float:
@@ -264,6 +272,7 @@ class Training:
         (self.save_adapter if self.job.method == "lora" else self.save_model)(partial)
         (partial / OPTIMIZER).parent.mkdir()
         mx.save_safetensors(str(partial / OPTIMIZER), dict(tree_flatten(self.optimizer.state)))
+        identity.leave(partial, self.job.identity, self.so_far())
         state = {"global_step": self.done, "max_steps": self.total, "epoch": self.done / self.steps_per_epoch}
         write_json(partial / STATE, state)
         shutil.rmtree(final, ignore_errors=True)
@@ -272,6 +281,15 @@ class Training:
         whole = sorted(self.job.out.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         for old in whole[:-limit] if limit else []:
             shutil.rmtree(old)
+
+    def so_far(self) -> dict[str, Any]:
+        """What a checkpoint's record shall tell of the steps that this process took."""
+        counts = {"steps_watched": self.done - self.begun, "planned_steps": self.total}
+        return {**counts, **self._measured()}
+
+    def _measured(self) -> dict[str, Any]:
+        clipped = mx.max(mx.array(self.norms)).item() if self.norms else None
+        return {**self.motion.facts(), "clipped_norm": clipped}
 
     def _resume(self) -> int:
         assert self.job.resume is not None
@@ -329,8 +347,7 @@ class Training:
             "device": "cpu" if self.device == mx.cpu else "gpu",
             "steps": self.done,
             "planned_steps": self.total,
-            **self.motion.facts(),
-            "clipped_norm": mx.max(mx.array(self.norms)).item() if self.norms else None,
+            **self._measured(),
             "weight_decay": self.decay,
             "optimized_parameters": sum(each.size for name, each in kept if name.endswith(".m")),
             "adam_beta1": self.optimizer.betas[0],

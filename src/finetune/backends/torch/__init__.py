@@ -17,6 +17,7 @@ class TorchBackend:
     name = "torch"
     trains = True
     scores = True
+    checkpoint_files = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
     def tokenizer(self, model: Path) -> Tokenizer:
         return load_reference("finetune.backends.torch.tokenizer:HFTokenizer")(model)  # type: ignore[no-any-return]

@@ -6,19 +6,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from finetune.backends import Job
 from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.backends.torch.training import arguments, read_rows
-
-
-class OwnInterval(TrainerCallback):
-    """A resumed training logs as often as its own options say; transformers goes on as the checkpoint says."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.logging_steps = args.logging_steps
 
 
 def make_trainer(job: Job, model: Any, tokenizer: HFTokenizer) -> Any:
@@ -33,7 +25,6 @@ def make_trainer(job: Job, model: Any, tokenizer: HFTokenizer) -> Any:
         args=DPOConfig(**arguments(job), **options, loss_type=[job.options.get("loss_type", "sigmoid")]),
         train_dataset=Dataset.from_list([{"prompt": "1\n", "chosen": "2", "rejected": "3"}]),
         processing_class=tokenizer.hf,
-        callbacks=[OwnInterval()],
     )
     rows = read_rows(job.rows)
     if job.options.get("precompute_ref_log_probs") and job.method == "lora":

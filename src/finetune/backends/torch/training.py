@@ -19,7 +19,7 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from finetune.backends import Job, Step
-from finetune.backends.torch import options, tracking
+from finetune.backends.torch import options, resuming, tracking
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.backends.torch.watching import Recorder, Reporter
@@ -120,12 +120,18 @@ def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
     recorder = Recorder(trainer)
     trainer.data_collator, trainer.get_batch_samples = recorder, recorder.taken
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Reporter(trainer, recorder, put, lambda: stop.is_set() or job.should_stop()))
+    reporter = Reporter(trainer, recorder, put, lambda: stop.is_set() or job.should_stop(), job.identity)
+    trainer.add_callback(reporter)
+    resuming.keep_record(trainer, job, reporter.so_far)
+    resuming.keep_own_settings(trainer)
+    resuming.check_fits(job, trainer.model)
     _save(job, trainer.model, tokenizer, job.out / "initial", weights_of_full=False)
     frozen_before = frozen_digest(trainer.model)
     begun = _step_of(job.resume) if job.resume else None  # now: save_total_limit may delete that very checkpoint
-    trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
-    reporter = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Reporter))
+    try:
+        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
+    except resuming.NothingLeftError:
+        resuming.conclude(trainer)
     facts = {
         **parameter_facts(trainer.model),
         **reporter.facts(),

@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 
 from finetune.backends import Step
 from finetune.backends.motion import CLIPPED_STEPS, SAMPLE, Motion
+from finetune.backends.torch import resuming
+from finetune.identity import unmoved
 
 
 class Recorder:
@@ -48,8 +50,11 @@ class Recorder:
 class Reporter(TrainerCallback):
     """Turns the trainer's logs into steps, measures the training state once, and stops on request."""
 
-    def __init__(self, trainer: Any, recorder: Recorder, put: Any, stop: Callable[[], bool]) -> None:
-        self.trainer, self.recorder, self.put, self.stop = trainer, recorder, put, stop
+    def __init__(
+        self, trainer: Any, recorder: Recorder, put: Any, stop: Callable[[], bool], identity: str = ""
+    ) -> None:
+        self.trainer, self.recorder, self.put, self.stop, self.identity = trainer, recorder, put, stop, identity
+        self.begun = 0  # steps taken before this process
         self.state_bytes: dict[str, int] = {"gradient_bytes": 0, "optimizer_bytes": 0}
         self.dropout: float | None = None  # of the adapter, as it is while training
         self.norm = 0.0  # of the gradient as the optimizer gets it
@@ -63,15 +68,29 @@ class Reporter(TrainerCallback):
 
     def facts(self) -> dict[str, Any]:
         """What the training took in memory, what its optimizer was set to, and what its steps did."""
-        assert self.motion is not None
-        clipped = {"clipped_norm": float(torch.tensor(self.norms).max()) if self.norms else None}  # NaN stays NaN
         dropout = {} if self.dropout is None else {"lora_dropout": self.dropout}
-        return {**self.state_bytes, **_settings(self.trainer.optimizer), **dropout, **self.motion.facts(), **clipped}
+        return {**self.state_bytes, **_settings(self.trainer.optimizer), **dropout, **self._measured()}
+
+    def so_far(self) -> dict[str, Any]:
+        """What a checkpoint's record shall tell of the steps that this process took."""
+        state = self.trainer.state
+        counts = {"steps_watched": state.global_step - self.begun, "planned_steps": state.max_steps}
+        return {**counts, **self._measured()}
+
+    def _measured(self) -> dict[str, Any]:
+        assert self.motion is not None
+        clipped = float(torch.tensor(self.norms).max()) if self.norms else None  # NaN stays NaN
+        return {**self.motion.facts(), "clipped_norm": clipped}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
-        self.motion = Motion(args.learning_rate, _sample(self.trained), fresh=state.global_step == 0)
+        self.begun = state.global_step
+        fresh = unmoved(self.identity, self.begun)
+        self.motion = Motion(args.learning_rate, _sample(self.trained), fresh=fresh)
+        self.state_bytes["optimizer_bytes"] = _optimizer_bytes(self.trainer.optimizer)  # of a checkpoint
+        state.compute_steps(args, state.max_steps)  # transformers logs and saves as often as the checkpoint says
         self.began = time.perf_counter()
+        resuming.begin(self.trainer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.dropout is None:
@@ -96,6 +115,8 @@ class Reporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self._consume()
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the rows of steps that are never logged are known to nobody
         if not self.state_bytes["optimizer_bytes"]:
             self.state_bytes["optimizer_bytes"] = _optimizer_bytes(self.trainer.optimizer)
         if self.stop():
@@ -105,7 +126,8 @@ class Reporter(TrainerCallback):
         return self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_log = control.should_log or control.should_evaluate  # a held-out loss is of a logged step
+        # A held-out loss is of a logged step; and whoever goes on from a checkpoint knows no step that was not yet logged.
+        control.should_log = control.should_log or control.should_evaluate or control.should_save
         return control
 
     def _consume(self) -> None:

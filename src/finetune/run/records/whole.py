@@ -147,6 +147,10 @@ class TrainMetrics(TypedDict):
     steps_without_effect: int
     first_move: NotRequired[float | None]  # a resumed optimizer has a past, and no first step; what is no Adam has none
     clipped_norm: float | None  # the largest that the optimizer got; None: it was resumed after its last step
+    steps_watched: NotRequired[int]  # these four are not there in a run of version 0.1; parts that were resumed count
+    plans: NotRequired[list[list[int]]]  # [first step but one, steps planned] of each part that had a plan of its own
+    changed: NotRequired[list[str]]  # what became another on the way (--resume --changed)
+    unexamined: NotRequired[list[int]]  # steps of checkpoints of an earlier version that it went on from
     optimized_parameters: int
     weight_decay: NotRequired[float]  # version 0.1 on MLX told none
     adam_beta1: NotRequired[float]  # an Adam's, these three

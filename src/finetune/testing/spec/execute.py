@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.backends import child
 from finetune.errors import FinetuneError, StageError
 from finetune.recipe import Recipe
 from finetune.recipe import load as load_recipe
-from finetune.run import Run
+from finetune.run import Run, evidence, layout
+from finetune.run.evidence import Step
 from finetune.testing.spec.load import Case, recipe_file, repository
 from finetune.testing.spec.model import EXAMPLE_PREFIX, Inference
 
@@ -157,11 +158,8 @@ def _complete(url: str, wanted: Inference) -> str:
         raise StageError(f"the server gives no completion: {error}") from None
 
 
-def steps_logged(outcome: Outcome) -> list[dict[str, Any]] | None:
-    """The entries of `trainer_logs.json`, or None where it is not there or is no list."""
-    paths = [outcome.run.path / stage / "trainer_logs.json" for stage in ("train", "align")]
-    try:
-        value = json.loads(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
-    except (OSError, ValueError, StopIteration):
-        return None
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else None
+def steps_logged(outcome: Outcome) -> list[Step] | None:
+    """The entries of `trainer_logs.json`, or None where no training left one. Raises EvidenceError where it is damaged."""
+    logs = (layout.TRAIN_LOGS, layout.ALIGN_LOGS)
+    file = next((file for file in logs if evidence.there(outcome.run, file)), None)
+    return None if file is None else evidence.read(outcome.run, file)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.estimate import MIB
 from finetune.report.summary import verdicts
 from finetune.report.terminal import number
+from finetune.run import outcome as outcomes
+from finetune.run.evidence import EvidenceError
 from finetune.testing.spec.execute import Outcome, Served, steps_logged
 from finetune.testing.spec.load import Case
 
@@ -60,7 +62,7 @@ def judge(case: Case, outcome: Outcome) -> list[Finding]:
 
 
 def _ran(case: Case, outcome: Outcome) -> bool:
-    """Whether there are results: also where `finetune run` ended with 1, which means that a check failed."""
+    """Whether there are results: also where `finetune run` ended with 1, which means that a check is refuted."""
     return outcome.code == 0 or (case.spec.whole and outcome.code == 1)
 
 
@@ -114,15 +116,20 @@ def _files(case: Case, outcome: Outcome) -> Iterator[Finding]:
 
 
 def _loss(case: Case, outcome: Outcome) -> Iterator[Finding]:
-    wanted, logged = case.spec.loss, steps_logged(outcome)
+    wanted = case.spec.loss
+    try:
+        logged = steps_logged(outcome)
+    except EvidenceError as error:
+        yield Finding(kind="failed", key="min_steps_logged", why=str(error))
+        return
     if logged is None:
         yield Finding(kind="failed", key="min_steps_logged", why="there is no trainer_logs.json with steps in it")
         return
     yield _held("min_steps_logged", len(logged), ">=", case.spec.min_steps_logged, "steps in trainer_logs.json")
-    losses = [float(step["loss"]) if isinstance(step.get("loss"), int | float) else math.nan for step in logged]
+    losses = [float(step["loss"]) for step in logged]
     bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
     if wanted.no_nan and bad:
-        step = logged[bad[0]].get("step", bad[0] + 1)
+        step = logged[bad[0]]["step"]
         why = f"{len(bad)} of {len(losses)} logged losses are NaN or infinite, the first at step {step}"
         yield Finding(kind="failed", key="loss.no_nan", why=why, measured=len(bad), bound=0)
     final = losses[-1] if losses else None
@@ -160,16 +167,34 @@ def _verdicts(case: Case, outcome: Outcome) -> Iterator[Finding]:
     """The checks of the whole run, each verdict a finding at the spec's key that asked for it."""
     if not case.spec.whole:
         return
-    stored = (verdicts(outcome.run) or {}).get("verdicts", [])
-    if not stored:
+    stored = verdicts(outcome.run)
+    listed = _chosen(case, outcome, stored["verdicts"]) if stored else []
+    key = "expect" if case.spec.checks is None else "checks"
+    if stored is None or not listed:
         yield Finding(kind="failed", key="expect", why="the run has no verdicts: no check was run")
         return
-    for verdict in _chosen(case, outcome, stored):
-        key, measured = _key(case, str(verdict["name"])), verdict["measured"]
-        held = f"{'nothing' if measured is None else number(measured)}, bound {verdict['compare']} "
-        why = f"{verdict['name']}: measured {held}{number(verdict['bound'])} {verdict['unit']} ({verdict['why']})"
-        kind: Literal["passed", "failed"] = "passed" if verdict["passed"] else "failed"
-        yield Finding(kind=kind, key=key, why=why, measured=measured, bound=verdict["bound"])
+    refuted = outcomes.of(listed, outcomes.REFUTED)
+    if refuted and stored["cause"]:
+        yield Finding(kind="failed", key=key, why=stored["cause"])
+    if not refuted and not outcomes.holds(map(outcomes.outcome, listed)):
+        yield Finding(kind="failed", key=key, why=outcomes.count(listed))
+    for verdict in listed:
+        yield _verdict(case, verdict)
+
+
+def _verdict(case: Case, verdict: Mapping[str, Any]) -> Finding:
+    """A refuted verdict fails, and says what to do; one that was not examined warns: the spec asked for nothing there, or
+    for something that the recipe has nothing to show of."""
+    key, measured, said = _key(case, str(verdict["name"])), verdict["measured"], outcomes.outcome(verdict)
+    if said == outcomes.NOT_EXAMINED:
+        why = f"{verdict['name']} was not examined: {verdict['why']}. What to do: {verdict['remedy']}"
+        return Finding(kind="warning", key=key, why=why)
+    held = f"{'nothing' if measured is None else number(measured)}, bound {verdict['compare']} "
+    why = f"{verdict['name']}: measured {held}{number(verdict['bound'])} {verdict['unit']} ({verdict['why']})"
+    if said == outcomes.REFUTED and verdict["remedy"]:
+        why += f". What to do: {verdict['remedy']}"
+    kind: Literal["passed", "failed"] = "failed" if said == outcomes.REFUTED else "passed"
+    return Finding(kind=kind, key=key, why=why, measured=measured, bound=verdict["bound"])
 
 
 def _chosen(case: Case, outcome: Outcome, stored: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -181,9 +206,8 @@ def _chosen(case: Case, outcome: Outcome, stored: list[dict[str, Any]]) -> list[
     from finetune.checks import results
     from finetune.recipe import load
 
-    return [
-        asdict(verdict) for verdict in results(load(outcome.run.path / "recipe.yaml"), outcome.run, case.spec.checks)
-    ]
+    recipe = load(outcome.run.path / "recipe.yaml")
+    return [asdict(verdict) for verdict in results(recipe, outcome.run, case.spec.checks)]
 
 
 def _key(case: Case, name: str) -> str:

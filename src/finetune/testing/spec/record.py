@@ -16,7 +16,7 @@ from finetune.estimate import MIB
 from finetune.recipe import Recipe, dump, load, yaml
 from finetune.report.summary import reports, verdicts
 from finetune.report.terminal import number
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, outcome
 from finetune.testing.spec import load as specs
 from finetune.testing.spec.judge import EXPECT_KEYS, HEADROOM
 from finetune.testing.spec.load import repository
@@ -51,8 +51,7 @@ def record(run: Run, out: Path, recipe_file: Path | None = None) -> Path:
             f"{run.path} was never verified, so nothing says that it is good. Try: finetune verify {run.path}"
         )
     if not stored["passed"]:
-        failed = [each["name"] for each in stored["verdicts"] if not each["passed"]]
-        raise UsageError(f"{run.path} is not a good run to record: {', '.join(failed)} failed")
+        raise UsageError(f"{run.path} is not a good run to record: {outcome.headline(stored['verdicts'])}")
     recipe = load(run.path / "recipe.yaml")
     root = repository(out.absolute()) or Path.cwd()
     source = _given(run, recipe, recipe_file) if recipe_file else _found(run, recipe, root) or _copied(run, recipe, out)
