@@ -33,9 +33,9 @@ def deliver(
 ) -> list[Path]:
     """Copy exports into `out`: all are there in full, under other names, before the first gets its own.
 
-    A bundle's card gets these verdicts (None: it keeps its own) and marks (`run.outcome.marks`). `although` says what the exports are put out in spite of:
-    it goes into the bundle's card and manifest, and into a README.md beside any other. Raises ResourceError where there is
-    no room, StageError for a copy that is not like its original.
+    A bundle's card gets these verdicts (None: it keeps its own) and marks (`run.outcome.marks`). `although` says what the
+    exports are put out in spite of: it goes into the bundle's card and manifest, and into a README.md beside any other.
+    Raises ResourceError where there is no room, StageError for a copy that is not like its original.
     """
     out.mkdir(parents=True, exist_ok=True)
     although = [card.without_places(reason, card.known_places(run.path, out)) for reason in although]
