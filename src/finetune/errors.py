@@ -53,6 +53,16 @@ class StageError(FinetuneError, RuntimeError):
     exit_code = 4
 
 
+class RefusedError(FinetuneError, RuntimeError):
+    """What a run made is not handed out: it is not as it was made, or was not proved. `reasons` says why, a phrase each."""
+
+    exit_code = 1
+
+    def __init__(self, headline: str, reasons: list[str], ways: list[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__("\n".join([f"{headline}:", *(f"  {each}" for each in reasons), *ways]))
+
+
 class ResourceError(StageError):
     """Too little memory or disk for what the recipe asks; raised before any work is lost."""
 

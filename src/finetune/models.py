@@ -19,7 +19,7 @@ from typing import Any
 from finetune import hub, tiny
 from finetune.cache import cache_dir
 from finetune.console import say
-from finetune.core.files import digest, read_object
+from finetune.core.files import digest, read_object, strays
 from finetune.data import sources
 from finetune.errors import MissingError, UsageError
 from finetune.lookup import did_you_mean, load, missing_package
@@ -60,6 +60,7 @@ EMBEDDED: dict[str, Embedded] = {
 }
 
 
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _TEXTS = ("shipped:quorra/train.jsonl", "shipped:stories/train.jsonl")
 
 
@@ -118,9 +119,15 @@ def hub_id(path: str) -> str:
 
 
 def directory(path: str, *, revision: str | None = None, token: str | None = None, data: Data | None = None) -> Path:
-    """As `obtain`, but always a directory in Hugging Face's layout: a GGUF file is converted once and kept."""
+    """As `obtain`, but always a directory in Hugging Face's layout: a GGUF file is converted once and kept.
+
+    Raises UsageError for one with links that lead out of it.
+    """
     place = obtain(path, revision=revision, token=token, data=data)
-    return dequantized(place) if place.is_file() else place
+    if place.is_file():
+        return dequantized(place)
+    _check_links(place)
+    return place
 
 
 def resolve(model: Model, data: Data | None = None) -> Resolved:
@@ -147,6 +154,17 @@ def resolve(model: Model, data: Data | None = None) -> Resolved:
     if is_adapter(found):
         raise UsageError(f"the base model of {place} is {base}, which is an adapter itself. {fix}")
     return Resolved(found, place, kind(model.path))
+
+
+def _check_links(place: Path) -> None:
+    """Raise UsageError for links that lead out of a model's directory: licence, template and tokenizer of a model go into
+    runs and exports to the letter, and a model's folder may come from anybody. Weights do not, and may lie elsewhere."""
+    led = [name for name in strays(place) if not name.endswith(_WEIGHTS)]
+    if led:
+        raise UsageError(
+            f"{place / led[0]} is a link to {(place / led[0]).resolve()}, outside of the model's directory, and would be "
+            "copied into the run and its exports. Put the file itself there, or take the link away"
+        )
 
 
 def is_adapter(place: Path) -> bool:

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from finetune import pipeline
+from finetune import handout, pipeline
 from finetune.checks import NOT_EXAMINED, results
 from finetune.core.files import digest
 from finetune.data.sources import local_files
 from finetune.recipe import Recipe, load
 from finetune.run import Run, seal
 from finetune.stages import BY_NAME, inputs, plan
+from support.proof import flip
 
 STORED = Path(__file__).parents[1] / "support" / "run-0.1.0.tar.gz"
 TRAININGS = ("train", "align")
@@ -101,3 +102,30 @@ def test_retrain_does_a_kept_training_anew(earlier: tuple[Recipe, Run]) -> None:
     pipeline.run_stages(recipe, run, retrain=True)
     assert run.require("train").started > before
     assert run.manifest()["kept"] == {}
+
+
+def test_it_is_handed_out_while_it_is_whole(earlier: tuple[Recipe, Run]) -> None:
+    recipe, run = earlier
+    exported, merged = run.path / "export" / "bundle", run.path / "merge" / "model"
+    assert (handout.damage(run), handout.unproved(run, recipe)) == ([], [])
+    assert handout.changed(run, [exported, merged, run.path / "train" / "adapter", run.path / "recipe.yaml"]) == []
+
+    flip(exported / "fake_model.json")
+    flip(merged / "fake_model.json")
+    assert [str(each) for each in handout.changed(run, [exported, merged])] == [
+        "export/bundle was changed after it was written", "merge/model was changed after it was written",
+    ]  # fmt: skip
+    assert [each.file for each in handout.damage(run)] == ["merge/model", "export/bundle"]
+    (checkpoint,) = handout.changed(run, [run.path / "train" / "checkpoint-3"])
+    assert "listed nowhere by version 0.1" in checkpoint.why
+    exported.rename(run.path / "gone")
+    assert [str(each) for each in handout.changed(run, [exported])] == ["export/bundle is gone"]
+
+
+def test_its_verdicts_are_those_of_its_newest_stage(earlier: tuple[Recipe, Run]) -> None:
+    recipe, run = earlier
+    report = json.loads((run.path / "merge" / "report.json").read_text())
+    (run.path / "merge" / "report.json").write_text(json.dumps({**report, "started": "2999-01-01T00:00:00.000Z"}))
+    assert handout.unproved(run, recipe) == ["not verified since the stage 'merge' ran"]
+    (run.path / "verdicts.json").unlink()
+    assert handout.unproved(run, recipe) == ["not verified"]

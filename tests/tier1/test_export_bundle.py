@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from finetune.core.files import digest
 from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.export import Exported, Source, exporter, parse
 from finetune.export import card as cards
-from finetune.export.bundle import LARGE, export, rehearse, set_verdicts, verify_manifest
+from finetune.export.bundle import export, rehearse, set_card, verify_manifest
 from finetune.licenses import front_matter
 from finetune.recipe.yaml import parse as parse_yaml
 
@@ -188,28 +187,39 @@ def test_a_token_of_the_vocabulary_is_left_as_it_is(source: Source, home: Path) 
     assert (out / "tokenizer.json").read_bytes() == (source.model / "tokenizer.json").read_bytes()
 
 
-def test_large_files_are_linked_and_small_ones_copied(source: Source, home: Path) -> None:
-    (source.model / "model.safetensors").write_bytes(bytes(LARGE))
-    shared = home / "elsewhere.safetensors"
-    shared.write_bytes(bytes(LARGE))
-    (source.model / "other.safetensors").symlink_to(shared)
+def test_every_file_is_a_copy(source: Source, home: Path) -> None:
+    (source.model / "model.safetensors").write_bytes(bytes(2_000_000))
     out = export(source, "", home / "bundle").path
-    assert (out / "model.safetensors").samefile(source.model / "model.safetensors")
-    assert (out / "other.safetensors").samefile(shared) and not (out / "other.safetensors").is_symlink()
-    assert not (out / "tokenizer.json").samefile(source.model / "tokenizer.json")
+    assert (out / "model.safetensors").read_bytes() == (source.model / "model.safetensors").read_bytes()
+    assert {path.stat().st_nlink for path in out.rglob("*") if path.is_file()} == {1}
 
 
-def test_where_the_disk_has_no_links_files_are_copied(
-    source: Source, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: object) -> None:
-        raise OSError("no links here")
+@pytest.mark.parametrize("name", ["chat_template.jinja", "LICENSE", "other.safetensors", "more/secret.txt"])
+@pytest.mark.parametrize("part", ["model", "adapter"])
+def test_a_file_of_elsewhere_is_not_shipped(source: Source, home: Path, part: str, name: str) -> None:
+    outside = home / "elsewhere"
+    outside.write_text("nobody's business")
+    link = getattr(source, part) / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(outside)
+    with pytest.raises(StageError, match=f"{name} is a link to a file outside of"):
+        export(source, "", home / "bundle")
+    assert not (home / "bundle").exists()
 
-    monkeypatch.setattr(os, "link", refuse)
-    (source.model / "model.safetensors").write_bytes(bytes(LARGE))
-    out = export(source, "", home / "bundle").path
-    assert not (out / "model.safetensors").samefile(source.model / "model.safetensors")
-    assert verify_manifest(out) == []
+
+def test_a_model_in_the_hubs_cache_is_made_of_links_and_shipped(source: Source, home: Path) -> None:
+    snapshot = home / "models--owner--base" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    blobs = home / "models--owner--base" / "blobs"
+    blobs.mkdir()
+    for file in source.model.iterdir():
+        if file.is_file():
+            (blobs / file.name[::-1]).write_bytes(file.read_bytes())
+            (snapshot / file.name).symlink_to(Path("../../blobs") / file.name[::-1])
+    out = export(replace(source, model=snapshot), "", home / "bundle").path
+    assert (out / "fake_model.json").read_bytes() == (source.model / "fake_model.json").read_bytes()
+    assert not any(path.is_symlink() for path in out.rglob("*"))
 
 
 def test_the_same_source_gives_the_same_bundle(source: Source, home: Path) -> None:
@@ -256,6 +266,10 @@ def test_a_folder_that_is_not_empty_is_left_alone(source: Source, home: Path) ->
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     source: Source, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (source.model / "model.safetensors").write_bytes(bytes(2_000_000))
+    monkeypatch.setattr("finetune.export.bundle.disk_free", lambda path: 1_900_000)
+    with pytest.raises(ResourceError, match="the bundle needs"):
+        export(source, "", home / "bundle")
     monkeypatch.setattr("finetune.export.bundle.disk_free", lambda path: 10)
     with pytest.raises(ResourceError, match="10 B are free"):
         export(source, "", home / "bundle")
@@ -380,7 +394,7 @@ def test_the_verdicts_are_a_table_with_measured_value_and_bound(bundle: Path) ->
 
 def test_later_verdicts_take_the_place_of_the_first_and_the_manifest_follows(bundle: Path, home: Path) -> None:
     before = (bundle / "README.md").read_text()
-    set_verdicts(bundle, verdicts(home, passed=False))
+    set_card(bundle, verdicts(home, passed=False))
     card = (bundle / "README.md").read_text()
 
     assert "1 of 2 checks refuted: " in card
@@ -388,14 +402,47 @@ def test_later_verdicts_take_the_place_of_the_first_and_the_manifest_follows(bun
     assert card.count("## What was proved") == card.count("loss_convergence") == 1
     assert str(home) not in card
     assert verify_manifest(bundle) == []
-    set_verdicts(bundle, verdicts(home))
+    set_card(bundle, verdicts(home))
     assert (bundle / "README.md").read_text() == before
+
+
+def test_the_card_alone_is_told_anew(bundle: Path, home: Path) -> None:
+    before = json.loads((bundle / "manifest.json").read_text())["files"]
+    weights = bundle / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    set_card(bundle, verdicts(home))
+    after = json.loads((bundle / "manifest.json").read_text())["files"]
+    assert {name for name in before if before[name] != after[name]} <= {"README.md"}
+    assert verify_manifest(bundle) == ["adapter/adapter_model.safetensors: changed (SHA-256 differs)"]
+
+
+def test_what_it_was_exported_in_spite_of_is_said_under_the_title(bundle: Path, home: Path) -> None:
+    set_card(bundle, None, (), ["refuted: learned_net", "a | <b>"])
+    card = (bundle / "README.md").read_text()
+    assert (
+        "\n# town\n\n> **Exported although:**\n>\n> - refuted: learned_net\n> - a \\| &lt;b>\n\nbase model, fine"
+        in card
+    )
+    assert front_matter(bundle / "README.md")["license"] == "mit"
+    assert "| loss_convergence |" in card
+    assert json.loads((bundle / "manifest.json").read_text())["exported_although"] == [
+        "refuted: learned_net",
+        "a | <b>",
+    ]
+    assert verify_manifest(bundle) == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "manifest.json"])
+def test_a_card_or_a_manifest_that_is_gone_is_told(bundle: Path, home: Path, name: str) -> None:
+    (bundle / name).unlink()
+    with pytest.raises(StageError, match="is damaged; export the bundle again"):
+        set_card(bundle, verdicts(home))
 
 
 def test_a_card_without_a_place_for_verdicts_is_refused(bundle: Path, home: Path) -> None:
     (bundle / "README.md").write_text("# mine\n")
-    with pytest.raises(StageError, match="no place for verdicts"):
-        set_verdicts(bundle, verdicts(home))
+    with pytest.raises(StageError, match="is damaged; export the bundle again"):
+        set_card(bundle, verdicts(home))
     assert (bundle / "README.md").read_text() == "# mine\n"
 
 

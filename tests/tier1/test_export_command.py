@@ -18,13 +18,16 @@ import finetune
 from finetune import checks, doctor, stages
 from finetune.checks import judge
 from finetune.cli import cli
-from finetune.core.files import write_text
+from finetune.core.files import digest, digests, write_json, write_text
+from finetune.delivery import deliver
 from finetune.errors import MissingError
-from finetune.export import FORMATS
+from finetune.export import FORMATS, targets
 from finetune.export import bundle as bundles
 from finetune.pipeline import run_stages
 from finetune.recipe import dump, load
-from finetune.run import Run
+from finetune.run import Run, evidence, layout
+from support.proof import flip, prove, stated, whole_folder
+from support.town import only_training
 from support.town import recipe as town_recipe
 
 
@@ -140,13 +143,12 @@ def test_force_exports_again_and_does_nothing_else_again(exported: Path, ran: li
 
 
 def test_without_parity_nothing_is_compared(exported: Path, ran: list[str]) -> None:
-    shutil.rmtree(exported / "compare")
-    (exported / "verdicts.json").unlink()
+    before = (exported / "verdicts.json").read_bytes()
     result = call("export", "town", "--no-parity", "--out", "out")
 
     assert (result.exit_code, ran) == (0, [])
     assert "not compared" in result.stdout
-    assert not (exported / "compare").exists() and not (exported / "verdicts.json").exists()
+    assert (exported / "verdicts.json").read_bytes() == before
     assert bundles.verify_manifest(Path("out/bundle")) == []
 
 
@@ -219,6 +221,172 @@ def test_no_parity_verdict_is_no_passed_one(exported: Path, monkeypatch: pytest.
     assert not Path("out").exists()
 
 
+# -- what is not handed out --------------------------------------------------------------------------------------------
+
+DAMAGED = (
+    "export/bundle/fake_model.json", "export/bundle/README.md", "export/bundle/adapter/adapter.json",
+    "export/bundle/manifest.json", "export/report.json", "merge/model/fake_model.json", "train/adapter/adapter.json",
+    "evaluate/answers.jsonl", "recipe.yaml", "events.jsonl",
+)  # fmt: skip
+
+
+def add_line(file: Path) -> None:
+    file.write_text(file.read_text() + "\n")
+
+
+@pytest.mark.parametrize("more", [[], ["--no-parity"], ["--json"]])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_not_as_it_was_made_is_not_put_out(exported: Path, ran: list[str], name: str, more: list[str]) -> None:
+    if name == "events.jsonl":
+        text = (exported / name).read_text()
+        (exported / name).write_text(text.replace('"step": 1,', '"step": 2,', 1))
+    elif name in ("recipe.yaml", "export/report.json"):
+        add_line(exported / name)
+    else:
+        flip(exported / name)
+    before = {path: path.read_bytes() for path in whole_folder(exported)}
+    result = call("export", exported, "--out", "out", *more)
+
+    assert (result.exit_code, result.stdout, ran) == (1, "", []), result.output
+    assert "nothing was put into out" in result.stderr and name in result.stderr
+    assert "finetune run" in result.stderr and "--anyway" in result.stderr
+    assert not Path("out").exists()
+    assert {path: path.read_bytes() for path in whole_folder(exported)} == before
+
+
+def test_a_stage_whose_report_is_gone_is_missed(exported: Path, ran: list[str]) -> None:
+    (exported / "compare" / "report.json").unlink()
+    result = call("export", "town", "--out", "out", "--no-parity")
+    assert (result.exit_code, ran) == (1, [])
+    assert "compare/report.json is gone" in result.stderr
+
+
+def test_who_insists_gets_it_with_a_card_that_says_so(exported: Path, ran: list[str]) -> None:
+    listed = stated(exported / "export" / "bundle")
+    weights = flip(exported / "export" / "bundle" / "fake_model.json")
+    result = call("export", exported, "--out", "out", "--anyway", "--json")
+    out, why = Path("out/bundle"), "export/bundle/fake_model.json was changed after it was written"
+
+    assert (result.exit_code, ran) == (0, []), result.output
+    assert f"warning: exported although: {why}" in result.stderr
+    assert json.loads(result.stdout)["published"] == ["out/bundle"]
+    card = (out / "README.md").read_text()
+    title, _, rest = card.partition("# town")[2].partition("\n\n")
+    assert (title, rest.splitlines()[:3]) == ("", ["> **Exported although:**", ">", f"> - {why}"])
+    assert json.loads((out / "manifest.json").read_text())["exported_although"] == [why]
+    # Nothing is hashed again to fit: the manifest says what was made, and who checks it finds what was changed.
+    assert {**stated(out), "README.md": ""} == {**listed, "README.md": ""}
+    assert bundles.verify_manifest(out) == ["fake_model.json: changed (SHA-256 differs)"]
+    assert (out / "fake_model.json").read_bytes() == weights.read_bytes()
+
+
+def test_what_is_damaged_is_made_again_without_out_or_with_force(exported: Path, ran: list[str]) -> None:
+    made = (exported / "export" / "bundle" / "fake_model.json").read_bytes()
+    flip(exported / "export" / "bundle" / "fake_model.json")
+    assert call("export", "town", "--force", "--out", "out").exit_code == 0
+    assert "export" in ran
+    assert Path("out/bundle/fake_model.json").read_bytes() == made
+    flip(exported / "export" / "bundle" / "fake_model.json")
+    assert call("export", "town").exit_code == 0
+    assert (exported / "export" / "bundle" / "fake_model.json").read_bytes() == made
+
+
+def test_an_export_changed_together_with_the_list_of_exports_is_made_again(exported: Path) -> None:
+    weights = exported / "export" / "bundle" / "fake_model.json"
+    made = weights.read_bytes()
+    flip(weights)
+    entries = json.loads((exported / "export" / "exports.json").read_text())
+    entries[0] |= {"sha256": digest(weights.parent), "files": digests(weights.parent)}
+    write_json(exported / "export" / "exports.json", entries)
+    assert call("export", "town").exit_code == 0
+    assert weights.read_bytes() == made
+
+
+def test_an_export_that_is_not_there_is_not_made_of_what_is_damaged(exported: Path, ran: list[str]) -> None:
+    flip(exported / "merge" / "model" / "fake_model.json")
+    result = call("export", "town", "--to", "mlx", "--out", "out", "--anyway", "--no-parity")
+    assert (result.exit_code, ran) == (3, []), result.output
+    assert "has no export mlx" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda run, recipe: (run.path / "verdicts.json").unlink(), "not verified"),
+        (lambda run, recipe: add_line(run.path / "verdicts.json"), "verdicts.json was changed after it was written"),
+        (lambda run, recipe: prove(run, recipe, refuted=["learned_as_trained"]), "refuted: learned_as_trained"),
+        (lambda run, recipe: prove(run, recipe, but=["artifacts_intact"]), "not verified: artifacts_intact"),
+        (lambda run, recipe: run.event("recipe", replaced=True), "not verified since the recipe changed"),
+        (lambda run, recipe: run.event("stage_started", stage="merge"), "not verified since the stage 'merge' ran"),
+    ],
+    ids=["never", "edited", "refuted", "in part", "another recipe", "before"],
+)
+def test_a_run_that_is_not_proved_is_not_put_out(
+    exported: Path, ran: list[str], change: Callable[[Run, Any], Any], why: str
+) -> None:
+    change(Run(exported), load(exported / "recipe.yaml"))
+    result = call("export", "town", "--no-parity", "--out", "out")
+    assert (result.exit_code, ran) == (1, []), result.output
+    assert f"  {why}" in result.stderr
+    assert f"finetune verify {exported}" in result.stderr
+    assert not Path("out").exists()
+
+    result = call("export", "town", "--no-parity", "--out", "out", "--anyway")
+    assert result.exit_code == 0, result.output
+    assert f"> - {why}" in Path("out/bundle/README.md").read_text()
+    assert f"warning: exported although: {why}" in result.stderr
+    assert bundles.verify_manifest(Path("out/bundle")) == []
+
+
+def test_any_refuted_verdict_keeps_exports_in_the_run(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict(monkeypatch, prompt_parity__bundle=True, memory_reduced=False)
+    result = call("export", "town", "--out", "out", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["published"]) == (1, [])
+    assert "refuted: memory_reduced" in result.stderr
+    assert not Path("out").exists()
+
+
+def test_anyway_is_for_what_is_put_out(exported: Path, ran: list[str]) -> None:
+    result = call("export", "town", "--anyway")
+    assert (result.exit_code, ran) == (2, [])
+    assert "--anyway goes with --out" in result.stderr
+
+
+def test_a_format_without_a_card_gets_one_that_says_why(exported: Path) -> None:
+    folder = exported / "export" / "gguf-f16"
+    folder.mkdir()
+    (folder / "town.gguf").write_bytes(b"GGUF")
+    deliver(Run(exported), targets(["gguf"]), Path("out"), verdicts=None, although=["not verified"])
+    assert (Path("out/gguf-f16/README.md").read_text()) == "# gguf-f16\n\n> **Exported although:**\n>\n> - not verified"
+
+
+def test_what_is_put_out_is_what_the_run_lists(first: tuple[Path, Path, Result]) -> None:
+    run, out, _ = first
+    report, (entry,) = json.loads((run / "export" / "report.json").read_text()), evidence.read(Run(run), layout.EXPORTS)
+    there = digests(out / "bundle")
+    anew = {"README.md", "manifest.json"}  # the card has got the verdicts
+
+    assert there.keys() == entry["files"].keys() and len(there) >= 8
+    for name in there.keys() - anew:
+        assert there[name] == entry["files"][name] == report["files"][f"export/bundle/{name}"]
+    assert {name: sha for name, sha in stated(out / "bundle").items() if name not in anew} == {
+        name: sha for name, sha in there.items() if name not in anew
+    }
+
+
+def test_no_two_files_of_a_run_are_one_on_the_disk(first: tuple[Path, Path, Result]) -> None:
+    files = [*whole_folder(first[0]), *whole_folder(first[1])]
+    assert len(files) > 60
+    assert [str(path) for path in files if path.is_symlink() or path.stat().st_nlink != 1] == []
+
+
+def test_a_model_trained_whole_is_copied_when_it_is_merged(town: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run_stages(only_training(town, tmp_path, train={"method": "full"}), run, ["merge"])
+    assert digest(run.path / "merge" / "model") == digest(run.path / "train" / "model")
+    assert [str(path) for path in whole_folder(run.path) if path.is_symlink() or path.stat().st_nlink != 1] == []
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +457,7 @@ def test_what_is_there_already_is_replaced_only_when_told(exported: Path, ran: l
     assert "out/bundle exists already" in result.stderr and "--force" in result.stderr
     assert Path("out/bundle/mine").read_text() == "x"
 
-    assert call("export", "town", "--out", "out", "--force", "--no-parity").exit_code == 0
+    assert call("export", "town", "--out", "out", "--force").exit_code == 0
     assert bundles.verify_manifest(Path("out/bundle")) == []
     assert sorted(path.name for path in Path("out").iterdir()) == ["bundle", "other"]
 
@@ -300,23 +468,43 @@ def test_an_empty_folder_is_free(exported: Path) -> None:
     assert bundles.verify_manifest(Path("out/bundle")) == []
 
 
+def copying(monkeypatch: pytest.MonkeyPatch, third: Callable[[Path], None]) -> None:
+    """Have the third file that is put out treated otherwise."""
+    copied: list[str] = []
+
+    def copy(source: Any, target: Any, original: Callable[..., Any] = shutil.copyfile, **more: Any) -> Any:
+        if ".partial" in Path(target).parent.name and Path(target).parts[0] == "out":
+            copied.append(str(target))
+        done = original(source, target, **more)
+        if len(copied) == 3 and copied[-1] == str(target):
+            third(Path(target))
+        return done
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+
+
+def full(target: Path) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_a_copy_that_breaks_off_leaves_what_was_there(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("out/bundle").mkdir(parents=True)
     Path("out/bundle/mine").write_text("x")
-    copied: list[object] = []
-
-    def full(source: object, target: object) -> None:
-        copied.append(target)
-        if len(copied) == 3:
-            raise OSError(28, "No space left on device")
-        Path(str(target)).write_text("half")
-
-    monkeypatch.setattr(bundles, "link", full)
-    result = call("export", "town", "--out", "out", "--force", "--no-parity", "--json")
+    copying(monkeypatch, full)
+    result = call("export", "town", "--out", "out", "--force", "--json")
 
     assert result.exit_code == 4
     assert "No space left on device" in result.stderr
     assert [path.name for path in Path("out").rglob("*")] == ["bundle", "mine"]
+
+
+def test_a_copy_that_is_not_like_its_original_leaves_nothing(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copying(monkeypatch, flip)
+    result = call("export", "town", "--out", "out")
+
+    assert result.exit_code == 4
+    assert "the copy of" in result.stderr and "is not like it" in result.stderr
+    assert list(Path("out").iterdir()) == []
 
 
 def test_a_rename_that_fails_puts_the_old_one_back(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,12 +517,12 @@ def test_a_rename_that_fails_puts_the_old_one_back(exported: Path, monkeypatch: 
         return original(self, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    assert call("export", "town", "--out", "out", "--force", "--no-parity").exit_code == 4
+    assert call("export", "town", "--out", "out", "--force").exit_code == 4
     assert [path.name for path in Path("out").rglob("*")] == ["bundle", "mine"]
 
 
 def test_a_disk_that_is_too_small_is_told_before_copying(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.memory.disk_free", lambda path: 10)
+    monkeypatch.setattr("finetune.delivery.disk_free", lambda path: 10)
     result = call("export", "town", "--out", "out", "--no-parity")
     assert result.exit_code == 4
     assert "out has 10 B free" in result.stderr

@@ -18,7 +18,19 @@ ROOT = Path(finetune.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli", "commands", "docs_gen", "doctor", "pipeline", "testing"),
     ("lifecycle",),
-    ("checks", "experiment", "invariance", "parity", "report", "resuming", "serving", "stages", "training"),
+    (
+        "checks",
+        "delivery",
+        "experiment",
+        "handout",
+        "invariance",
+        "parity",
+        "report",
+        "resuming",
+        "serving",
+        "stages",
+        "training",
+    ),
     ("backends", "data", "export", "hub", "licenses", "models"),
     (
         "answers",

@@ -20,7 +20,7 @@ from finetune.errors import StageError
 from finetune.invariance import MEASURED, NAMES, shrink
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe, dump
-from finetune.run import Run
+from finetune.run import Run, seal
 
 LOSSES = [3.0, 2.5, 2.0]
 ROWS = [[2, 0, 1], [1, 2, 0], [0, 1, 2]]
@@ -323,6 +323,29 @@ def test_the_stage_measures_when_the_recipe_expects_it_and_a_rerun_keeps_its_rep
 
     write(town.only_training(place, tmp_path / "runs", train={"seed": 3}), run)
 
-    newer = digest(run.path / MEASURED)
-    assert run.require("measure").artifacts == {**before.artifacts, MEASURED: newer} != before.artifacts
+    newer, after = digest(run.path / MEASURED), run.require("measure")
+    assert after.artifacts == {**before.artifacts, MEASURED: newer} != before.artifacts
+    assert after.files == {**before.files, MEASURED: newer} != before.files
+    assert seal.changed(run, after) == [] and seal.faults(run) == []
+    assert run.manifest()["seal"]["lines"] == len(run.log())
     assert all(each.passed for each in results(recipe, run, ["invariance"]))
+
+
+def test_newer_evidence_makes_no_other_file_and_no_changed_report_fit(tmp_path: Path) -> None:
+    from finetune.invariance.measure import write
+
+    place = town.build(tmp_path / "town")
+    recipe = town.only_training(place, tmp_path / "runs")
+    run = run_directory(recipe)
+    run_stages(recipe, run, ["measure"])
+    fresh = run.path / "measure" / "fresh.json"
+    fresh.write_text(fresh.read_text() + " ")
+    write(recipe, run)
+    after = run.require("measure")
+    assert MEASURED in after.files and MEASURED not in after.artifacts  # no stage was asked for it
+    assert [each.file for each in seal.changed(run, after)] == ["measure/fresh.json"]
+
+    report = run.path / "measure" / "report.json"
+    report.write_text(report.read_text() + " ")
+    write(recipe, run)
+    assert [each.file for each in seal.faults(run)] == ["measure/report.json"]

@@ -336,3 +336,52 @@ def test_the_recipes_default_model_resolves_to_a_directory(tmp_path, monkeypatch
     found = models.resolve(Model(path="tiny"))
     assert found.kind == "embedded"
     assert (found.base / "config.json").is_file()
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+def linked(directory: Path, name: str, target: Path) -> Path:
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    (directory / name).symlink_to(target)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "chat_template.jinja", "tokenizer.json", "README.md", "parts/more.py"])
+def test_a_model_with_a_file_of_elsewhere_is_refused(tmp_path, name):
+    (tmp_path / "secret").write_text("nobody's business")
+    model = linked(make_model(tmp_path / "model", {}), name, tmp_path / "secret")
+    with pytest.raises(UsageError, match=f"{name} is a link to {tmp_path}/secret, outside of the model's directory"):
+        models.resolve(Model(path=str(model)))
+
+
+def test_a_folder_of_elsewhere_is_refused(tmp_path):
+    (tmp_path / "secrets").mkdir()
+    model = linked(make_model(tmp_path / "model", {}), "additional_chat_templates", tmp_path / "secrets")
+    with pytest.raises(UsageError, match="additional_chat_templates is a link"):
+        models.directory(str(model))
+
+
+def test_weights_may_lie_elsewhere_and_links_may_lead_inside(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"weights")
+    model = linked(make_model(tmp_path / "model", {}), "model.safetensors", tmp_path / "w.safetensors")
+    (model / "NOTICE").write_text("mine")
+    linked(model, "LICENSE", Path("NOTICE"))
+    (tmp_path / "named").symlink_to(model)
+    assert models.resolve(Model(path=str(tmp_path / "named"))).base == model
+
+
+def test_a_snapshot_in_the_hubs_cache_is_made_of_links(tmp_path):
+    repo = tmp_path / "hub" / "models--owner--name"
+    made = make_model(tmp_path / "made", {})
+    (repo / "blobs").mkdir(parents=True)
+    snapshot = repo / "snapshots" / "0123abc"
+    for file in made.iterdir():
+        shutil.copyfile(file, repo / "blobs" / f"of-{file.name}")
+        linked(snapshot, file.name, Path("../../blobs") / f"of-{file.name}")
+    assert models.resolve(Model(path=str(snapshot))).base == snapshot
+    (repo / "secret").write_text("x")
+    linked(snapshot, "LICENSE", Path("../../secret"))
+    with pytest.raises(UsageError, match="LICENSE is a link"):
+        models.resolve(Model(path=str(snapshot)))

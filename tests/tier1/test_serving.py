@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,19 @@ from click.testing import CliRunner, Result
 
 from finetune.backends import child
 from finetune.cli import cli
-from finetune.core.files import write_json
+from finetune.core.files import digest, digests, write_json
 from finetune.errors import MissingError, StageError
 from finetune.lookup import load
 from finetune.pipeline import run_stages
 from finetune.recipe import Recipe
 from finetune.recipe import load as load_recipe
-from finetune.run import Run
+from finetune.run import Report, Run, evidence, layout, seal
+from finetune.run.report import left_by, written_anew
 from finetune.serving import SERVERS, base_url, bind, serving
-from finetune.serving.models import Found, exported, final, from_checkpoint, whole
+from finetune.serving.models import Found, exported, final, from_checkpoint, loaded, whole
 from finetune.serving.requests import Refused, checked
 from support import town
+from support.proof import flip, prove
 
 NAME = "town"
 
@@ -59,7 +63,10 @@ def torch_run(own: tuple[Recipe, Run], monkeypatch: pytest.MonkeyPatch) -> Run:
     recipe, run = own
     text = (run.path / "recipe.yaml").read_text(encoding="utf-8")
     (run.path / "recipe.yaml").write_text(text.replace("backend: fake", "backend: torch"), encoding="utf-8")
-    assert load_recipe(run.path / "recipe.yaml").backend == "torch"
+    run.event("recipe", replaced=True, sha256=digest(run.path / "recipe.yaml"))
+    recipe = load_recipe(run.path / "recipe.yaml")
+    assert recipe.backend == "torch"
+    prove(run, recipe)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
 
     def never(*_: Any) -> Any:
@@ -74,23 +81,37 @@ def call(*arguments: object) -> Result:
 
 
 def merged(run: Run) -> Path:
-    (run.path / "merge" / "model").mkdir(parents=True)
-    write_report(run, "merge")
-    return run.path / "merge" / "model"
+    model = run.path / "merge" / "model"
+    model.mkdir(parents=True)
+    for name in ("model.safetensors", "tokenizer.json"):
+        (model / name).write_text("made once")
+    write_report(run, "merge", model)
+    return model
 
 
-def write_report(run: Run, stage: str, started: str = "2999-01-01T00:00:00.000Z") -> None:
-    write_json(
-        run.path / stage / "report.json", {"stage": stage, "fingerprint": "", "started": started, "seconds": 1.0}
-    )
+def write_report(run: Run, stage: str, *artifacts: Path, started: str = "2999-01-01T00:00:00.000Z") -> None:
+    """The report of a stage that left what is there."""
+    listed = {path.relative_to(run.path).as_posix(): digest(path) for path in artifacts}
+    files = left_by(stage, run.path)
+    run.write_report(Report(stage=stage, fingerprint="", started=started, seconds=1.0, artifacts=listed, files=files))
 
 
-def write_exports(run: Run, *names: str) -> None:
-    folder = run.path / "export"
+def write_exports(run: Run, *names: str, started: str = "2999-01-01T00:00:00.000Z") -> None:
+    entries: list[dict[str, Any]] = []
     for name in names:
-        (folder / name.replace(":", "-")).mkdir(parents=True, exist_ok=True)
-    write_json(folder / "exports.json", [{"name": n, "path": f"export/{n.replace(':', '-')}"} for n in names])
-    write_report(run, "export")
+        path = folder = run.path / "export" / name.replace(":", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        if name.startswith("gguf"):
+            path = folder / "town.gguf"
+        (folder / "town.gguf").write_bytes(b"GGUF" + bytes(100))
+        entries.append(
+            {"name": name, "path": path.relative_to(run.path).as_posix(), "backend": None, "bytes": 1, "seconds": 0.1,
+             "mended": [], "notes": [], "made_from": "", "sha256": digest(path), "files": digests(folder)}
+        )  # fmt: skip
+    file = evidence.write(run, layout.EXPORTS, entries)  # type: ignore[arg-type]
+    write_report(
+        run, "export", file, *(run.path / "export" / name.replace(":", "-") for name in names), started=started
+    )
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -199,6 +220,141 @@ def test_a_checkpoint_is_the_newest_or_the_one_named(
     ]
 
 
+# -- what is not served ------------------------------------------------------------------------------------------------
+
+
+def cut(file: Path) -> Path:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 6 // 10])
+    return file
+
+
+def asked_to_load(monkeypatch: pytest.MonkeyPatch) -> list[Found]:
+    """The models that the command went on to load."""
+    seen: list[Found] = []
+
+    def stop(model: Found, *_: Any) -> Any:
+        seen.append(model)
+        raise StageError("far enough")
+
+    monkeypatch.setattr("finetune.serving.models.whole", stop)
+    return seen
+
+
+DAMAGED: list[tuple[str, Callable[[Path], Any], list[str]]] = [
+    ("export/gguf-f16/town.gguf", flip, ["--backend", "llamacpp"]),
+    ("export/gguf-f16/town.gguf", cut, ["--backend", "llamacpp"]),
+    ("export/mlx/town.gguf", flip, ["--backend", "mlx"]),
+    ("export/exports.json", lambda file: file.write_text(file.read_text() + " "), ["--backend", "mlx"]),
+    ("merge/model/model.safetensors", flip, []),
+    ("merge/model/tokenizer.json", flip, []),
+    ("merge/model/added.json", lambda file: file.write_text("{}"), []),
+    ("prepare/chat_template.jinja", flip, []),
+    ("recipe.yaml", lambda file: file.write_text(file.read_text() + "# more"), []),
+    ("merge/report.json", lambda file: file.write_text(file.read_text() + " "), []),
+    ("train/checkpoint-3/adapter.json", flip, ["--from-checkpoint", "train/checkpoint-3"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "arguments"), DAMAGED, ids=[f"{row[0]} {row[1].__name__}" for row in DAMAGED]
+)
+def test_a_damaged_model_is_not_served_unless_someone_insists(
+    torch_run: Run, monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Path], Any], arguments: list[str]
+) -> None:
+    merged(torch_run)
+    write_exports(torch_run, "gguf:f16", "mlx")
+    prove(torch_run, load_recipe(torch_run.path / "recipe.yaml"))
+    seen = asked_to_load(monkeypatch)
+    arguments = [*arguments, "--port", "0"]
+    assert "far enough" in call(torch_run.path, *arguments).stderr
+    change(torch_run.path / name)
+    for more in ([], ["--proof"]):
+        done = call(torch_run.path, *arguments, *more)
+        assert (done.exit_code, done.stdout, len(seen)) == (1, "", 1), done.output
+        assert f"{torch_run.path} is not served:\n  {name} was " in done.stderr and "--anyway" in done.stderr
+    done = call(torch_run.path, *arguments, "--anyway")
+    assert len(seen) == 2
+    assert f"warning: serving although: {name} was " in done.stderr
+
+
+def test_an_adapter_that_is_served_and_its_base_are_looked_at(
+    torch_run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = asked_to_load(monkeypatch)
+    call(torch_run.path, "--port", 0)
+    assert len(seen) == 1
+    kept = (torch_run.path / "fetch" / "model.json").read_text()
+    base = tmp_path / "base"
+    shutil.copytree(evidence.fetched(torch_run)["base"], base)
+    write_json(torch_run.path / "fetch" / "model.json", {**json.loads(kept), "base": str(base)})
+    report = torch_run.require("fetch")
+    listed = digest(torch_run.path / "fetch" / "model.json")
+    torch_run.write_report(written_anew(report, "fetch/model.json", listed))
+    prove(torch_run, load_recipe(torch_run.path / "recipe.yaml"))
+    call(torch_run.path, "--port", 0)
+    assert len(seen) == 2
+    flip(base / "fake_model.json")
+    flip(torch_run.path / "align" / "adapter" / "adapter.json")
+    done = call(torch_run.path, "--port", 0)
+    assert (done.exit_code, len(seen)) == (1, 2)
+    assert "  align/adapter/adapter.json was changed after it was written\n" in done.stderr
+    assert f"  {base}/fake_model.json was changed after it was fetched\n" in done.stderr
+
+
+def test_a_checkpoint_that_nothing_tells_of_is_not_served(
+    torch_run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = asked_to_load(monkeypatch)
+    shutil.copytree(torch_run.path / "train" / "checkpoint-3", tmp_path / "mine" / "checkpoint-3")
+    done = call(torch_run.path, "--port", 0, "--from-checkpoint", tmp_path / "mine" / "checkpoint-3")
+    assert (done.exit_code, seen) == (1, [])
+    assert "lies outside of the run, and no stage knows what it was" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda run, recipe: (run.path / "verdicts.json").unlink(), "not verified"),
+        (lambda run, recipe: prove(run, recipe, refuted=["loss_finite"]), "refuted: loss_finite"),
+        (lambda run, recipe: run.event("stage_started", stage="train"), "not verified since the stage 'train' ran"),
+        (lambda run, recipe: run.forget("prepare"), "prepare/report.json is gone"),
+    ],
+    ids=["never", "refuted", "before", "a report gone"],
+)
+def test_a_run_that_is_not_proved_is_not_served_but_for_proof(
+    torch_run: Run, monkeypatch: pytest.MonkeyPatch, change: Callable[[Run, Recipe], Any], why: str
+) -> None:
+    seen = asked_to_load(monkeypatch)
+    (torch_run.path / "prepare" / "chat_template.jinja").unlink()  # nothing of that stage is loaded
+    change(torch_run, load_recipe(torch_run.path / "recipe.yaml"))
+    done = call(torch_run.path, "--port", 0)
+    assert (done.exit_code, seen) == (1, [])
+    assert f"is not served:\n  {why}\n" in done.stderr
+    for number, more in enumerate(("--proof", "--anyway"), 1):
+        done = call(torch_run.path, "--port", 0, more)
+        assert len(seen) == number
+        assert (f"warning: serving although: {why}" in done.stderr) == (more == "--anyway")
+
+
+@pytest.mark.parametrize(
+    ("more", "flags"), [({}, []), ({"proof": True}, ["--proof"]), ({"anyway": True}, ["--anyway"])]
+)
+def test_who_starts_a_server_says_whether_it_is_for_proof(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, bool], flags: list[str]
+) -> None:
+    asked: list[list[str]] = []
+
+    @contextmanager
+    def started(module: str, arguments: list[str], **_: Any) -> Iterator[str]:
+        asked.append(arguments)
+        yield "http://127.0.0.1:1"
+
+    monkeypatch.setattr(child, "serving", started)
+    with serving("town", **more):  # type: ignore[arg-type]
+        pass
+    assert [each for each in asked[0] if each in ("--proof", "--anyway")] == flags
+
+
 # -- which model -------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +369,7 @@ def test_the_merged_model_is_served_unless_it_is_older_than_the_training(own: tu
     recipe, run = own
     model = merged(run)
     assert (final(run, recipe).path, final(run, recipe).adapter) == (model, None)
-    write_report(run, "merge", "2000-01-01T00:00:00.000Z")
+    write_report(run, "merge", started="2000-01-01T00:00:00.000Z")
     assert final(run, recipe).adapter == run.path / "align" / "adapter"
 
 
@@ -238,13 +394,36 @@ def test_an_adapter_is_merged_once_and_again_when_it_changes(own: tuple[Recipe, 
     recipe, run = own
     found = final(run, recipe)
     first = whole(found, run, recipe)
-    (first / "mark").write_text("the same folder")
-    assert whole(found, run, recipe) == first and (first / "mark").exists()
+    made = (first / "fake_model.json").stat().st_ino
+    assert whole(found, run, recipe) == first and (first / "fake_model.json").stat().st_ino == made
     assert found.adapter is not None
     (found.adapter / "more.txt").write_text("trained again")
     second = whole(found, run, recipe)
     assert second != first
     assert [path.name for path in (run.path / "serve").glob("[!.]*")] == [second.name]
+
+
+def test_a_model_made_for_serving_that_was_changed_is_made_again(
+    own: tuple[Recipe, Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = own
+    found = final(run, recipe)
+    model = whole(found, run, recipe)
+    made = (model / "fake_model.json").read_bytes()
+    assert loaded(found, run, recipe)[-1] == found.adapter
+    flip(model / "fake_model.json")
+    assert loaded(found, run, recipe)[-2:] == [found.adapter, found.path]
+    assert whole(found, run, recipe) == model
+    assert (model / "fake_model.json").read_bytes() == made
+    assert f"{model.relative_to(run.path)} was changed after it was made; it is made again" in capsys.readouterr().err
+
+
+def test_models_made_for_serving_come_and_go_under_a_seal(own: tuple[Recipe, Run]) -> None:
+    recipe, run = own
+    model = whole(final(run, recipe), run, recipe)
+    seal.close(run)
+    shutil.rmtree(model)
+    assert seal.faults(run) == []
 
 
 def test_a_merge_that_fails_leaves_nothing_that_could_be_served(
@@ -266,16 +445,15 @@ def test_the_export_nearest_to_the_model_is_served(own: tuple[Recipe, Run]) -> N
     write_exports(run, "gguf:q4_k_m", "gguf:f16", "gguf:q8_0", "mlx:q4", "mlx", "bundle")
     assert exported(run, "gguf", None).what == "the export gguf:f16"
     assert exported(run, "mlx", None).what == "the export mlx"
-    assert exported(run, "gguf", "gguf:q8_0").path == run.path / "export" / "gguf-q8_0"
-    assert exported(run, "gguf", "gguf").path == run.path / "export" / "gguf-f16"
+    assert exported(run, "gguf", "gguf:q8_0").path == run.path / "export" / "gguf-q8_0" / "town.gguf"
+    assert exported(run, "gguf", "gguf").path == run.path / "export" / "gguf-f16" / "town.gguf"
     with pytest.raises(MissingError, match=r"no export gguf:q6_k\. It has gguf:f16, gguf:q8_0, gguf:q4_k_m"):
         exported(run, "gguf", "gguf:q6_k")
 
 
 def test_exports_older_than_the_training_are_not_served(own: tuple[Recipe, Run]) -> None:
     _, run = own
-    write_exports(run, "gguf:f16")
-    write_report(run, "export", "2000-01-01T00:00:00.000Z")
+    write_exports(run, "gguf:f16", started="2000-01-01T00:00:00.000Z")
     with pytest.raises(MissingError, match=r"older than its training\. Make them again with: finetune export"):
         exported(run, "gguf", None)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from finetune.evidence import fetched
 
 from finetune.backends import get
 from finetune.core.files import read_jsonl
@@ -23,6 +22,7 @@ from finetune.errors import MissingError
 from finetune.pipeline import run_stages
 from finetune.recipe.sections import Template
 from finetune.run import Run
+from finetune.run.evidence import fetched
 from finetune.serving import bind, check_installed, serving
 from finetune.serving.models import final, whole
 from finetune.stages import BY_NAME, execute
@@ -93,7 +93,7 @@ def need(family, skip_or_fail):
 def server(request, need, run):
     """A running server, and OpenAI's client of it."""
     backend = need(request.param)
-    with serving(run, backend=backend) as url:
+    with serving(run, backend=backend, proof=True) as url:
         yield SimpleNamespace(url=url, backend=backend, client=client(url))
 
 
@@ -309,13 +309,13 @@ def test_torch_serves_the_checkpoint_that_is_asked_for(lora):
     for file in (run.path / "train" / "checkpoint-3").glob("*token*"):
         file.unlink()
     (run.path / "train" / "checkpoint-3" / "chat_template.jinja").unlink()
-    with serving(run, checkpoint="checkpoint-3") as url:
+    with serving(run, checkpoint="checkpoint-3", anyway=True) as url:
         _, answer = post(url, "/v1/completions", {"prompt": "What is", "max_tokens": 12, "temperature": 0})
         assert answer["choices"][0]["text"] == expected[3]
         _, answer = post(url, "/v1/chat/completions", {"messages": HELLO, "max_tokens": 1})
         prompt = get("torch").tokenizer(base).encode("# user: Hello<|im_end|># assistant: ")
         assert answer["usage"]["prompt_tokens"] == len(prompt)
-    assert [path.name[:-17] for path in (run.path / "serve").glob("[!.]*")] == ["train-checkpoint-3"]
+    assert [path.name[:-34] for path in (run.path / "serve").glob("[!.]*")] == ["train-checkpoint-3"]
 
 
 def test_torch_gets_adapter_and_base_as_one_model_made_once(lora):
@@ -359,7 +359,7 @@ def test_a_signal_ends_it_and_leaves_nothing(kind, number, run, need):
 
     backend = need(kind)
     process = subprocess.Popen(
-        [sys.executable, "-m", "finetune", "serve", os.fspath(run), "--backend", backend, "--port", "0"],
+        [sys.executable, "-m", "finetune", "serve", os.fspath(run), "--backend", backend, "--port", "0", "--proof"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

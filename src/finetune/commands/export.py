@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -23,7 +21,7 @@ from finetune.commands.options import (
     stored_run,
     working,
 )
-from finetune.errors import MissingError, ResourceError, StageError, UsageError
+from finetune.errors import FinetuneError, MissingError, StageError, UsageError
 from finetune.run import outcome
 
 if TYPE_CHECKING:
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from finetune.run.records.compared import Export
     from finetune.run.records.whole import StoredVerdict, StoredVerdicts
 
+UNCOMPARED = "the exports were not compared with the model that they were made from"
 # Written out, as the table itself lies behind pydantic, which help does not load; a test holds the two together.
 _FORMATS_HELP = """\b
 Formats, and their variants:
@@ -69,6 +68,7 @@ def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 @click.option("--run", "run_path", metavar="DIR", type=FILE, help="For RECIPE: the run directory.")
 @click.option("--force", is_flag=True, help="Export again what is up to date, and replace what is in --out.")
+@click.option("--anyway", is_flag=True, help="Put exports out though the run was not proved, or is not as it was made.")
 @click.option("--dry-run", is_flag=True, help="Show which stages would run and why; run nothing.")
 @output_options
 def command(
@@ -79,15 +79,18 @@ def command(
     overrides: tuple[str, ...],
     run_path: str | None,
     force: bool,
+    anyway: bool,
     dry_run: bool,
     as_json: bool,
 ) -> int:
     """Write a trained model in other formats, and prove in each format's own runtime that it is still that model.
 
     RUN is a run directory, or a name under ./runs; RECIPE a file, whose stages run first where they have not yet.
-    Without either: ./recipe.yaml, else the newest run. Ends with 1 when an export is not like the model; then nothing
-    is put into --out.
+    Without either: ./recipe.yaml, else the newest run. Ends with 1 when an export is not like the model. Nothing is put
+    into --out, which ends with 1 too, where a verdict on the run is refuted or missing, or a file of it is not the one that
+    was made; --anyway does it all the same, and the card says so.
     """
+    from finetune import handout
     from finetune.export import FORMATS, targets
 
     named = targets(formats)
@@ -104,24 +107,32 @@ def command(
         )
     if out is not None:
         _check_out(Path(out), wanted, found, force=force)
+    elif anyway:
+        raise UsageError("--anyway goes with --out DIR: nothing else is refused")
     stages = ["export"] if no_parity else ["export", "compare"]
-    if stored:
-        _check_trained(recipe, found, stages)
-    if dry_run:
-        show_plan(recipe, found, stages, force=force, as_json=as_json)
-        return 0
-    working(recipe, found, stages, force=force)
-    verified = None if no_parity else _verify(recipe, found)
-    parity = None if verified is None else _of_exports(verified["verdicts"], wanted)
+    spoilt = [] if out is None or dry_run else _damage(found, force=force)
+    if spoilt:  # what is damaged is not made again behind the back of who wants it
+        if not anyway:
+            handout.refuse(found, f"nothing was put into {out}", spoilt)
+        _check_made(found, wanted)
+    else:
+        if stored:
+            _check_trained(recipe, found, stages)
+        if dry_run:
+            show_plan(recipe, found, stages, force=force, as_json=as_json)
+            return 0
+        working(recipe, found, stages, force=force)
+    parity = None if no_parity or spoilt else _of_exports(_verify(recipe, found)["verdicts"], wanted)
     passed = None if parity is None else outcome.holds(map(outcome.outcome, parity))
-    published = [] if out is None or passed is False else _publish(found, wanted, Path(out), verified)
+    refused = [] if out is None else _refused(recipe, found, wanted, [*spoilt, *([UNCOMPARED] if parity == [] else [])])
+    published = [] if out is None or refused and not anyway else _deliver(found, wanted, Path(out), refused)
     if as_json:
         print_json(_as_dict(found, parity, passed, published))
     else:
         _show(found, parity, published)
-    if out is not None and passed is False:
-        console.say(f"nothing was put into {out}: an export is not like the model it was made from")
-    return 1 if passed is False else 0
+    if not published:
+        handout.refuse(found, f"nothing was put into {out}", refused)
+    return 1 if passed is False and not published else 0
 
 
 # -- what is meant -----------------------------------------------------------------------------------------------------
@@ -176,6 +187,45 @@ def _of_exports(verdicts: list[StoredVerdict], wanted: list[Target]) -> list[Sto
     """The verdicts on the merged model and the exports: those named `check[export]`."""
     ends = tuple(f"[{name}]" for name in ("merged", *(target.name for target in wanted)))
     return [verdict for verdict in verdicts if verdict["name"].endswith(ends)]
+
+
+def _damage(run: Run, *, force: bool) -> list[str]:
+    """What is not as it was made; with `force`, but for what is to be made again."""
+    from finetune import handout
+
+    return [str(each) for each in handout.damage(run, but=("export", "compare") if force else ())] if run.exists else []
+
+
+def _check_made(run: Run, wanted: list[Target]) -> None:
+    """Raise MissingError for an export that is not there, EvidenceError where the list of them cannot be read."""
+    there = {entry["name"] for entry in _made(run)}
+    for target in wanted:
+        if target.name not in there:
+            raise MissingError(
+                f"{run.path} has no export {target.name}, and none is made of what is damaged. Make it whole first with: "
+                f"finetune run {run.path / 'recipe.yaml'} --run {run.path}"
+            )
+
+
+def _refused(recipe: Recipe, run: Run, wanted: list[Target], known: list[str]) -> list[str]:
+    """Why these exports are not to be handed out, with what is known already."""
+    from finetune import delivery, handout
+
+    changed = map(str, handout.changed(run, delivery.places(run, wanted)))
+    return list(dict.fromkeys([*known, *handout.unproved(run, recipe), *changed]))
+
+
+def _deliver(run: Run, wanted: list[Target], out: Path, although: list[str]) -> list[Path]:
+    from finetune import delivery, handout
+    from finetune.report.stored import Stored
+
+    for reason in although:
+        click.echo(f"warning: exported although: {reason}", err=True)
+    try:
+        verdicts, marks = handout.verdicts(run)["verdicts"], Stored(run).marks()
+    except FinetuneError:  # one of the reasons: the card keeps what it had
+        verdicts, marks = None, []
+    return delivery.deliver(run, wanted, out, verdicts=verdicts, marks=marks, although=although)
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------
@@ -239,46 +289,3 @@ def _check_out(out: Path, wanted: list[Target], run: Run, *, force: bool) -> Non
 
 def _taken(place: Path) -> bool:
     return place.is_symlink() or (any(place.iterdir()) if place.is_dir() else place.exists())
-
-
-def _publish(run: Run, wanted: list[Target], out: Path, verified: StoredVerdicts | None) -> list[Path]:
-    """Put every export into `out`: all are there in full, under other names, before the first gets its own."""
-    from finetune.export import bundle
-    from finetune.memory import disk_free, human
-    from finetune.report.stored import Stored
-
-    out.mkdir(parents=True, exist_ok=True)
-    sources = {target.folder: run.path / "export" / target.folder for target in wanted}
-    sizes = [file.stat() for source in sources.values() for file in source.rglob("*") if file.is_file()]
-    device = out.stat().st_dev
-    needed = sum(each.st_size for each in sizes if each.st_dev != device or each.st_size < bundle.LARGE)
-    if needed > disk_free(out):
-        raise ResourceError(f"{out} has {human(disk_free(out))} free, and the exports need {human(needed)}")
-    partials = {folder: out / f".{folder}.{os.getpid()}.partial" for folder in sources}
-    try:
-        for folder, source in sources.items():
-            shutil.copytree(source, partials[folder], copy_function=bundle.link)
-            if folder == "bundle" and verified is not None:
-                bundle.set_verdicts(partials[folder], verified["verdicts"], Stored(run).marks())
-        for folder, partial in partials.items():
-            _put(partial, out / folder)
-    finally:
-        for partial in partials.values():
-            shutil.rmtree(partial, ignore_errors=True)
-    return [out / folder for folder in sources]
-
-
-def _put(partial: Path, place: Path) -> None:
-    """Rename a finished directory into its place; what was there goes only when that has worked."""
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")
-    there = place.is_symlink() or place.exists()
-    if there:
-        place.rename(old)
-    try:
-        partial.rename(place)
-    except OSError:
-        if there:
-            old.rename(place)
-        raise
-    if there:
-        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()

@@ -46,12 +46,27 @@ Backends:
     "--export", "export", metavar="FORMAT[:VARIANT]",
     help="For llamacpp and mlx: which export [default: the one nearest to the model].",
 )  # fmt: skip
-def command(run: str, checkpoint: str | None, backend: str, host: str, port: int, export: str | None) -> int:
+@click.option("--anyway", is_flag=True, help="Serve it though it was not proved, or is not as it was made.")
+@click.option(
+    "--proof", is_flag=True, hidden=True, help="What is answered is to prove the run: it needs no verdicts yet."
+)
+def command(
+    run: str,
+    checkpoint: str | None,
+    backend: str,
+    host: str,
+    port: int,
+    export: str | None,
+    anyway: bool,
+    proof: bool,
+) -> int:
     """Answer OpenAI's API with the model of a run, until Ctrl-C or SIGTERM.
 
     RUN is a run directory, a name under ./runs, or a recipe whose run is meant. Once it can answer it prints its address
     on stdout; a client finds /v1/models, /v1/completions, /v1/chat/completions and /health there. The model's name is the
     recipe's.
+
+    Ends with 1 where a verdict on the run is refuted or missing, or a file to be loaded is not the one that was made.
     """
     from finetune.serving import base_url, bind, check_installed, serve, until_stopped
     from finetune.serving.models import whole
@@ -69,9 +84,24 @@ def command(run: str, checkpoint: str | None, backend: str, host: str, port: int
             _tell(address, recipe.name, found.what, backend, host)
             print(address, file=stdout, flush=True)
 
+        _check(found, stored, recipe, proof=proof, anyway=anyway)
         with redirect_stdout(sys.stderr):  # stdout has the address, and nothing else
             serve(backend, whole(found, stored, recipe), stored, recipe, held, ready)
     return 0
+
+
+def _check(found: Found, run: Run, recipe: Recipe, *, proof: bool, anyway: bool) -> None:
+    """Raise RefusedError for a model that is not to be handed out; with `anyway`, say so."""
+    from finetune import handout
+    from finetune.serving.models import loaded
+
+    reasons = [] if proof else [*handout.unproved(run, recipe), *map(str, handout.unsealed(run))]
+    reasons += map(str, handout.changed(run, loaded(found, run, recipe)))
+    reasons = list(dict.fromkeys(reasons))
+    if not anyway:
+        handout.refuse(run, f"{found.what} of {run.path} is not served", reasons)
+    for reason in reasons:
+        click.echo(f"warning: serving although: {reason}", err=True)
 
 
 def _found(run: Run, recipe: Recipe, backend: str, checkpoint: str | None, export: str | None) -> Found:

@@ -56,6 +56,23 @@ def _file_digest(path: Path) -> str:
     return _digests[key]
 
 
+def strays(directory: Path) -> list[str]:
+    """Links below a directory that lead out of it, by their names in it: what they lead to is none of its files.
+
+    A snapshot in the hub's cache is made of links into the `blobs` beside it, which are its files
+    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
+    """
+    home = directory.resolve()
+    roots = [home, *([(home.parent.parent / "blobs").resolve()] if home.parent.name == "snapshots" else [])]
+    found = []
+    for folder, folders, names in os.walk(home):
+        for name in (*folders, *names):
+            path = Path(folder, name)
+            if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
+                found.append(path.relative_to(home).as_posix())
+    return sorted(found)
+
+
 def encode(text: str) -> bytes:
     """UTF-8; half of a surrogate pair, which has none, as JSON calls it (`\\ud83d`)."""
     return text.encode("utf-8", "backslashreplace")

@@ -7,7 +7,6 @@ Nothing of this machine goes with it: paths become names, training state stays b
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,19 +16,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune import __version__
-from finetune.core.files import digest, read_object, write_json, write_text
+from finetune.core.files import digest, read_object, strays, write_json, write_text
 from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.export import Exported, Source
 from finetune.export import card as cards
 from finetune.memory import disk_free, human
 from finetune.secrets import redact
 
-MANIFEST = "manifest.json"
-LARGE = 1_000_000  # bytes
+MANIFEST, README = "manifest.json", "README.md"
+ALTHOUGH = "exported_although"  # in a manifest: why the bundle should not have been put out
 # Training state, logs and notes: pickles that run code when loaded, and files that name this machine.
 _LEFT_OUT = (
     "training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler.pt", "trainer_state.json", "*.pt", "*.pth",
-    "*.pkl", "*.pickle", "*.lock", "*.log", "*.tmp", "*.partial", "events.jsonl", "report.json", "README.md", MANIFEST,
+    "*.pkl", "*.pickle", "*.lock", "*.log", "*.tmp", "*.partial", "events.jsonl", "report.json", README, MANIFEST,
 )  # fmt: skip
 _FOLDERS_LEFT_OUT = ("checkpoint-*", "ref", "runs", "logs", "wandb", "__pycache__")
 _LICENSES = re.compile(r"(LICEN[SC]E|COPYING)([-_. ].*)?", re.IGNORECASE)
@@ -59,9 +58,10 @@ def rehearse(model: Path, variant: str) -> None:
 
 
 def export(source: Source, variant: str, out: Path) -> Exported:
-    """Write the bundle into the empty directory `out`, weights as hard links where the disk allows; the manifest last.
+    """Write the bundle into the empty directory `out`; the manifest last.
 
-    Raises MissingError without weights, ResourceError where the disk is too small, StageError for a secret in a file.
+    Raises MissingError without weights, ResourceError where the disk is too small, StageError for a secret in a file, and
+    for a link that leads out of the model's directory.
     """
     files = list(_chosen(source))
     _check(source, files, out)
@@ -84,7 +84,7 @@ def export(source: Source, variant: str, out: Path) -> Exported:
         facts=source.card,
         places=clean.places,
     )
-    write_text(out / "README.md", cards.text(card))
+    write_text(out / README, cards.text(card))
     _write_manifest(out, {"name": source.name, "base_model": base, "license": source.license, "finetune": __version__})
     return Exported(
         path=out,
@@ -96,18 +96,27 @@ def export(source: Source, variant: str, out: Path) -> Exported:
     )
 
 
-def set_verdicts(directory: Path, verdicts: Sequence[Mapping[str, Any]], marks: Sequence[str] = ()) -> None:
-    """Write later verdicts, and what has to be known beside them (`run.outcome.marks`), into the model card of a bundle, and
-    the card's new digest into its manifest."""
-    readme = directory / "README.md"
+def set_card(
+    directory: Path,
+    verdicts: Sequence[Mapping[str, Any]] | None,
+    marks: Sequence[str] = (),
+    although: Sequence[str] = (),
+) -> None:
+    """Write later verdicts, and what has to be known beside them (`run.outcome.marks`), into the model card of a bundle that
+    was put out, and above all what it was put out in spite of (`although`). The manifest gets the card's digest, and says
+    that too; what it says of other files stays."""
+    readme = directory / README
+    places = cards.known_places(directory)
     try:
-        text, places = readme.read_text(encoding="utf-8"), cards.known_places(directory)
-        changed = cards.with_verdicts(text, list(verdicts), places, marks)
-    except (OSError, ValueError):
-        raise StageError(f"{readme} has no place for verdicts; export the bundle again") from None
-    stated = read_object(directory / MANIFEST)
-    write_text(readme, changed)
-    _write_manifest(directory, {key: value for key, value in stated.items() if key != "files"})
+        stated = read_object(directory / MANIFEST)
+        text = readme.read_text(encoding="utf-8")
+        text = text if verdicts is None else cards.with_verdicts(text, list(verdicts), places, marks)
+    except (OSError, StageError, ValueError):
+        raise StageError(f"the card or the manifest in {directory} is damaged; export the bundle again") from None
+    if although:
+        text, stated = cards.with_warning(text, although), {**stated, ALTHOUGH: list(although)}
+    write_text(readme, text)
+    write_json(directory / MANIFEST, {**stated, "files": {**stated["files"], README: _fact(readme)}})
 
 
 def verify_manifest(directory: Path) -> list[str]:
@@ -170,12 +179,16 @@ def _check(source: Source, files: Sequence[tuple[Path, str]], out: Path) -> None
     rehearse(source.model, "")
     if not any(fnmatch(name, pattern) for _, name in files if "/" not in name for pattern in _WEIGHTS):
         raise MissingError(f"{source.model} holds no weights to bundle. Merge them again with: finetune merge RECIPE")
+    for directory in (source.model, *([source.adapter] if source.adapter else [])):
+        if led := strays(directory):
+            raise StageError(
+                f"{directory / led[0]} is a link to a file outside of {directory.name}, which is not shipped: put the file "
+                "itself there, or take the link away"
+            )
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; a bundle is written into an empty directory")
     out.mkdir(parents=True, exist_ok=True)
-    disk = out.stat().st_dev
-    sizes = [(file.stat().st_size, file.stat().st_dev) for file, _ in files]
-    needed = sum(size for size, device in sizes if device != disk or size < LARGE)
+    needed = sum(file.stat().st_size for file, _ in files)
     if needed * 1.05 > (free := disk_free(out)):
         raise ResourceError(f"the bundle needs {human(needed)} at {out}, and {human(free)} are free; make some room")
 
@@ -195,7 +208,7 @@ def _place(file: Path, target: Path, name: str, clean: _Clean) -> str:
         text = file.read_text(encoding="utf-8", errors="replace")
         if redact(text) != text:
             raise StageError(f"{file} holds what looks like a token or password; remove it, then export again")
-    link(file, target)
+    shutil.copyfile(file, target)
     return ""
 
 
@@ -211,23 +224,10 @@ def _cleaned(value: Any, key: str, clean: _Clean) -> Any:
     return redact(cards.without_known(value, clean.places))
 
 
-def link(source: str | Path, target: str | Path) -> str:
-    """Put a file at `target`: a large one as a hard link where the disk has them, a small one, which people edit, as a
-    copy. Of a symbolic link, what it points to."""
-    place = Path(source).resolve()
-    if place.stat().st_size >= LARGE:
-        try:
-            os.link(place, target)
-        except OSError:
-            pass
-        else:
-            return str(target)
-    shutil.copyfile(place, target)
-    return str(target)
-
-
 def _write_manifest(out: Path, facts: dict[str, Any]) -> None:
-    files = {
-        name: {"size": file.stat().st_size, "sha256": digest(file)} for name, file in _files(out) if name != MANIFEST
-    }
+    files = {name: _fact(file) for name, file in _files(out) if name != MANIFEST}
     write_json(out / MANIFEST, {**facts, "files": files})
+
+
+def _fact(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": digest(file)}

@@ -7,7 +7,7 @@ What `facts` (`Source.card`) may hold: `base_model` (as the recipe names it), `r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,15 @@ def with_verdicts(card: str, verdicts: object, places: Iterable[Path] = (), mark
     if not start or not end:
         raise ValueError("no verdicts section")
     return before + _between(verdict_table(verdicts, places, marks)) + after
+
+
+def with_warning(card: str, reasons: Sequence[str]) -> str:
+    """A card's text with a warning under its title: what the model was put out in spite of."""
+    warning = "\n".join(["> **Exported although:**", ">", *(f"> - {_cell(reason)}" for reason in reasons)])
+    title = re.search(r"^# .*$", card, re.MULTILINE)
+    if title is None:
+        return f"{card.rstrip()}\n\n{warning}\n"
+    return f"{card[: title.end()]}\n\n{warning}{card[title.end() :]}"
 
 
 # -- places ------------------------------------------------------------------------------------------------------------

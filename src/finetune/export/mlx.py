@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from finetune.core.files import strays
 from finetune.errors import MissingError, StageError, UsageError, first_line
 from finetune.export import Exported, Source
 from finetune.lookup import load as load_reference
@@ -104,10 +105,12 @@ def _write(model: Any, config: dict[str, Any], variant: str, group: int | None, 
 def _copy(model: Path, out: Path, *, code: bool) -> str:
     """The tokenizer as it is; returns the names copied."""
     copied = []
+    if led := strays(model):
+        raise StageError(f"{model / led[0]} is a link to a file outside of {model.name}, which is not shipped")
     for pattern in (*TOKENIZER_FILES, *(["*.py"] if code else []), "LICENSE*"):
         for file in model.glob(pattern):
             copied.append(file.name)
-            (shutil.copytree if file.is_dir() else shutil.copy2)(file, out / file.name)
+            (shutil.copytree if file.is_dir() else shutil.copyfile)(file, out / file.name)
     settings = model / "tokenizer_config.json"
     inside = settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
     return " ".join([*copied, *(["chat_template"] if inside else [])])

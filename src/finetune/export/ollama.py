@@ -6,14 +6,16 @@ Commands: https://docs.ollama.com/modelfile. Sampling is left at Ollama's own de
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from finetune import gguf_header
 from finetune.core.files import read_object, write_text
 from finetune.data.templates import ChatTemplate
-from finetune.errors import StageError, UsageError
+from finetune.errors import ResourceError, StageError, UsageError
 from finetune.export import Exported, Source, gotemplate, modelfile
+from finetune.memory import disk_free, human
 
 # Ollama reserves memory for the whole context when it loads a model, and this much is its own default.
 NUM_CTX = 4096
@@ -64,13 +66,15 @@ def export(source: Source, variant: str, out: Path) -> Exported:
 
 def _weights(source: Source, variant: str, out: Path) -> Exported:
     """The GGUF file in `out`: that of an export done before, or a new one."""
-    from finetune.export import bundle, gguf
+    from finetune.export import gguf
 
     done = source.done.get(f"gguf:{variant}")
     if done is None:
         return gguf.export(source, variant, out)
     name = re.sub(r"[^0-9A-Za-z._-]+", "-", done.name)
-    bundle.link(done, out / name)
+    if (size := done.stat().st_size) > (free := disk_free(out)):
+        raise ResourceError(f"{name} needs {human(size)} at {out}, and {human(free)} are free; make some room")
+    shutil.copyfile(done, out / name)
     return Exported(path=out / name)
 
 

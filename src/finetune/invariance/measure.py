@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from finetune.backends import Job, get
-from finetune.core.files import digest, write_json, write_jsonl
+from finetune.core.files import digest, write_jsonl
 from finetune.errors import UsageError
 from finetune.experiment import in_fresh_process, train_request
 from finetune.invariance import MEASURED, lacks, shrink, uses
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence, layout
+from finetune.run import Run, evidence, layout, seal
 from finetune.run.records.measured import Invariances
+from finetune.run.report import written_anew
 from finetune.training import sft_job
 
 BATCH = 8  # of shrink.ROWS rows, so the last window of every epoch is short
@@ -37,15 +38,17 @@ ADAPTED: dict[str, Any] = {
 
 
 def write(recipe: Recipe, run: Run) -> Invariances:
-    """Measure, and leave the evidence where the stage `measure` would; return it.
+    """Measure, and leave the evidence where the stage `measure` would; return it. For the process that holds the run's lock.
 
-    Where that stage has finished before, its report is made to fit, so that the newer evidence is no broken artifact.
+    Where that stage has finished before, its report tells the digest of the newer evidence; one that was changed since it was
+    written stays as it is, for `verify` to name.
     """
     found = measure(recipe, run, run.stage_dir("measure"))
-    write_json(run.path / MEASURED, found)
+    file = evidence.write(run, layout.INVARIANCE, found)
     report = run.report("measure")
-    if report is not None and MEASURED in report.artifacts:
-        run.write_report(replace(report, artifacts={**report.artifacts, MEASURED: digest(run.path / MEASURED)}))
+    if report is not None and seal.is_as_recorded(run, layout.report("measure").path):
+        run.write_report(written_anew(report, MEASURED, digest(file)))
+    seal.close(run)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +46,13 @@ def digest_in(files: dict[str, str], name: str) -> str | None:
         return files[name]
     within = {path.removeprefix(f"{name}/"): sha for path, sha in files.items() if path.startswith(f"{name}/")}
     return digest_of(within) if within else None
+
+
+def written_anew(report: Report, name: str, sha: str) -> Report:
+    """The report of a stage one of whose files a command has written anew: that file's digest, and no other, is told again.
+
+    Reports of version 0.1 list artifacts alone.
+    """
+    artifacts = {name: sha} if name in report.artifacts else {}
+    files = {name: sha} if report.files else {}
+    return replace(report, artifacts={**report.artifacts, **artifacts}, files={**report.files, **files})

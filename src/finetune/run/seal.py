@@ -16,7 +16,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from finetune.core.files import digest, digests, write_json
@@ -27,6 +26,7 @@ from finetune.run.report import FILE as REPORT
 from finetune.run.report import Report, digest_in
 
 SCHEMA = 1  # of the manifest
+SERVED = "serve"  # a folder of copies, made where one is asked for
 WRITTEN = {RECIPE: "recipe", VERDICTS: "verified"}  # files whose digest an event holds, under `sha256`
 
 
@@ -91,9 +91,10 @@ def own(manifest: Mapping[str, Any], lines: list[Line]) -> bool:
 
 
 def _is_of_no_stage(name: str) -> bool:
+    """Models that are made and taken away for serving hold their own digests (`finetune.serving.models`)."""
     from finetune.run.layout import REPORTS
 
-    return name not in WRITTEN and name.partition("/")[0] not in REPORTS
+    return name not in WRITTEN and name.partition("/")[0] not in (*REPORTS, SERVED)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -188,32 +189,46 @@ def _rest(run: Run, manifest: Mapping[str, Any], lines: list[Line]) -> Iterator[
             yield Found(file=name, why="was changed after the run was sealed")
 
 
-def changed(run: Run, report: Report) -> list[Found]:
-    """What a stage left that is not as it left it: files changed, gone, or there that it did not write."""
-    there = {f"{report.stage}/{name}": sha for name, sha in digests(run.path / report.stage).items() if name != REPORT}
+def changed(run: Run, report: Report, within: str | None = None) -> list[Found]:
+    """What a stage left that is not as it left it: files changed, gone, or there that it did not write.
+
+    With `within`, a file or folder by its path inside the run, no other file is read.
+    """
+    place = within or report.stage
+    there = _there(run, place)
     if report.schema == 0:  # of version 0.1, which listed artifacts alone
-        return [*_artifacts(report, there)]
+        if not any(_covers(place, name) or _covers(name, place) for name in report.artifacts):
+            return [
+                Found(file=place, why="was listed nowhere by version 0.1: nothing tells whether it is as it was made")
+            ]
+        return [*_artifacts(run, report, place, there)]
+    listed = {name: sha for name, sha in report.files.items() if _covers(place, name)}
     found = [
         Found(file=name, why="is gone" if name not in there else "was changed after it was written")
-        for name, sha in report.files.items()
+        for name, sha in listed.items()
         if there.get(name) != sha
     ]
-    found += [Found(file=name, why="was not written by this stage") for name in there if name not in report.files]
-    return found or [*_artifacts(report, there)]
+    found += [Found(file=name, why="was not written by this stage") for name in there if name not in listed]
+    if within and not listed and not found:
+        found = [Found(file=place, why="is not there, and its stage did not write it")]
+    return found or [*_artifacts(run, report, place, there)]
 
 
-def _artifacts(report: Report, there: dict[str, str]) -> Iterator[Found]:
-    for name, sha in report.artifacts.items():
-        now = digest_in(there, name)
+def _there(run: Run, place: str) -> dict[str, str]:
+    """The digests of a file, or of all files in a folder, by path inside the run; without a stage's report."""
+    path = run.path / place
+    found = {place: digest(path)} if path.is_file() else {f"{place}/{name}": sha for name, sha in digests(path).items()}
+    return {name: sha for name, sha in found.items() if name.partition("/")[2] != REPORT}
+
+
+def _covers(place: str, name: str) -> bool:
+    return name == place or name.startswith(f"{place}/")
+
+
+def _artifacts(run: Run, report: Report, place: str, there: dict[str, str]) -> Iterator[Found]:
+    """Artifacts in a place; those that the place is a part of are read whole. A place without any is a fault itself."""
+    listed = {name: sha for name, sha in report.artifacts.items() if _covers(place, name) or _covers(name, place)}
+    for name, sha in listed.items():
+        now = digest_in(there if _covers(place, name) else _there(run, name), name)
         if now != sha:
             yield Found(file=name, why="is gone" if now is None else "was changed after it was written")
-
-
-def intact(run: Run, path: Path) -> bool:
-    """Whether a file or folder inside the run is as its stage left it; False where no stage speaks of it."""
-    name = path.resolve().relative_to(run.path).as_posix()
-    report = run.report(name.partition("/")[0])
-    if report is None:
-        return False
-    listed = digest_in(report.files, name) or report.artifacts.get(name)
-    return listed is not None and path.exists() and digest(path) == listed

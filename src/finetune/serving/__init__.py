@@ -180,13 +180,17 @@ def serving(
     host: str = "127.0.0.1",
     port: int = 0,
     timeout: float = 120.0,
+    proof: bool = False,
+    anyway: bool = False,
 ) -> Iterator[str]:
     """The base URL of `finetune serve RUN`, which runs in a process of its own while the block does.
 
-    `checkpoint` is what --from-checkpoint takes: a directory, its name, or `last`. Raises StageError, with what the
-    command said, where it is not ready after `timeout` seconds.
+    `checkpoint` is what --from-checkpoint takes: a directory, its name, or `last`. With `proof` the run needs no verdicts:
+    what the server answers is to become one; its files have to be as they were made all the same, unless `anyway`. Raises
+    StageError, with what the command said, where it is not ready after `timeout` seconds.
     """
     arguments = ["serve", os.fspath(run), "--backend", backend, "--host", host, "--port", str(port)]
     arguments += [] if checkpoint is None else ["--from-checkpoint", str(checkpoint)]
+    arguments += [*(["--proof"] if proof else []), *(["--anyway"] if anyway else [])]
     with child.serving("finetune", arguments, what=f"the server of {os.fspath(run)}", timeout=timeout) as address:
         yield address

@@ -71,7 +71,7 @@ def measure(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
         }
 
     longest = max((each for each in asked if each.kind == "question"), key=lambda each: len(each.answer.ids))
-    with serving(run, backend=BACKEND, timeout=READY_SECONDS) as address:
+    with serving(run, backend=BACKEND, timeout=READY_SECONDS, proof=True) as address:
         ask = _client(address, recipe.name)
         return {
             "server": BACKEND,

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.backends import get
+from finetune.console import say
 from finetune.core.files import digest
 from finetune.errors import MissingError, UsageError
 from finetune.recipe import Recipe
 from finetune.recipe.exports import FORMATS, parse
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, layout, seal
+from finetune.run.directory import RECIPE
 
 TRAININGS = ("train", "align")
+MARK = 16  # digits of a digest in a folder's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +71,9 @@ def exported(run: Run, kind: str, wanted: str | None) -> Found:
         raise UsageError(f"--export {wanted} is not an export of the format '{kind}', which this backend runs")
     name = None if wanted is None else parse(wanted).name
     make = f"finetune export {run.path} --to {name or (parse(kind).name)}"
-    file = run.path / "export" / "exports.json"
-    if not file.is_file() or run.report("export") is None:
+    if not evidence.there(run, layout.EXPORTS) or run.report("export") is None:
         raise MissingError(f"{run.path} has no export in the format '{kind}'. Make one with: {make}")
-    there = {entry["name"]: run.path / entry["path"] for entry in json.loads(file.read_text(encoding="utf-8"))}
+    there = {entry["name"]: run.path / entry["path"] for entry in evidence.read(run, layout.EXPORTS)}
     there = {each: path for each, path in there.items() if parse(each).format.name == kind and path.exists()}
     order = ["", *FORMATS[kind].variants]
     names = sorted(there, key=lambda each: order.index(parse(each).variant))
@@ -83,26 +85,62 @@ def exported(run: Run, kind: str, wanted: str | None) -> Found:
     return Found(what=f"the export {name or names[0]}", path=there[name or names[0]])
 
 
+def loaded(found: Found, run: Run, recipe: Recipe) -> list[Path]:
+    """The files and folders that a server of this model reads: what has to be as it was made."""
+    template = [path] if (path := run.path / layout.CHAT_TEMPLATE.path).is_file() else []
+    if found.adapter is None:
+        return [run.path / RECIPE, *template, found.path]
+    kept = _kept(run, found)
+    return [run.path / RECIPE, *template, found.adapter, *([] if kept and _is_own(kept) else [found.path])]
+
+
 def whole(found: Found, run: Run, recipe: Recipe) -> Path:
     """One directory with everything in it. Where there is an adapter it is merged into the base by the backend that
-    trained it, once: the result stays in `RUN/serve`, under the digest of both."""
+    trained it, once: the result stays in `RUN/serve`, under the digests of what it was made of and of itself."""
     if found.adapter is None:
         return found.path
     from filelock import FileLock
 
-    fetched = evidence.fetched(run)
-    base = json.dumps(fetched["files"]) if str(found.path) == fetched["base"] else digest(found.path)
-    mark = hashlib.sha256(f"{digest(found.adapter)} {base}".encode()).hexdigest()[:16]
-    stem = f"{found.adapter.parent.name}-{found.adapter.name}"
-    folder = run.path / "serve"
-    model = folder / f"{stem}-{mark}"
+    folder = run.path / seal.SERVED
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        if not model.is_dir():
-            for old in folder.glob(f"{stem}-" + "[0-9a-f]" * len(mark)):
-                shutil.rmtree(old)
-            get(recipe.backend).merge(found.path, found.adapter, model, **evidence.model_settings(recipe))
-    return model
+        kept = _kept(run, found)
+        if kept is not None and _is_own(kept):
+            return kept
+        if kept is not None:
+            say(f"note: {kept.relative_to(run.path)} was changed after it was made; it is made again")
+        for old in folder.glob(f"{_stem(found)}-" + "[0-9a-f]" * MARK + "-" + "[0-9a-f]" * MARK):
+            shutil.rmtree(old)
+        making = folder / f".{_stem(found)}.making"
+        shutil.rmtree(making, ignore_errors=True)
+        try:
+            get(recipe.backend).merge(found.path, found.adapter, making, **evidence.model_settings(recipe))
+            return making.rename(folder / f"{_stem(found)}-{_mark(run, found)}-{digest(making)[:MARK]}")
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+
+
+def _kept(run: Run, found: Found) -> Path | None:
+    """The model that was made of the same before."""
+    return next((run.path / seal.SERVED).glob(f"{_stem(found)}-{_mark(run, found)}-" + "[0-9a-f]" * MARK), None)
+
+
+def _is_own(model: Path) -> bool:
+    """Whether a model made for serving is the one that its name tells."""
+    return digest(model)[:MARK] == model.name[-MARK:]
+
+
+def _stem(found: Found) -> str:
+    assert found.adapter is not None
+    return f"{found.adapter.parent.name}-{found.adapter.name}"
+
+
+def _mark(run: Run, found: Found) -> str:
+    """What a model made for serving is made of."""
+    assert found.adapter is not None
+    fetched = evidence.fetched(run)
+    base = json.dumps(fetched["files"]) if str(found.path) == fetched["base"] else digest(found.path)
+    return hashlib.sha256(f"{digest(found.adapter)} {base}".encode()).hexdigest()[:MARK]
 
 
 def _since_training(run: Run, stage: str) -> bool:

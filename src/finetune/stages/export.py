@@ -11,13 +11,15 @@ from typing import Any
 
 from finetune import __version__
 from finetune.console import progress
-from finetune.core.files import digest
+from finetune.core.files import digest, digests
 from finetune.errors import StageError
-from finetune.export import Source, Target, exporter, targets
+from finetune.export import Source, Target, exporter, parse, targets
 from finetune.recipe import Recipe, dump
 from finetune.run import Run, evidence, layout
 from finetune.run.records.compared import Export
 from finetune.stages import Result
+
+EXPORTED = "exported"  # the event that holds the digest of the list of exports
 
 
 def run(recipe: Recipe, run: Run) -> Result:
@@ -35,16 +37,13 @@ def run(recipe: Recipe, run: Run) -> Result:
             source = _source(recipe, run, done)
             mark = _mark(recipe, run, target)
             entry = before.get(target.name)
-            if (
-                entry is None
-                or entry["made_from"] != mark
-                or entry["sha256"] != digest(_whole(run.path / entry["path"]))
-            ):
+            if entry is None or entry["made_from"] != mark:
                 entry = _export(source, target, folder, mark)
             done[target.name] = run.path / entry["path"]
             found.append(entry)
             bar.update(number)
     file = evidence.write(run, layout.EXPORTS, found)
+    run.event(EXPORTED, sha256=digest(file))
     return {
         "metrics": {"exports": len(found), "bytes": sum(entry["bytes"] for entry in found)},
         "artifacts": [file, *(folder / target.folder for target in wanted)],
@@ -53,12 +52,18 @@ def run(recipe: Recipe, run: Run) -> Result:
 
 
 def _before(run: Run) -> dict[str, Export]:
-    """The exports that are there, by name: those made from the same are not made again."""
-    try:
-        listed = evidence.maybe(run, layout.EXPORTS) or []
-    except evidence.EvidenceError:
-        return {}  # a damaged list: all are made again
-    return {entry["name"]: entry for entry in listed if (run.path / entry["path"]).exists()}
+    """The exports that are there, by name, with every file as it was made: made from the same, they are not made again.
+
+    The stage's report is gone when it runs again; that the list is the one it left is known from the log.
+    """
+    told, file = run.events(EXPORTED), run.path / layout.EXPORTS.path
+    if not told or not file.is_file() or digest(file) != told[-1]["sha256"]:
+        return {}
+    return {
+        entry["name"]: entry
+        for entry in evidence.read(run, layout.EXPORTS)
+        if entry.get("files") == digests(run.path / "export" / parse(entry["name"]).folder)
+    }
 
 
 def _mark(recipe: Recipe, run: Run, target: Target) -> str:
@@ -93,6 +98,7 @@ def _export(source: Source, target: Target, folder: Path, mark: str) -> Export:
         "notes": list(exported.notes),
         "made_from": mark,
         "sha256": digest(_whole(path)),
+        "files": digests(out),
     }
 
 

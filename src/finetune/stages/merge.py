@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 
 from finetune.backends import get
@@ -24,15 +23,8 @@ def run(recipe: Recipe, run: Run) -> Result:
         get(recipe.backend).merge(model, adapter, out, **evidence.model_settings(recipe))
     elif model.is_relative_to(run.path):
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(model, out, copy_function=_link)
+        # Not as links: two artifacts that are one file on the disk are damaged together, and none proves the other.
+        shutil.copytree(model, out, copy_function=shutil.copyfile)
     else:
         raise StageError("there is nothing to merge: no adapter was trained in this run")
     return {"metrics": {"bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file())}, "artifacts": [out]}
-
-
-def _link(source: str, target: str) -> None:
-    """A hard link where the file system has them, else a copy: a fully trained model is not stored twice."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

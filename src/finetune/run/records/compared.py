@@ -11,7 +11,8 @@ from finetune.run.records import record
 
 @record
 class Export(TypedDict):
-    """One export: where it is inside the run, what it was made from, and the digest it had when it was made."""
+    """One export: where it is inside the run, what it was made from, and the digest it had when it was made; with those of
+    all `files` of its folder, by path inside that."""
 
     name: str
     path: str
@@ -22,6 +23,7 @@ class Export(TypedDict):
     notes: list[str]
     made_from: str
     sha256: str
+    files: NotRequired[dict[str, str]]  # version 0.1 did not list them
 
 
 @record

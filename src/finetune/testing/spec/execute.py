@@ -135,7 +135,8 @@ def _inference(run: Run, wanted: Inference) -> Served:
     from finetune.testing.perplexity import perplexity
 
     checkpoint = "last" if wanted.backend == "torch" else None
-    with serving(run, backend=wanted.backend, checkpoint=checkpoint, timeout=wanted.server_timeout) as url:
+    serve = serving(run, backend=wanted.backend, checkpoint=checkpoint, timeout=wanted.server_timeout, proof=True)
+    with serve as url:
         text = _complete(url, wanted)
     if not text.strip():
         return Served(text=text, score=None)
