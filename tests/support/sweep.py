@@ -16,6 +16,7 @@ from finetune.core.files import write_json, write_jsonl
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.directory import EVENTS, MANIFEST, VERDICTS
+from finetune.testing.sabotage.scene import as_if_written_so
 
 Place = tuple[str | int, ...]
 OPAQUE = ("made_with", "options", "settings")  # conditions that are told as a whole
@@ -136,6 +137,14 @@ def edit(value: Any, key: Key, how: str) -> Any:
         parent = parent[part]
     EDITS[how](parent, key.place[-1])
     return None if copy == value else copy
+
+
+def resealed(run: Run, *stages: str) -> None:
+    """Have the edit be what was written at the time; an edit that leaves no log to mend stays as it is."""
+    try:
+        as_if_written_so(run, *stages)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return
 
 
 # -- who looks at a file -------------------------------------------------------------------------------------------------

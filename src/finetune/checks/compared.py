@@ -50,7 +50,7 @@ def _exports(recipe: Recipe, run: Run) -> list[Verdict]:
     """The list of exports against the recipe, and against the files."""
     listed = evidence.read(run, layout.EXPORTS)
     names = [entry["name"] for entry in listed]
-    odd = [] if names == recipe.export else [f"listed are {names}, and the recipe has {recipe.export}"]
+    odd = [] if sorted(names) == sorted(recipe.export) else [f"listed are {names}, and the recipe has {recipe.export}"]
     odd += [f"{entry['name']}: {fault}" for entry in listed for fault in _faults(entry, run)]
     why = f"{len(listed)} exports are there as they are listed"
     if odd:
@@ -73,6 +73,10 @@ def _faults(entry: Export, run: Run) -> Iterator[str]:
             yield f"{entry['bytes']} bytes are listed, and {size} there"
         if _digest(whole, run) != entry["sha256"]:
             yield "its digest is that of other files"
+        report, folder = run.require("export"), f"export/{target.folder}/"
+        there = {name.removeprefix(folder): sha for name, sha in report.files.items() if name.startswith(folder)}
+        if report.schema and entry.get("files") != there:
+            yield "the files listed are not those that its stage left"
 
 
 def _digest(path: Path, run: Run) -> str:

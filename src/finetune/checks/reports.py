@@ -103,6 +103,7 @@ def _report_as_logged(recipe: Recipe, run: Run, training: Training) -> Verdict:
         numbers.same("steps", facts["steps"], facts["planned_steps"])
     if not of_0_1(run, training):  # which did not tell of its parts
         _resumed(numbers, facts)
+        numbers.within("device", facts.get("device"), "told", bool(facts.get("device")))
     _speed(numbers, facts, [step for step in steps if step["step"] > (facts["resumed_from"] or 0)])
     return numbers.verdict(
         f"{training.prefix}report_as_logged", training.report, f"{training.report}, as {EVENTS} has them"

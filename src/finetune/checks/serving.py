@@ -121,7 +121,7 @@ def _stops(seen: Served) -> Verdict:
         return missing(name, "==", 1.0, "honoured", MEASURED, "the model says nothing that could be stopped at")
     found = stop["found"]
     right = found["text"] == stop["expected"] and found["finish"] == "stop"
-    right = right and _begins(seen, stop["name"], stop["expected"] + stop["stop"])
+    right = right and bool(stop["stop"]) and _begins(seen, stop["name"], stop["expected"] + stop["stop"])
     why = f"asked to stop before {stop['stop']!r}: {_said(found)}"
     if not right:
         why += f" instead of {short(stop['expected'])!r} (stop)"
@@ -149,6 +149,14 @@ def _length(seen: Served) -> Verdict:
 def _sampling(seen: Served) -> list[Verdict]:
     drawn = seen["sampling"]
     texts = drawn["texts"]
+    odd = len(texts) != len(set(drawn["seeds"])) or drawn["temperature"] <= 0 or not drawn["likeliest_only"]
+    if odd or not any(each["name"] == drawn["name"] for each in seen["asked"]):
+        why = "what was drawn is not one answer a seed, at a temperature above 0, to a question that was asked, and once more"
+        return [
+            missing("serving_temperature", ">", 1, "different answers", MEASURED, why),
+            missing("serving_seed", "==", 1.0, "the same", MEASURED, why),
+            missing("serving_top_p", "==", 1, "answers", MEASURED, why),
+        ]
     count = len({text for text in texts if text is not None})
     likeliest = sum(text is not None and text == drawn["greedy"] for text in drawn["likeliest_only"])
     same = texts[0] is not None and drawn["again"] == texts[0]
@@ -192,6 +200,13 @@ def _usage(seen: Served) -> Verdict:
     alike = [each for each in seen["asked"] if each["found"]["text"] == each["expected"]["text"]]
     odd = [each for each in alike if not _counted(each)]
     why = f"{_of(alike, odd)} answers have as many tokens as 'usage' says"
+    shorter = [(seen["length"]["name"], seen["length"]["found"]), (seen["stop"]["name"], seen["stop"]["found"])]
+    wrong = [asked for asked, found in shorter if found is not None and not _sums(seen, asked, found)]
+    if wrong and not odd:
+        why = (
+            f"the counts of the shortened answer to {short(wrong[0])!r} do not add up, or its prompt has another length"
+        )
+        return judge("serving_usage", 0.0, "==", 1.0, "share", MEASURED, why)
     if odd:
         found, tokens = odd[0]["found"], odd[0]["expected"]["tokens"]
         why += f"; {short(odd[0]['name'])!r} has {tokens}: {found['completion_tokens']} counted, "
@@ -206,6 +221,13 @@ def _counted(each: Asked) -> bool:
     if made is None or prompt is None or made not in ends:
         return False
     return found["total_tokens"] == prompt + made
+
+
+def _sums(seen: Served, asked: str, found: Told) -> bool:
+    """Whether the counts of an answer add up, for a prompt as long as when the same was asked in full."""
+    made, prompt, total = found["completion_tokens"], found["prompt_tokens"], found["total_tokens"]
+    prompts = {each["found"]["prompt_tokens"] for each in seen["asked"] if each["name"] == asked}
+    return None not in (made, prompt, total) and total == (prompt or 0) + (made or 0) and prompt in prompts
 
 
 def _special(recipe: Recipe, run: Run) -> list[Verdict]:

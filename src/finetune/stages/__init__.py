@@ -205,10 +205,12 @@ def _digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a stage has to run: one phrase, and whether it had finished before, so that the phrase is news."""
+    """Why a stage has to run: one phrase; whether it had finished before, so that the phrase is news; whether something that
+    it left is damaged, so that nothing of it may be kept."""
 
     why: str
     news: bool = True
+    damaged: bool = False
 
 
 def reason(stage: Stage, recipe: Recipe, run: Run, *, retrain: bool = False) -> Reason | None:
@@ -217,13 +219,13 @@ def reason(stage: Stage, recipe: Recipe, run: Run, *, retrain: bool = False) -> 
     try:
         done = run.report(stage.name)
     except FinetuneError as error:
-        return Reason(first_line(error))
+        return Reason(first_line(error), damaged=True)
     if done is None:
         return Reason("has not run yet", news=False)
     if found := seal.changed(run, done):
-        return Reason(str(found[0]))
+        return Reason(str(found[0]), damaged=True)
     if not seal.is_as_recorded(run, f"{stage.name}/report.json"):
-        return Reason(f"{stage.name}/report.json was changed after it was written")
+        return Reason(f"{stage.name}/report.json was changed after it was written", damaged=True)
     if done.schema == 0:
         return Reason("made by version 0.1")
     if stage.name in TRAININGS and not retrain:
@@ -275,7 +277,7 @@ def execute(
     on_start(stage)
     run.event("stage_started", stage=stage.name, fingerprint=mark)
     started, begin = now(), time.perf_counter()
-    run.force = force
+    run.force = force or (why is not None and why.damaged)
     try:
         with PeakMemory() as memory:
             result = load(stage.run)(recipe, run)

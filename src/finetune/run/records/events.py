@@ -67,6 +67,11 @@ class Verified(TypedDict):
 
 
 @record
+class Exported(TypedDict):
+    sha256: Sha  # of the list of exports
+
+
+@record
 class Restored(TypedDict):
     why: str
     aside: str
@@ -82,5 +87,6 @@ KINDS: dict[str, type] = {
     "training": Training,
     "resumed": Resumed,
     "verified": Verified,
+    "exported": Exported,
     "log_restored": Restored,
 }
