@@ -8,6 +8,22 @@ from finetune.checks import Verdict, as_dict
 from finetune.core.files import digest
 from finetune.run import Run, evidence, layout
 
+# What a report of a stage has besides what a test is about.
+WHEN = "2026-01-01T00:00:00.000Z"
+MADE: dict[str, Any] = {
+    "fingerprint": "f",
+    "seconds": 1.0,
+    "made_with": {"python": "3.11", "libraries": {}, "modules": {}},
+}
+
+
+# What a report of a stage has besides what a test is about.
+WHEN = "2026-01-01T00:00:00.000Z"
+MADE: dict[str, Any] = {
+    "fingerprint": "f",
+    "seconds": 1.0,
+    "made_with": {"python": "3.11", "libraries": {}, "modules": {}},
+}
 _TRAINED = {
     "trainable_parameters": 8, "frozen_parameters": 64, "weight_bytes": 288, "trainable_bytes": 32, "gradient_bytes": 32,
     "optimizer_bytes": 64, "frozen_sha256_before": "a", "frozen_sha256_after": "a", "world_size": 1, "steps": 3,

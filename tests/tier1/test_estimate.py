@@ -29,6 +29,13 @@ MEASURED = [
     ("lora", 256, True, (532, 19, 37), 2488),
 ]
 
+FETCHED = {
+    **dict.fromkeys(("path", "kind", "license_source"), "said"),
+    **dict.fromkeys(("adapter", "license", "license_text")),
+    "files": {},
+    "adapter_files": {},
+}
+
 
 def _train(**keys: Any) -> Train:
     return Train(**{"per_device_train_batch_size": 4, **keys})
@@ -180,7 +187,7 @@ def test_guard_refuses_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pyt
 def _prepared(tmp_path: Path, length: int) -> Run:
     run = Run(tmp_path / "run").create()
     write_json(run.path / "model" / "config.json", SMOLLM2)
-    write_json(run.path / "fetch" / "model.json", {"base": str(run.path / "model"), "adapter": None, "files": {}})
+    write_json(run.path / "fetch" / "model.json", FETCHED | {"base": str(run.path / "model")})
     write_jsonl(run.path / "prepare" / "train.jsonl", [{"input_ids": [1] * size} for size in (8, length)])
     return run
 

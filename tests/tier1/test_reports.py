@@ -544,7 +544,7 @@ def test_metrics_are_worded_for_people(proved: Run) -> None:
     assert wording.metric("perplexity_aligned").label == "perplexity of held-out text, after alignment"
     assert told["evaluate"].startswith("right answers: as trained 0 to 100 %, in other words 0 to ")
     assert re.fullmatch(r"loss [\d.]+ to [\d.]+, 12 steps, [\d,.]+ tokens/s", told["train"])
-    assert told["measure"] == "answers of a fresh process, stop and resume"
+    assert told["measure"] == "answers of a fresh process, LoRA against full, stop and resume, answers of a server"
     assert len(told) == 10
     assert all(told.values())
     assert not re.search(r"correct|_", " ".join(told.values()))

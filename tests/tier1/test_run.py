@@ -19,6 +19,7 @@ from finetune import secrets
 from finetune.core.files import digest, read_jsonl, write_json, write_jsonl, write_text
 from finetune.errors import LockedError, MissingError, StageError, UsageError
 from finetune.run import Report, Run, seal
+from support.records import MADE, WHEN
 
 ODD = {"text": "line\u2028separator \x85 \x0b\x1c tab\t \ud83d half 😀", "number": 1.5, "nothing": None}
 
@@ -44,7 +45,7 @@ METRICS: dict[str, Any] = {
 
 
 def report(**changes: object) -> Report:
-    return Report(**{"stage": "train", "fingerprint": "f", "started": "now", "seconds": 1.0, **changes})  # type: ignore[arg-type]
+    return Report(**{"stage": "train", "started": WHEN, "peak": {"process": 1}, **MADE, **changes})  # type: ignore[arg-type]
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from finetune.serving.models import Found, exported, final, from_checkpoint, loa
 from finetune.serving.requests import Refused, checked
 from support import town
 from support.proof import flip, prove
+from support.records import MADE
 
 NAME = "town"
 
@@ -93,7 +94,7 @@ def write_report(run: Run, stage: str, *artifacts: Path, started: str = "2999-01
     """The report of a stage that left what is there."""
     listed = {path.relative_to(run.path).as_posix(): digest(path) for path in artifacts}
     files = left_by(stage, run.path)
-    run.write_report(Report(stage=stage, fingerprint="", started=started, seconds=1.0, artifacts=listed, files=files))
+    run.write_report(Report(stage=stage, started=started, artifacts=listed, files=files, peak={"process": 1}, **MADE))
 
 
 def write_exports(run: Run, *names: str, started: str = "2999-01-01T00:00:00.000Z") -> None:

@@ -19,6 +19,7 @@ from finetune.testing.spec.judge import EXPECT_KEYS, judge
 from finetune.testing.spec.load import Case, SpecError, load
 from finetune.testing.spec.model import Spec, json_schema
 from support import project, records
+from support.records import MADE, WHEN
 
 REQUIRED = "test_id: a\nproject_dir: project\nconfig: recipe.yaml\n"
 
@@ -248,7 +249,7 @@ def outcome(tmp_path):
         entropies = {"unigram_entropy": unigram, "uniform_entropy": math.log(2000)}
         for stage, metrics in (("prepare", entropies), ("train", {"tokens_per_second": 50.0})):
             whole = records.metrics(stage, **metrics)
-            run.write_report(Report(stage=stage, fingerprint="", started="", seconds=1, metrics=whole, peak=peak or {}))
+            run.write_report(Report(stage=stage, started=WHEN, metrics=whole, peak=peak or {"process": 1}, **MADE))
         return Outcome(
             command=("finetune", "train"), run=run, code=code, seconds=10.0, stdout="", stderr=stderr,
             served=served, problem=problem,

@@ -15,7 +15,7 @@ import pytest
 
 from finetune.backends import get
 from finetune.backends.fake_model import FakeTokenizer
-from finetune.checks import CHECKS, verify
+from finetune.checks import CHECKS, results, verify
 from finetune.core.files import digest, write_jsonl
 from finetune.errors import DataError, Interrupted, StageError, UsageError
 from finetune.pipeline import checkpoint, preview, run_directory, run_stages
@@ -51,7 +51,7 @@ def go(wanted: Recipe, run: Run, *only: str, **more: Any) -> list[str]:
 
 
 def failed(wanted: Recipe, run: Run, *only: str) -> dict[str, str]:
-    found = verify(wanted, run, only or None)
+    found = results(wanted, run, only or None)
     return {v.name: f"{v.measured} {v.compare} {v.bound}: {v.why}" for v in found if v.refuted}
 
 
