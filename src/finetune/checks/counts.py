@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from finetune.checks import Verdict
+from finetune.checks.asked import phases
 from finetune.checks.parts import SFT, single
 from finetune.checks.reports import Numbers
 from finetune.checks.rows import labelled
@@ -17,16 +18,18 @@ MEASURED = (layout.FRESH, layout.MEMORY, layout.RESUME, layout.INVARIANCE, layou
 
 
 def _rows_scored(recipe: Recipe, run: Run) -> Verdict:
-    """As many training rows as asked were scored, the same in every phase, and of those that were prepared."""
-    scores, rows = evidence.read(run, layout.ROW_SCORES), evidence.rows(run, layout.TRAIN_ROWS)
-    steps, numbers = SFT.steps(run), Numbers()
-    numbers.same("the phases", list(scores), list(evidence.phases(run, recipe)))
-    count = min(len(rows), max(recipe.evaluate.score_rows, len(set(steps[0]["rows"]))))
-    prepared = {str(row["row"]): row for row in rows}
+    """As many training rows as asked were scored, the same in every phase, and of those that were prepared.
+
+    At least those of the first step are; where none was logged, which other verdicts say, as many as the recipe asks for.
+    """
+    scores, numbers = evidence.read(run, layout.ROW_SCORES), Numbers()
+    prepared = {str(row["row"]): row for row in evidence.rows(run, layout.TRAIN_ROWS)}
+    first = [len(step["rows"]) for step in evidence.steps(run, SFT.stage)[:1]]
+    numbers.same("the phases", list(scores), phases(recipe))
+    count = min(len(prepared), max(recipe.evaluate.score_rows, *first, 0))
     for phase, scored in scores.items():
-        numbers.within(
-            f"rows scored in '{phase}'", len(scored), count, len(scored) == count and scored.keys() <= prepared.keys()
-        )
+        numbers.same(f"rows scored in '{phase}'", len(scored), count)
+        numbers.same(f"rows scored in '{phase}' that were not prepared", sorted(scored.keys() - prepared.keys()), [])
         for name in scored.keys() & prepared.keys():
             tokens = (labelled(prepared[name]), len(prepared[name]["input_ids"]) - 1)
             told = (scored[name]["answer"][1], scored[name]["all"][1])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.checks import Part, Verdict, counts, judge
-from finetune.errors import FinetuneError
+from finetune.checks import Part, Verdict, counts, judge, missing
+from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.log import is_chained
@@ -23,12 +23,15 @@ def _whole(recipe: Recipe, run: Run) -> list[Verdict]:
     stages = {stage.name for stage in plan(recipe)}
     files = [file for file in layout.FILES if file.stage in stages and evidence.there(run, file)]
     files += [row for name in ("merged", *recipe.export) if evidence.there(run, row := layout.comparison(name))]
-    faults = [fault for file in files if (fault := _fault(run, file))]
-    faults += evidence.event_faults(run)
-    why = f"{len(files)} files and the log hold what is declared of them, and nothing else"
+    if not files:
+        return [missing("records_whole", "==", 0, "damaged", EVENTS, "no stage left a record")]
+    faults = [(file.path, fault) for file in files if (fault := _fault(run, file))]
+    faults += [(EVENTS, fault) for fault in evidence.event_faults(run)]
+    place, why = EVENTS, f"{len(files)} files and the log hold what is declared of them, and nothing else"
     if faults:
-        why = faults[0] + (f"; {len(faults)} in all" if len(faults) > 1 else "")
-    return [judge("records_whole", len(faults), "==", 0, "damaged", "run", why)]
+        place, why = faults[0]
+        why += f"; {len(faults)} in all" if len(faults) > 1 else ""
+    return [judge("records_whole", len(faults), "==", 0, "damaged", place, why)]
 
 
 def _fault(run: Run, file: layout.File) -> str:
@@ -52,9 +55,12 @@ def _told(recipe: Recipe, run: Run) -> list[Verdict]:
     """The log tells of every report, and every report of what its stage left. Of version 0.1 only what it could tell."""
     events, found = run.events(), []
     for stage in plan(recipe):
-        report = run.require(stage.name)
-        found += [f"{stage.name}/report.json: {fault}" for fault in _of_report(run, report)]
-        found += [f"{EVENTS}: {fault}" for fault in _of_log(report, events)]
+        try:
+            report = run.require(stage.name)
+            found += [f"{stage.name}/report.json: {fault}" for fault in _of_report(run, report)]
+            found += [f"{EVENTS}: {fault}" for fault in _of_log(report, events)]
+        except FinetuneError as error:  # of this stage; the others are told of all the same
+            found.append(first_line(error))
     if is_chained(run.log()):
         found += [f"{EVENTS}: {fault}" for fault in _of_recipe(recipe, run, events)]
     why = f"{len(events)} events, {len(plan(recipe))} reports and the files of all stages tell of one another"

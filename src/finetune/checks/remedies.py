@@ -98,6 +98,7 @@ REMEDIES: dict[str, str] = {
         "train.lora.layers_to_transform ([0, 1, 2])."
     ),
     "frozen_identical": f"Weights that must stay as they are were changed while LoRA trained. {_CODE}.",
+    "dpo_frozen_identical": f"Weights that must stay as they are were changed while alignment trained. {_CODE}.",
     "base_intact": (
         "Get the base model again with: finetune fetch RECIPE --force. Where model.path is a directory of yours, "
         "write nothing into it between training and checks."
