@@ -33,7 +33,7 @@ def told(tmp_path_factory):
 
 def test_it_learns_from_scratch_as_the_checks_have_it(told):
     verdicts = results(*told, only=["labels", "loss", "parameters", "optimizer", "retention"])
-    assert len(verdicts) == 25
+    assert len(verdicts) == 27
     assert [verdict for verdict in verdicts if verdict.refuted] == []
 
 

@@ -134,6 +134,7 @@ def _memory(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
             "estimated": guess.as_dict(),
         }
         shutil.rmtree(work, ignore_errors=True)
+    file.unlink()
     return result
 
 
