@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Mapping
 from copy import deepcopy
@@ -21,16 +22,20 @@ from finetune.recipe import yaml
 from finetune.run import write_jsonl, write_text
 from finetune.testing import questions
 
-VOCABULARY = 1000
+VOCABULARY = 500
 SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 384}
 OTHER_SIZES = {"gpt2": {"n_embd": 128, "n_layer": 3}}
 KNOWN, KNOWN_SEED = 300, 11  # rows of facts that the model has learned beforehand
-NEW = 30  # rows of facts that a run teaches; a seed has its own
+NEW = 60  # rows of facts that a run teaches; a seed has its own
 UNSEEN = 40  # rows of facts that no run teaches
-CONTROLS, HELDOUT, REPLAY = 25, 40, 9  # one row of so many of the known ones
+# Facts that it has heard of, in one wording each: without them the tokens of new names are ones that it never saw, and
+# LoRA, which leaves embeddings as they are, can hardly tell them apart. They lie beyond the new facts of any seed in use.
+HEARD_FROM, HEARD_TO, HEARD = 1000, 2500, 6  # one row of so many, from one to another
+CONTROLS, HELDOUT, REPLAY = 15, 20, 9  # one row of so many of the known ones
 TIMEOUT = 1200.0  # seconds: the embedded model takes a few hundred on one core
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FT_DEBUG": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 PRETRAINED_BY = ("torch", "transformers", "tokenizers", "trl")
+INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # variables that limit a CPU's
 
 
 @dataclass(frozen=True)
@@ -64,17 +69,23 @@ def model(architecture: str = "llama") -> Path:
     from filelock import FileLock
 
     recipe = _pretraining(architecture)
-    made_by = [recipe, KNOWN, KNOWN_SEED, {name: installed(name) for name in PRETRAINED_BY}]
+    rows = [_pair(row) for row in pretrained_on()]
+    made_by = [recipe, rows, *map(installed, PRETRAINED_BY), *map(os.environ.get, INSTRUCTIONS)]
     mark = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     place = models.cache_dir() / "sabotage" / f"{architecture}-{mark}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.parent / f".{place.name}.lock"):
         if not (place / "run" / "train" / "model" / "config.json").is_file():
-            known = questions.generate(KNOWN, seed=KNOWN_SEED)
-            write_jsonl(place / "train.jsonl", [_pair(row) for row in known])
+            write_jsonl(place / "train.jsonl", rows)
             write_text(place / "recipe.yaml", yaml.write(recipe))
             finetune("train", str(place / "recipe.yaml"), "--run", str(place / "run"))
     return place / "run" / "train" / "model"
+
+
+def pretrained_on() -> list[dict[str, Any]]:
+    """The rows that the model has learned beforehand: those known, and those heard of."""
+    rows = questions.generate(HEARD_TO, seed=KNOWN_SEED)
+    return [*rows[:KNOWN], *rows[HEARD_FROM::HEARD]]
 
 
 def _pretraining(architecture: str) -> dict[str, Any]:
@@ -140,12 +151,12 @@ def _files(folder: Path, seed: int) -> dict[str, str]:
     rows = questions.generate(begin + NEW, seed=KNOWN_SEED)
     known, unseen = rows[:KNOWN], rows[KNOWN : KNOWN + UNSEEN]
     files = questions.write(folder, seed=seed, rows=rows[begin:], eval_fraction=1 / questions.WORDINGS)
-    kept = known[::CONTROLS]
+    kept, held = known[::CONTROLS], known[3::HELDOUT]
     more = {
         "controls": [_question(row) for row in kept],
-        "replay": [_pair(row) for row in known if row not in kept][::REPLAY],
+        "replay": [_pair(row) for row in known if row not in kept and row not in held][::REPLAY],
         "unseen": [_question(row) for row in unseen[:: questions.WORDINGS]],
-        "heldout": [{"text": f"{row['prompt']} {row['completion']}"} for row in known[3::HELDOUT]],
+        "heldout": [{"text": f"{row['prompt']} {row['completion']}"} for row in held],
     }
     for name, rows in more.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
