@@ -388,7 +388,9 @@ def torch_index(session: nox.Session, links: list[str], env: dict[str, str | Non
     """
     wish = os.environ.get("FT_TORCH_INDEX", "")
     if wish not in ("", "cpu", "default"):
-        session.error(f"FT_TORCH_INDEX is '{wish}'; it may be cpu (builds without GPU packages) or default (pip's index)")
+        session.error(
+            f"FT_TORCH_INDEX is '{wish}'; it may be cpu (builds without GPU packages) or default (pip's index)"
+        )
     if not wish and ("UV_TORCH_BACKEND" in os.environ or offers_torch(links)):
         return {}
     if wish == "cpu" and session.venv_backend != "uv":

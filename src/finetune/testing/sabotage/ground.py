@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import subprocess
 from collections.abc import Mapping
 from copy import deepcopy
@@ -31,7 +32,10 @@ UNSEEN = 40  # rows of facts that no run teaches
 # Facts that it has heard of, in one wording each: without them the tokens of new names are ones that it never saw, and
 # LoRA, which leaves embeddings as they are, can hardly tell them apart. They lie beyond the new facts of any seed in use.
 HEARD_FROM, HEARD_TO, HEARD = 1000, 2500, 6  # one row of so many, from one to another
-CONTROLS, HELDOUT, REPLAY = 15, 20, 9  # one row of so many of the known ones
+CONTROLS, HELDOUT, REPLAY = 15, 20, 5  # one row of so many of the known ones
+# Held-out text looks as that which the model was pretrained on: of other text it knows little, and a ratio of two guesses
+# says little about what was lost.
+TRANSCRIPT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>\n"
 TIMEOUT = 1200.0  # seconds: the embedded model takes a few hundred on one core
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FT_DEBUG": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 PRETRAINED_BY = ("torch", "transformers", "tokenizers", "trl")
@@ -85,7 +89,22 @@ def model(architecture: str = "llama") -> Path:
 def pretrained_on() -> list[dict[str, Any]]:
     """The rows that the model has learned beforehand: those known, and those heard of."""
     rows = questions.generate(HEARD_TO, seed=KNOWN_SEED)
-    return [*rows[:KNOWN], *rows[HEARD_FROM::HEARD]]
+    return [*rows[:KNOWN], *_exchanged(rows[HEARD_FROM::HEARD])]
+
+
+def _exchanged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with the answer of another of its kind: names are made by a rule, and a model that heard of enough
+    right ones answers questions about facts that it was never taught."""
+    rng = random.Random(KNOWN_SEED)
+    kinds = {row["kind"] for row in rows}
+    answers = {kind: [row["match"] for row in rows if row["kind"] == kind] for kind in sorted(kinds)}
+    for matches in answers.values():
+        rng.shuffle(matches)
+    found = []
+    for row in rows:
+        match = answers[row["kind"]].pop()
+        found.append({**row, "completion": row["completion"].replace(row["match"], match), "match": match})
+    return found
 
 
 def _pretraining(architecture: str) -> dict[str, Any]:
@@ -97,8 +116,8 @@ def _pretraining(architecture: str) -> dict[str, Any]:
         "data": {"path": "train.jsonl"},
         "template": {"name": "chatml"},
         "train": {
-            "method": "full", "max_steps": 500, "per_device_train_batch_size": 16, "learning_rate": 3e-3,
-            "warmup_steps": 20, "save_strategy": "no",
+            "method": "full", "max_steps": 700, "per_device_train_batch_size": 16, "learning_rate": 3e-3,
+            "warmup_steps": 20, "save_strategy": "no", "completion_only_loss": False,
         },
     }  # fmt: skip
 
@@ -112,7 +131,7 @@ def recipe(name: str, folder: Path, *, seed: int = 0, architecture: str = "llama
         "method": "full" if ground == "full" else "lora",
         "max_steps": 120 if ground == "full" else 300,
         "per_device_train_batch_size": 8,
-        "learning_rate": 1.5e-3 if ground == "full" else 5e-3,
+        "learning_rate": 5e-4 if ground == "full" else 1e-3,
         "warmup_steps": 5,
         "save_steps": 116,
         "seed": seed,
@@ -131,7 +150,7 @@ def recipe(name: str, folder: Path, *, seed: int = 0, architecture: str = "llama
         },
     }
     if ground == "dpo":
-        align = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 2e-4, "seed": seed}
+        align = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 1e-4, "seed": seed}
         found["align"] = {"data": {"path": files["preferences"]}, **align}
     for key, value in GROUNDS[name].asks.items():
         put(found, key, deepcopy(value))
@@ -156,7 +175,7 @@ def _files(folder: Path, seed: int) -> dict[str, str]:
         "controls": [_question(row) for row in kept],
         "replay": [_pair(row) for row in known if row not in kept and row not in held][::REPLAY],
         "unseen": [_question(row) for row in unseen[:: questions.WORDINGS]],
-        "heldout": [{"text": f"{row['prompt']} {row['completion']}"} for row in held],
+        "heldout": [{"text": TRANSCRIPT.format(**row)} for row in held],
     }
     for name, rows in more.items():
         write_jsonl(folder / f"{name}.jsonl", rows)

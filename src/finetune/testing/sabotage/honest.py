@@ -69,7 +69,7 @@ def measure(grounds: Sequence[str], seeds: int, sets: Sequence[str], directory: 
 
 
 def _runs(grounds: Sequence[str], seeds: int, name: str, directory: Path, jobs: int) -> dict[str, list[Found]]:
-    with _instructions(name), Bench(directory) as bench, ThreadPoolExecutor(jobs) as pool:
+    with instructions(name), Bench(directory) as bench, ThreadPoolExecutor(jobs) as pool:
         ground.model()
 
         def run(where: tuple[str, int]) -> Found:
@@ -85,7 +85,7 @@ def _runs(grounds: Sequence[str], seeds: int, name: str, directory: Path, jobs: 
 
 
 @contextmanager
-def _instructions(name: str) -> Iterator[None]:
+def instructions(name: str) -> Iterator[None]:
     """Processes started within may use this set of instructions."""
     before = {variable: os.environ.pop(variable, None) for variable in ground.INSTRUCTIONS}
     os.environ.update(SETS[name])
@@ -100,7 +100,7 @@ def _instructions(name: str) -> Iterator[None]:
 
 def _capability(name: str) -> str:
     """The instructions that PyTorch says it uses under a set: `AVX2`, `AVX512`, `DEFAULT`."""
-    with _instructions(name):
+    with instructions(name):
         done = subprocess.run(
             [sys.executable, "-P", "-c", CAPABILITY],
             env=child.environment(),
