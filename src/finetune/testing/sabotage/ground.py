@@ -69,7 +69,7 @@ GROUNDS = {
 
 
 def model(architecture: str = "llama") -> Path:
-    """The directory of the pretrained model, made once and kept in the user's cache (half a minute)."""
+    """The directory of the pretrained model, made once and kept in the user's cache (a minute)."""
     from filelock import FileLock
 
     recipe = _pretraining(architecture)
