@@ -34,7 +34,7 @@ def test_it_is_caught(outcomes, name):
 
 @pytest.mark.timeout(400)
 def test_new_facts_are_made_of_tokens_that_the_model_has_seen():
-    """But one in a hundred; where it was a quarter of them, LoRA learned half of the facts."""
+    """But one in a hundred; where it was one in five, LoRA learned half of the facts."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(ground.model() / "tokenizer.json"))

@@ -135,9 +135,10 @@ def _worst(name: str, spread: Document) -> Document:
 
 def _room(spread: Document, measured: float, bound: float) -> float | None:
     """That of detection's; of a ratio, which is 1 where nothing is lost, what lies above 1 counts."""
-    if spread["unit"] != "ratio":
-        return spread["room"]
-    return (bound - 1) / (measured - 1) if measured > 1 else None
+    if spread["unit"] == "ratio":
+        return (bound - 1) / (measured - 1) if measured > 1 else None
+    room: float | None = spread["room"]
+    return room
 
 
 def _nearest(spreads: Mapping[str, Document]) -> Document | None:
