@@ -121,7 +121,6 @@ def row(name: str, instructions: str, capability: str, found: Iterable[Found]) -
         "capability": capability,
         "runs": len(runs),
         "alarms": {each.name: ", ".join(each.failed) or each.refused for each in runs if each.caught},
-        "seconds": round(sum(each.seconds for each in runs) / len(runs), 1) if runs else None,
         "worst": {verdict: _worst(verdict, spreads[verdict]) for verdict in DELICATE if verdict in spreads},
         "nearest": _nearest(spreads),
     }
@@ -189,7 +188,7 @@ def render(stored: Document) -> str:
         "should be 1, what lacks counts; of the held-out ratio, what lies above 1). The settings of the grounds are chosen so "
         f"that this is at least {WANTED:g}. *Nearest*: of the verdicts whose bound a check chose, the one that a run came "
         "nearest to.",
-        detection.grid(["ground", "instructions", "quiet", *DELICATE.values(), "nearest", "seconds"], map(_cells, rows)),
+        detection.grid(["ground", "instructions", "quiet", *DELICATE.values(), "nearest"], map(_cells, rows)),
         "## Alarms", _alarms(rows), "## Room", _narrow(rows), "## Versions",
         ", ".join(f"{name} {version}" for name, version in stored["versions"].items()),
     ]  # fmt: skip
@@ -199,10 +198,10 @@ def render(stored: Document) -> str:
 def _cells(each: Document) -> list[str]:
     where = [f"`{each['ground']}`", f"`{each['instructions']}` ({each['capability']})"]
     if not each["runs"]:
-        return [*where, "the same as `own`", *[""] * (len(DELICATE) + 2)]
+        return [*where, "the same as `own`", *[""] * (len(DELICATE) + 1)]
     nearest = f"`{each['nearest']['name']}` ({each['nearest']['room']:.3g})" if each["nearest"] else ""
     quiet = f"{each['runs'] - len(each['alarms'])} of {each['runs']}"
-    return [*where, quiet, *(_cell(each["worst"].get(name)) for name in DELICATE), nearest, f"{each['seconds']:.0f}"]
+    return [*where, quiet, *(_cell(each["worst"].get(name)) for name in DELICATE), nearest]
 
 
 def _cell(worst: Document | None) -> str:
