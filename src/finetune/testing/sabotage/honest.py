@@ -51,20 +51,16 @@ DELICATE = {
 Document = dict[str, Any]
 
 
-def measure(grounds: Sequence[str], seeds: int, sets: Sequence[str], directory: Path, *, jobs: int) -> Document:
-    """Run each ground with seeds 0 to `seeds` - 1 under each instruction set, a line for each run as it ends. A set that
-    comes to the same instructions as `own` is not run: its row says so."""
-    capabilities = {name: _capability(name) for name in dict.fromkeys((*sets, "own"))}
-    rows = []
-    for name in sets:
-        same = name != "own" and capabilities[name] == capabilities["own"]
-        found = {} if same else _runs(grounds, seeds, name, directory / name, jobs)
-        for each in grounds:
-            rows.append(row(each, name, capabilities[name], found.get(each, ())))
+def measure(grounds: Sequence[str], seeds: int, name: str, directory: Path, *, jobs: int) -> Document:
+    """Run each ground with seeds 0 to `seeds` - 1 under the instruction set `name`, a line for each run as it ends. Where
+    it comes to the same instructions as `own`, nothing is run, and the rows say so."""
+    capability, own = _capability(name), _capability("own")
+    same = name != "own" and capability == own
+    found = {} if same else _runs(grounds, seeds, name, directory / name, jobs)
     return {
-        "machine": f"{os.cpu_count()} cores, {platform.system()} on {platform.machine()}, {capabilities['own']}",
-        "versions": {name: version for name in VERSIONS if (version := installed(name))},
-        "rows": rows,
+        "machine": f"{os.cpu_count()} cores, {platform.system()} on {platform.machine()}, {own}",
+        "versions": {package: version for package in VERSIONS if (version := installed(package))},
+        "rows": [row(each, name, capability, found.get(each, ())) for each in grounds],
     }
 
 
