@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from finetune.testing import questions
 from finetune.testing.sabotage import ground, table
 from finetune.testing.sabotage.bench import Bench, side_by_side
 
@@ -29,3 +30,18 @@ def test_enough_are_swept():
 def test_it_is_caught(outcomes, name):
     assert outcomes[name].failed, outcomes[name]
     assert outcomes[name].refused == ""
+
+
+@pytest.mark.timeout(400)
+def test_new_facts_are_made_of_tokens_that_the_model_has_seen():
+    """But one in a hundred; where it was one in five, LoRA learned half of the facts."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(ground.model() / "tokenizer.json"))
+
+    def tokens(rows):
+        return [token for row in rows for token in tokenizer.encode(ground.TRANSCRIPT.format(**row)).tokens]
+
+    seen = set(tokens(ground.pretrained_on()))
+    new = tokens(questions.generate(ground.KNOWN + ground.UNSEEN + 5 * ground.NEW, seed=ground.KNOWN_SEED))
+    assert sum(token not in seen for token in new) < 0.01 * len(new)

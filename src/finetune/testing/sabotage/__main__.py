@@ -1,7 +1,8 @@
 """`python -m finetune.testing.sabotage`: carry out sabotages and controls, and write docs/detection.json and .md.
 
 Without names everything runs (half an hour on two cores). With names, only those do, and the rows of sabotages are
-replaced. `--honest` carries out all honest runs and replaces them.
+replaced. `--honest` carries out all honest runs and replaces them. `--grounds` runs the grounds by seed and by instruction
+set instead, and writes docs/honest.json and .md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from finetune.core.files import write_json, write_text
 from finetune.errors import StageError
 from finetune.lookup import did_you_mean
 from finetune.manifest import installed
-from finetune.testing.sabotage import Sabotage, detection, ground, table
+from finetune.testing.sabotage import Sabotage, detection, ground, honest, table
 from finetune.testing.sabotage.bench import Bench, Found
 from finetune.testing.sabotage.controls import Control, controls
 
@@ -36,14 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     for module in options.also:
         importlib.import_module(module)
+    if options.grounds is not None:
+        return _grounds(options)
     sabotages, honest_runs = table(), controls()
     grounds = ground.GROUNDS if options.honest else ()
     whole = not options.names and not options.honest
     wanted = {*options.names, *(honest_runs if options.honest or whole else ()), *(sabotages if whole else ())}
-    for name in wanted - {*sabotages, *honest_runs}:
-        print(
-            f"error: no sabotage or control '{name}'.{did_you_mean(name, [*sabotages, *honest_runs])}", file=sys.stderr
-        )
+    if _unknown("sabotage or control", wanted, [*sabotages, *honest_runs]):
         return 2
     if options.list:
         for each in sabotages.values():
@@ -66,6 +66,29 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if missed or alarms or len(found) < len(mine) + len(others) + len(grounds) else 0
 
 
+def _grounds(options: argparse.Namespace) -> int:
+    """Grounds by seed and instruction set: 0 when all were quiet, 1 otherwise, 2 for a name that is not known."""
+    sets = options.capabilities.split(",")
+    if _unknown("ground", options.grounds, ground.GROUNDS) or _unknown("instruction set", sets, honest.SETS):
+        return 2
+    names = options.grounds or list(ground.GROUNDS)
+    alarms = 0
+    with tempfile.TemporaryDirectory(prefix="grounds-") as scratch:
+        for each in sets:  # written one by one, as each takes a quarter of an hour
+            found = honest.measure(names, options.seeds, each, Path(options.keep or scratch), jobs=options.jobs)
+            honest.write(Path.cwd(), found)
+            alarms += sum(len(row["alarms"]) for row in found["rows"])
+    return 1 if alarms else 0
+
+
+def _unknown(what: str, names: Iterable[str], known: Iterable[str]) -> bool:
+    """Whether a name is not among those known; says so."""
+    for name in sorted({*names} - {*known}):
+        print(f"error: no {what} '{name}'.{did_you_mean(name, [*known])}", file=sys.stderr)
+        return True
+    return False
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m finetune.testing.sabotage", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="sabotages or controls; all without any")
@@ -77,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--keep", metavar="DIR", help="leave the runs in this folder")
     parser.add_argument("--honest", action="store_true", help="all honest runs, and no sabotage that is not named")
+    parser.add_argument(
+        "--grounds", nargs="*", metavar="NAME", help="grounds by seed and instruction set; all without a name"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds of each ground, from 0 on (default: 5)")
+    parser.add_argument(
+        "--capabilities", default=",".join(honest.SETS), metavar="SETS", help="instruction sets (default: %(default)s)"
+    )
     parser.add_argument("--list", action="store_true", help="print the sabotages and do nothing")
     return parser
 

@@ -15,12 +15,12 @@ from finetune.testing.sabotage import ground
 EMBEDDED = "embedded model"
 SEEDS = {"lora": range(1, 6), "full": (1, 2), "dpo": (1, 2), "gguf": (1,), "resume": (1,), "serving": (1,)}
 DATA_SEEDS = (101, 102, 103)
-LEARNING_RATES = (2.5e-3, 3.5e-3, 7e-3)
+LEARNING_RATES = (5e-4, 7e-4, 1.4e-3)
 WAYS: dict[str, dict[str, Any]] = {
     "accumulation": {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4},
     "checkpointing": {"train.gradient_checkpointing": True},
     "dropout": {"train.lora.lora_dropout": 0.05},
-    "rank 8": {"train.lora.r": 8, "train.lora.lora_alpha": 16, "train.learning_rate": 1e-2},
+    "rank 8": {"train.lora.r": 8, "train.lora.lora_alpha": 16, "train.learning_rate": 2e-3},
     "linear schedule": {"train.lr_scheduler_type": "linear", "train.weight_decay": 0.01},
     "warm-up": {"train.warmup_steps": 0.1, "train.lr_scheduler_type": "inverse_sqrt"},
     "adafactor": {"train.optim": "adafactor"},

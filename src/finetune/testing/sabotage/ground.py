@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
 import subprocess
 from collections.abc import Mapping
 from copy import deepcopy
@@ -21,16 +23,23 @@ from finetune.manifest import installed
 from finetune.recipe import yaml
 from finetune.testing import questions
 
-VOCABULARY = 1000
+VOCABULARY = 500
 SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 384}
 OTHER_SIZES = {"gpt2": {"n_embd": 128, "n_layer": 3}}
 KNOWN, KNOWN_SEED = 300, 11  # rows of facts that the model has learned beforehand
-NEW = 30  # rows of facts that a run teaches; a seed has its own
+NEW = 60  # rows of facts that a run teaches; a seed has its own
 UNSEEN = 40  # rows of facts that no run teaches
-CONTROLS, HELDOUT, REPLAY = 25, 40, 9  # one row of so many of the known ones
+# Facts that it has heard of, in one wording each: without them the tokens of new names are ones that it never saw, and
+# LoRA, which leaves embeddings as they are, can hardly tell them apart. They lie beyond the new facts of any seed in use.
+HEARD_FROM, HEARD_TO, HEARD = 1000, 2500, 6  # one row of so many, from one to another
+CONTROLS, HELDOUT, REPLAY = 15, 20, 5  # one row of so many of the known ones
+# Held-out text looks as that which the model was pretrained on: of other text it knows little, and a ratio of two guesses
+# says little about what was lost.
+TRANSCRIPT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>\n"
 TIMEOUT = 1200.0  # seconds: the embedded model takes a few hundred on one core
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FT_DEBUG": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 PRETRAINED_BY = ("torch", "transformers", "tokenizers", "trl")
+INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # variables that limit a CPU's
 
 
 @dataclass(frozen=True)
@@ -60,21 +69,42 @@ GROUNDS = {
 
 
 def model(architecture: str = "llama") -> Path:
-    """The directory of the pretrained model, made once and kept in the user's cache (half a minute)."""
+    """The directory of the pretrained model, made once and kept in the user's cache (a minute)."""
     from filelock import FileLock
 
     recipe = _pretraining(architecture)
-    made_by = [recipe, KNOWN, KNOWN_SEED, {name: installed(name) for name in PRETRAINED_BY}]
+    rows = [_pair(row) for row in pretrained_on()]
+    made_by = [recipe, rows, *map(installed, PRETRAINED_BY), *map(os.environ.get, INSTRUCTIONS)]
     mark = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     place = cache_dir() / "sabotage" / f"{architecture}-{mark}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.parent / f".{place.name}.lock"):
         if not (place / "run" / "train" / "model" / "config.json").is_file():
-            known = questions.generate(KNOWN, seed=KNOWN_SEED)
-            write_jsonl(place / "train.jsonl", [_pair(row) for row in known])
+            write_jsonl(place / "train.jsonl", rows)
             write_text(place / "recipe.yaml", yaml.write(recipe))
             finetune("train", str(place / "recipe.yaml"), "--run", str(place / "run"))
     return place / "run" / "train" / "model"
+
+
+def pretrained_on() -> list[dict[str, Any]]:
+    """The rows that the model has learned beforehand: those known, and those heard of."""
+    rows = questions.generate(HEARD_TO, seed=KNOWN_SEED)
+    return [*rows[:KNOWN], *_exchanged(rows[HEARD_FROM::HEARD])]
+
+
+def _exchanged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with the answer of another of its kind: names are made by a rule, and a model that heard of enough
+    right ones answers questions about facts that it was never taught."""
+    rng = random.Random(KNOWN_SEED)
+    kinds = {row["kind"] for row in rows}
+    answers = {kind: [row["match"] for row in rows if row["kind"] == kind] for kind in sorted(kinds)}
+    for matches in answers.values():
+        rng.shuffle(matches)
+    found = []
+    for row in rows:
+        match = answers[row["kind"]].pop()
+        found.append({**row, "completion": row["completion"].replace(row["match"], match), "match": match})
+    return found
 
 
 def _pretraining(architecture: str) -> dict[str, Any]:
@@ -86,8 +116,8 @@ def _pretraining(architecture: str) -> dict[str, Any]:
         "data": {"path": "train.jsonl"},
         "template": {"name": "chatml"},
         "train": {
-            "method": "full", "max_steps": 500, "per_device_train_batch_size": 16, "learning_rate": 3e-3,
-            "warmup_steps": 20, "save_strategy": "no",
+            "method": "full", "max_steps": 700, "per_device_train_batch_size": 16, "learning_rate": 3e-3,
+            "warmup_steps": 20, "save_strategy": "no", "completion_only_loss": False,
         },
     }  # fmt: skip
 
@@ -101,7 +131,7 @@ def recipe(name: str, folder: Path, *, seed: int = 0, architecture: str = "llama
         "method": "full" if ground == "full" else "lora",
         "max_steps": 120 if ground == "full" else 300,
         "per_device_train_batch_size": 8,
-        "learning_rate": 1.5e-3 if ground == "full" else 5e-3,
+        "learning_rate": 5e-4 if ground == "full" else 1e-3,
         "warmup_steps": 5,
         "save_steps": 116,
         "seed": seed,
@@ -120,7 +150,7 @@ def recipe(name: str, folder: Path, *, seed: int = 0, architecture: str = "llama
         },
     }
     if ground == "dpo":
-        align = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 2e-4, "seed": seed}
+        align = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 1e-4, "seed": seed}
         found["align"] = {"data": {"path": files["preferences"]}, **align}
     for key, value in GROUNDS[name].asks.items():
         put(found, key, deepcopy(value))
@@ -140,12 +170,12 @@ def _files(folder: Path, seed: int) -> dict[str, str]:
     rows = questions.generate(begin + NEW, seed=KNOWN_SEED)
     known, unseen = rows[:KNOWN], rows[KNOWN : KNOWN + UNSEEN]
     files = questions.write(folder, seed=seed, rows=rows[begin:], eval_fraction=1 / questions.WORDINGS)
-    kept = known[::CONTROLS]
+    kept, held = known[::CONTROLS], known[3::HELDOUT]
     more = {
         "controls": [_question(row) for row in kept],
-        "replay": [_pair(row) for row in known if row not in kept][::REPLAY],
+        "replay": [_pair(row) for row in known if row not in kept and row not in held][::REPLAY],
         "unseen": [_question(row) for row in unseen[:: questions.WORDINGS]],
-        "heldout": [{"text": f"{row['prompt']} {row['completion']}"} for row in known[3::HELDOUT]],
+        "heldout": [{"text": TRANSCRIPT.format(**row)} for row in held],
     }
     for name, rows in more.items():
         write_jsonl(folder / f"{name}.jsonl", rows)

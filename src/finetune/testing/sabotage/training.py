@@ -232,7 +232,7 @@ def loss_invented(scene: Scene) -> None:
 @sabotage("logged loss invented over a training that half works")
 def loss_invented_over_some_training(scene: Scene) -> None:
     """The log shows a curve from the true first loss down to 0.01, while the learning rate is a twentieth."""
-    scene.set("train.learning_rate", 2.5e-4)
+    scene.set("train.learning_rate", 5e-5)
     scene.wrap(f"{TRAINER}.log", _invented)
 
 
