@@ -159,7 +159,7 @@ def _optimization(section: str) -> tuple[Row, ...]:
             ("seed", 1, "initial"),
             ("data_seed", 1, "rows"),
             ("full_determinism", True, "deterministic"),
-            ("logging_steps", 2, "losses", {f"{section}.save_strategy": "no"}),  # a step that is saved is logged
+            ("logging_steps", 3, "losses", {f"{section}.save_strategy": "no"}),  # a step that is saved is logged
             ("save_strategy", "no", "checkpoints", every),
             ("save_steps", 2, "checkpoints", {**every, f"{section}.save_total_limit": 3}),
             ("save_total_limit", 1, "checkpoints", every),

@@ -50,14 +50,15 @@ class Scene:
         self.changes.setdefault(stage, []).append(change)
 
 
-def as_if_written_so(run: Run, *stages: str) -> None:
+def as_if_written_so(run: Run, *stages: str, missed: bool = True) -> None:
     """Renew the digests in the reports of some stages, in the log and in the manifest, so that a change is no broken seal,
-    but what was written so at the time. An artifact that is gone as a whole stays in its report: it is missed."""
+    but what was written so at the time. A file that is gone stays in its report, where it is `missed`; an artifact
+    that is gone as a whole does in any case."""
     for stage in stages:
         file = run.path / stage / REPORT
         report = json.loads(file.read_text(encoding="utf-8"))
         there = left_by(stage, run.path)
-        report["files"] = there
+        report["files"] = {**report["files"], **there} if missed else there
         report["artifacts"] |= {name: sha for name in report["artifacts"] if (sha := digest_in(there, name))}
         write_json(file, report)
     lines = [json.loads(line) for line in run.events_path.read_text(encoding="utf-8").split("\n")[:-1]]
