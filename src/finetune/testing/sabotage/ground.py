@@ -31,7 +31,7 @@ NEW = 60  # rows of facts that a run teaches; a seed has its own
 UNSEEN = 40  # rows of facts that no run teaches
 # Facts that it has heard of, in one wording each: without them the tokens of new names are ones that it never saw, and
 # LoRA, which leaves embeddings as they are, can hardly tell them apart. They lie beyond the new facts of any seed in use.
-HEARD_FROM, HEARD_TO, HEARD = 1000, 2500, 6  # one row of so many, from one to another
+HEARD_FROM, HEARD_TO, HEARD = 1000, 2500, 6  # the first row, the end, and one of so many
 CONTROLS, HELDOUT, REPLAY = 15, 20, 5  # one row of so many of the known ones
 # Held-out text looks as that which the model was pretrained on: of other text it knows little, and a ratio of two guesses
 # says little about what was lost.
