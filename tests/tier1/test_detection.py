@@ -152,17 +152,18 @@ def test_what_must_be_equal_has_no_spread():
 
 def test_results_of_a_few_take_the_places_of_their_old_rows_and_of_no_others():
     first, second = list(table().values())[:2]
+    honest, other = list(controls())[:2]
     old = {
         "sabotages": [detection.row(found(second.name), second), {"name": "no more", "failed": [], "refused": ""}],
-        "controls": [detection.row(found("c"))],
+        "controls": [detection.row(found(other)), detection.row(found("gone"))],
         "spreads": {"v": 1},
     }
     caught = detection.row(found(first.name, failed=("x",)), first)
-    new = {"sabotages": [caught], "controls": [detection.row(found("d"))], "spreads": {"v": 2}}
+    new = {"sabotages": [caught], "controls": [detection.row(found(honest))], "spreads": {"v": 2}}
     merged = detection.merge(old, new)
 
     assert merged["sabotages"] == [caught, old["sabotages"][0]]
-    assert (merged["controls"], merged["spreads"]) == (old["controls"], {"v": 1})
+    assert (merged["controls"], merged["spreads"]) == ([*new["controls"], old["controls"][0]], {"v": 1})
     anew = detection.merge(old, new, honest=True)
     assert (anew["controls"], anew["spreads"]) == (new["controls"], {"v": 2})
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from finetune.testing.sabotage import Sabotage, table
 from finetune.testing.sabotage.bench import Found
+from finetune.testing.sabotage.controls import controls
+from finetune.testing.sabotage.ground import GROUNDS
 from finetune.testing.sabotage.scene import Scene
 from finetune.testing.spec.judge import EXPECT_KEYS
 
@@ -104,13 +106,27 @@ def caught(entry: Document) -> bool:
 
 
 def merge(stored: Document, new: Document, *, honest: bool = False) -> Document:
-    """`stored` with the sabotages of `new` in the places of those of the same name; those that are no more are dropped.
-    Controls and their spreads are those of `new` where it has them all (`honest`); minutes and versions are of a whole run.
+    """`stored` with the rows of `new` in the places of those of the same name; those that are no more are dropped.
+    Where `new` has all controls (`honest`), its own are taken whole, and so are the spreads: those are of all controls.
+    Minutes and versions are of a whole run.
     """
-    order = list(table())
-    rows = {entry["name"]: entry for entry in (*stored["sabotages"], *new["sabotages"]) if entry["name"] in order}
-    taken = {key: new[key] for key in ("controls", "spreads")} if honest else {}
-    return {**stored, **taken, "sabotages": sorted(rows.values(), key=lambda entry: order.index(entry["name"]))}
+    taken = {"spreads": new["spreads"]} if honest else {}
+    honest_runs = new["controls"] if honest else _in_place(stored["controls"], new["controls"], _honest_names())
+    return {
+        **stored,
+        **taken,
+        "controls": honest_runs,
+        "sabotages": _in_place(stored["sabotages"], new["sabotages"], list(table())),
+    }
+
+
+def _honest_names() -> list[str]:
+    return [*controls(), *(f"ground {name}" for name in GROUNDS)]
+
+
+def _in_place(stored: list[Document], new: list[Document], order: list[str]) -> list[Document]:
+    rows = {entry["name"]: entry for entry in (*stored, *new) if entry["name"] in order}
+    return sorted(rows.values(), key=lambda entry: order.index(entry["name"]))
 
 
 def render(stored: Document) -> str:
