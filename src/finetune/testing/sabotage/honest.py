@@ -177,7 +177,8 @@ def render(stored: Document) -> str:
         f"In {runs} honest runs of the bench's grounds there {detection.alarms(alarms)}. Measured on {stored['machine']}; "
         "`python -m finetune.testing.sabotage --grounds` does it again.",
         "Each ground runs with several seeds (other facts, another order, other adapters) under each *instruction set*: "
-        "`default` and `avx2` are what PyTorch, MKL and oneDNN do on a CPU that has no more, `own` is all that this one has. "
+        "`avx2` is what PyTorch, MKL and oneDNN do on a CPU that has no more, `default` holds PyTorch alone to "
+        "its plainest code, `own` is all that this one has. "
         "A set rounds in its own way, so training goes another way, as it does on another machine; the model that a ground "
         "begins with is pretrained under the same set.",
         f"A cell is the worst of a row's runs and, in brackets, how many times as far its bound lets it go (of a share that "
