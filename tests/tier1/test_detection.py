@@ -10,13 +10,13 @@ import pytest
 
 from finetune import checks
 from finetune.backends import child
+from finetune.checks.expected import EXPECT_KEYS
 from finetune.errors import StageError
 from finetune.pipeline import run_directory, run_stages
 from finetune.testing.sabotage import bench, detection, ground, table
 from finetune.testing.sabotage.bench import Found
 from finetune.testing.sabotage.controls import controls
 from finetune.testing.sabotage.scene import Scene, as_if_written_so
-from finetune.testing.spec.judge import EXPECT_KEYS
 from support import town
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 
 from finetune import checks
 from finetune.checks import NOT_EXAMINED, PROVED, REFUTED, Verdict, passed, results
-from finetune.checks.expected import KEYS
+from finetune.checks.expected import EXPECT_KEYS
 from finetune.recipe import Recipe
 from finetune.run import Run
 from support.town import Rows, edit_rows
@@ -156,7 +156,7 @@ def test_a_recipe_that_trains_nothing_is_not_asked_what_it_learned(copied):
 
 
 def test_every_key_that_a_verdict_answers_to_is_one_of_expect(copied):
-    assert set(KEYS.values()) <= set(type(copied.recipe.expect).model_fields)
+    assert set(EXPECT_KEYS.values()) <= set(type(copied.recipe.expect).model_fields)
 
 
 @pytest.mark.parametrize("sets", [(), ("probes",), ("controls",), ("unseen",), ("heldout",), SETS])

@@ -9,13 +9,14 @@ import jsonschema
 import psutil
 import pytest
 
+from finetune.checks.expected import EXPECT_KEYS
 from finetune.core.files import write_json
 from finetune.errors import MissingError, UsageError
 from finetune.recipe import yaml
 from finetune.recipe.sections import Expect
 from finetune.run import Report, Run
 from finetune.testing.spec.execute import Outcome, Served, command, execute
-from finetune.testing.spec.judge import EXPECT_KEYS, judge
+from finetune.testing.spec.judge import judge
 from finetune.testing.spec.load import Case, SpecError, load
 from finetune.testing.spec.model import Spec, json_schema
 from support import project, records

@@ -8,7 +8,7 @@ from finetune.checks import Verdict, missing, not_examined
 from finetune.recipe import Recipe
 
 # Verdicts that say by which key of `expect` they can be moved.
-KEYS = {
+EXPECT_KEYS = {
     "loss_convergence": "loss_reduction_min",
     "loss_confirmed": "loss_reduction_min",
     "loss_is_of_answers": "loss_first_tolerance",
@@ -27,7 +27,7 @@ KEYS = {
 
 def is_expected(recipe: Recipe, name: str) -> bool:
     """Whether the recipe itself sets the key of `expect` that a verdict answers to; a default asks for nothing."""
-    return KEYS.get(name) in recipe.expect.model_fields_set
+    return EXPECT_KEYS.get(name) in recipe.expect.model_fields_set
 
 
 def not_given(
@@ -35,6 +35,6 @@ def not_given(
 ) -> Verdict:
     """Not examined, as the recipe gives nothing to examine; refuted where it expects the verdict by name."""
     if is_expected(recipe, name):
-        why = f"{why}, and the recipe sets expect.{KEYS[name]}"
+        why = f"{why}, and the recipe sets expect.{EXPECT_KEYS[name]}"
         return replace(missing(name, compare, bound, unit, evidence, why), remedy=remedy)
     return not_examined(name, compare, bound, unit, evidence, why, remedy)

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from finetune.checks.expected import EXPECT_KEYS
 from finetune.testing.sabotage import Sabotage, table
 from finetune.testing.sabotage.bench import Found
 from finetune.testing.sabotage.controls import controls
 from finetune.testing.sabotage.ground import GROUNDS
 from finetune.testing.sabotage.scene import Scene
-from finetune.testing.spec.judge import EXPECT_KEYS
 
 RESULTS = Path("docs/detection.json")
 PAGE = Path("docs/detection.md")

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import child
+from finetune.checks.expected import EXPECT_KEYS
 from finetune.core.files import write_json, write_text
 from finetune.manifest import installed
 from finetune.testing.sabotage import detection, ground
 from finetune.testing.sabotage.bench import Bench, Found
-from finetune.testing.spec.judge import EXPECT_KEYS
 
 RESULTS = Path("docs/honest.json")
 PAGE = Path("docs/honest.md")

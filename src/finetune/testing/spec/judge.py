@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune.checks.expected import EXPECT_KEYS
 from finetune.estimate import MIB
 from finetune.report.summary import verdicts
 from finetune.report.terminal import number
@@ -18,22 +19,6 @@ from finetune.testing.spec.load import Case
 Kind = Literal["failed", "warning", "vacuous"]
 NEEDED_FALL = 0.95  # of what a model that learned nothing scores: the fall that the check `loss` asks for by default
 HEADROOM = 0.25  # over the value measured, where a bound is proposed
-# Verdicts that say by which key of `expect` they can be moved.
-EXPECT_KEYS = {
-    "loss_convergence": "loss_reduction_min",
-    "loss_confirmed": "loss_reduction_min",
-    "loss_is_of_answers": "loss_first_tolerance",
-    "loss_end": "loss_below_unigram",
-    "learned_as_trained": "learned_min",
-    "learned_paraphrased": "learned_min",
-    "learned_net": "unseen_margin_min",
-    "stops_by_itself": "stopped_min",
-    "controls_kept": "controls_kept_min",
-    "heldout_perplexity": "heldout_ratio_max",
-    "parameters_changed": "lora_changed_min",
-    "memory_efficiency": "memory_reduction_min",
-    "dpo_prefers_chosen": "preference_accuracy_min",
-}
 LAST_LINES = 15
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checks import CHECKS
+from finetune.checks.expected import EXPECT_KEYS
 from finetune.core.files import write_text
 from finetune.errors import FinetuneError, UsageError
 from finetune.estimate import MIB
@@ -18,7 +19,7 @@ from finetune.report.summary import reports, verdicts
 from finetune.report.terminal import number
 from finetune.run import Run, evidence, outcome
 from finetune.testing.spec import load as specs
-from finetune.testing.spec.judge import EXPECT_KEYS, HEADROOM
+from finetune.testing.spec.judge import HEADROOM
 from finetune.testing.spec.load import repository
 from finetune.testing.spec.model import EXAMPLE_PREFIX, OWN_KEYS
 
