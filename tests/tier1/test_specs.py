@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import jsonschema
@@ -226,10 +227,15 @@ def test_a_command_that_will_not_stop_is_ended_with_everything_it_started(tmp_pa
 
 
 def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    """Whether it still runs two seconds later: a process that was killed is not gone at once, its first state is no answer."""
+    for _ in range(40):
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.NoSuchProcess:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _folder(path: Path) -> Path:
