@@ -13,6 +13,7 @@ from finetune.core.files import digest
 from finetune.errors import FinetuneError, RefusedError, StageError, first_line
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout, outcome, seal
+from finetune.run.base import base_changed
 from finetune.run.directory import RECIPE, VERDICTS
 from finetune.run.records.whole import StoredVerdicts
 from finetune.run.report import FILE as REPORT
@@ -166,13 +167,6 @@ def _listed(run: Run, path: Path) -> list[Found]:
 
 def _base(run: Run, path: Path) -> list[Found]:
     fetched = evidence.fetched(run)
-    known = {fetched["base"]: fetched["files"], fetched["adapter"]: fetched["adapter_files"]}.get(str(path))
-    if known is None:
+    if str(path) not in (fetched["base"], fetched["adapter"]):
         return [Found(file=str(path), why="lies outside of the run, and no stage knows what it was")]
-    found = _inside(run, run.path / layout.MODEL.path)
-    for name, facts in known.items():
-        file = path / name
-        if not file.is_file() or digest(file) != facts["sha256"]:
-            why = "was changed after it was fetched" if file.is_file() else "is gone"
-            found.append(Found(file=str(file), why=why))
-    return found
+    return _inside(run, run.path / layout.MODEL.path) + base_changed(run, path)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.backends.fake_model import make_model
 from finetune.core.files import digest, read_jsonl, write_json, write_jsonl
+from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe
 from finetune.run import Run
 from finetune.testing.sabotage import scene
@@ -147,6 +148,26 @@ def edit_json(run: Run, name: str, change: Callable[[Any], Any]) -> None:
 def as_if_written_so(run: Run) -> None:
     """Renew the digests in all reports, so that an edit is no broken artifact but what the stage itself wrote."""
     scene.as_if_written_so(run, *(file.parent.name for file in run.path.glob("*/report.json")))
+
+
+class Ran(NamedTuple):
+    recipe: Recipe
+    run: Run
+
+
+def whole(town: Path, runs: Path, **expected: Any) -> Ran:
+    """A run in which every check has its evidence, with a bundle; `expected` goes into `expect`.
+
+    The fake backend has no transformer whose memory could be estimated, nor a server, so that evidence is written by hand.
+    """
+    wanted = recipe(town, runs, export=["bundle"], expect=expected)
+    run = run_directory(wanted)
+    run_stages(wanted, run)
+    write_memory(run)
+    write_serving(run)
+    as_if_written_so(run)
+    expect = wanted.expect.model_copy(update={"memory_reduction_min": 0.3, "serving": True})
+    return Ran(wanted.model_copy(update={"expect": expect}), run)
 
 
 def as_if_measured(run: Run, name: str) -> None:

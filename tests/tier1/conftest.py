@@ -6,26 +6,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from finetune import console
-from finetune.pipeline import run_directory, run_stages
-from finetune.recipe import Recipe
 from finetune.run import Run
-from support.town import as_if_written_so, build, recipe, write_memory, write_serving
+from support.town import Ran, build, whole
 
 
 @pytest.fixture(autouse=True)
 def _notes_are_said() -> None:
     """A command line called with --quiet or --json silences the process, and so the tests after it."""
     console.set_mode("auto")
-
-
-class Ran(NamedTuple):
-    recipe: Recipe
-    run: Run
 
 
 @pytest.fixture(scope="session")
@@ -36,20 +28,11 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def honest(town: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    """A whole run in which every check has its evidence. Tests read it and leave it as it is, which the end verifies.
-
-    The fake backend has no transformer whose memory could be estimated, nor a server, so that evidence is written by hand.
-    """
-    wanted = recipe(town, tmp_path_factory.mktemp("runs"), export=["bundle"])
-    run = run_directory(wanted)
-    run_stages(wanted, run)
-    write_memory(run)
-    write_serving(run)
-    as_if_written_so(run)
-    expect = wanted.expect.model_copy(update={"memory_reduction_min": 0.3, "serving": True})
-    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    yield Ran(wanted.model_copy(update={"expect": expect}), run)
-    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    """A whole run in which every check has its evidence. Tests read it and leave it as it is, which the end verifies."""
+    made = whole(town, tmp_path_factory.mktemp("runs"))
+    before = {path: path.read_bytes() for path in made.run.path.rglob("*") if path.is_file()}
+    yield made
+    assert {path: path.read_bytes() for path in made.run.path.rglob("*") if path.is_file()} == before
 
 
 @pytest.fixture

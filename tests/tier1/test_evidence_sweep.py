@@ -8,22 +8,14 @@ import shutil
 from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from finetune import checks
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe
 from finetune.run import Run
 from support import sweep
-from support.town import as_if_written_so, recipe, write_memory, write_serving
-
-
-class Ran(NamedTuple):
-    recipe: Recipe
-    run: Run
-
+from support.town import Ran, whole
 
 PARTS = 4  # tests that share the keys, so that workers can
 # (file, key, what may be done to it in silence, why). `*` stands for anything.
@@ -97,17 +89,8 @@ def _informs(key: sweep.Key, how: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def honest(town: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """A whole run with every experiment and an export; what the fake backend cannot measure is written by hand."""
-    wanted = recipe(
-        town, tmp_path_factory.mktemp("runs"), export=["bundle"], expect={"resume": True, "invariance": True}
-    )
-    run = run_directory(wanted)
-    run_stages(wanted, run)
-    write_memory(run)
-    write_serving(run)
-    as_if_written_so(run)
-    expect = wanted.expect.model_copy(update={"memory_reduction_min": 0.3, "serving": True})
-    return Ran(wanted.model_copy(update={"expect": expect}), run)
+    """A whole run with every experiment that the fake backend can make."""
+    return whole(town, tmp_path_factory.mktemp("runs"), invariance=True)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from finetune.identity import WITHOUT_EFFECT, Past, Record
 from finetune.pipeline import checkpoint, run_directory, run_stages
 from finetune.recipe import Recipe, dump
 from finetune.run import Run, evidence
-from support.town import KNOWN, MANIFEST, edit_json, facts, only_training, recipe
+from support.town import KNOWN, MANIFEST, build, edit_json, facts, only_training, recipe
 
 COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 2}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2}  # of 2 steps each
@@ -226,6 +226,27 @@ def test_as_many_other_rows_are_other_rows(run, wanted, tmp_path):
         resume(wanted(data={"path": str(tmp_path / "other.jsonl")}), run)
 
 
+def edit_the_base(run: Run) -> None:
+    """In its place, after it was fetched: another model of the same shapes."""
+    make_model(Path(evidence.fetched(run)["base"]), dict(list(KNOWN.items())[1:]))
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Callable[..., Recipe]:
+    """As `wanted`, of a town that no other test reads."""
+    build(tmp_path / "town")
+    return lambda **changes: only_training(tmp_path / "town", tmp_path / "runs", **changes)
+
+
+def test_a_base_that_was_edited_in_its_place_is_another(alone):
+    run = run_directory(alone())
+    run_stages(alone(), run, ["train"])
+    edit_the_base(run)
+    with pytest.raises(Faults) as refused:
+        resume(alone(), run)
+    assert refused.value.faults == ["the base model is another: config.json, fake_model.json"]
+
+
 def test_held_out_rows_belong_to_a_training(wanted, run):
     with pytest.raises(Faults, match=r"prepare/eval\.jsonl: held-out rows are new"):
         resume(wanted(data={"eval_fraction": 0.2}), run)
@@ -404,21 +425,30 @@ def test_an_adapter_of_another_geometry_is_known_without_a_record(run, wanted, n
 
 
 @pytest.fixture
-def stopped(wanted, monkeypatch) -> Run:
-    """A training that Ctrl-C ended after 5 of 12 steps."""
-    event = Run.event
+def stop(monkeypatch) -> Callable[[Recipe], Run]:
+    """A function: a training that Ctrl-C ended after 5 of 12 steps."""
 
-    def at_the_fourth(self: Run, kind: str, **values: Any) -> None:
-        event(self, kind, **values)
-        if kind == "step" and values["step"] == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+    def stopping(asked: Recipe) -> Run:
+        event = Run.event
 
-    monkeypatch.setattr(Run, "event", at_the_fourth)
-    run = run_directory(wanted())
-    with pytest.raises(Interrupted):
-        run_stages(wanted(), run, ["train"])
-    monkeypatch.setattr(Run, "event", event)
-    return run
+        def at_the_fourth(self: Run, kind: str, **values: Any) -> None:
+            event(self, kind, **values)
+            if kind == "step" and values["step"] == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(Run, "event", at_the_fourth)
+        run = run_directory(asked)
+        with pytest.raises(Interrupted):
+            run_stages(asked, run, ["train"])
+        monkeypatch.setattr(Run, "event", event)
+        return run
+
+    return stopping
+
+
+@pytest.fixture
+def stopped(wanted, stop) -> Run:
+    return stop(wanted())
 
 
 def begins(run: Run) -> list[int | None]:
@@ -445,6 +475,17 @@ def test_what_does_not_go_on_by_itself_says_why(stopped, wanted, capsys, train, 
     said = capsys.readouterr().err
     assert "train: starting anew, not from checkpoint-5, where it was stopped: " in said
     assert why in said
+
+
+def test_over_a_base_that_was_edited_in_its_place_a_training_starts_anew(alone, stop, capsys):
+    stopped = stop(alone())
+    edit_the_base(stopped)
+    run_stages(alone(), stopped, ["train"])
+    assert begins(stopped) == [None, None]
+    said = capsys.readouterr().err
+    assert "fetch runs again: " in said
+    assert "config.json was changed after it was fetched" in said
+    assert "the base model is another: config.json, fake_model.json" in said
 
 
 def test_a_longer_plan_goes_on_by_itself_and_it_is_said(stopped, wanted, capsys):

@@ -11,10 +11,11 @@ from finetune.backends import TensorFacts
 from finetune.checks import Verdict, finite, judge
 from finetune.checks.parts import SFT, Training, is_lora, lora, of_trainings, single, tensors, trains
 from finetune.core.arithmetic import mean
-from finetune.core.files import digest, read_object
+from finetune.core.files import read_object
 from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
+from finetune.run.base import base_changed
 
 Tensors = dict[str, TensorFacts]
 
@@ -99,16 +100,13 @@ def _frozen(recipe: Recipe, run: Run, training: Training) -> Verdict:
 
 
 def _base(recipe: Recipe, run: Run) -> Verdict:
-    found = evidence.fetched(run)
-    stored = found["files"]
-    intact = [name for name, file in stored.items() if _intact(Path(found["base"]) / name, file["sha256"])]
-    why = f"{len(intact)} of {len(stored)} files of the base model are as they were fetched"
-    share = len(intact) / len(stored) if stored else None
+    fetched = evidence.fetched(run)
+    count, found = len(fetched["files"]) + len(fetched["adapter_files"]), base_changed(run)
+    why = f"{count - len(found)} of {count} files of the base model are as they were fetched"
+    if found:
+        why += f"; {found[0]}"
+    share = (count - len(found)) / count if count else None
     return judge("base_intact", share, "==", 1.0, "share", layout.MODEL.path, why)
-
-
-def _intact(path: Path, sha256: str) -> bool:
-    return path.is_file() and digest(path) == sha256
 
 
 def _precision(recipe: Recipe, run: Run) -> Verdict:

@@ -32,14 +32,22 @@ _CHECKS_HELP = "\n\n".join(["Checks:", "\b\n" + "\n".join(f"  {check.name:<12}{c
 
 @click.command("verify", epilog=_CHECKS_HELP)
 @click.argument("run", required=False, metavar="[RUN|RECIPE]", type=FILE)
-@click.option("--check", "checks", multiple=True, metavar="NAME", shell_complete=_complete_check, help="Only this one.")
+@click.option(
+    "--check",
+    "checks",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=_complete_check,
+    help="Only this one, shown and not stored.",
+)
 @click.option("--out", metavar="FILE", type=FILE, help="Write the verdicts there as JSON, and nothing into the run.")
 @output_options
 def command(run: str | None, checks: tuple[str, ...], out: str | None, as_json: bool) -> int:
     """Check a stored run again, from what is on disk alone. Ends with 1 when a check is refuted, or nothing is proved.
 
     RUN is a run directory, or a name under ./runs; RECIPE a file whose run is meant; the newest run in ./runs by default.
-    The verdicts are stored in the run; where it cannot be written into they are shown all the same.
+    The verdicts are stored in the run; where it cannot be written into they are shown all the same. Those of some checks
+    alone never take the place of the whole.
     """
     from finetune.checks import judged, results, store
     from finetune.core.files import write_json
@@ -49,9 +57,10 @@ def command(run: str | None, checks: tuple[str, ...], out: str | None, as_json: 
         raise UsageError(f"{out} is a directory; name a file with --out FILE")
     found = stored_run(run)
     recipe = stored_recipe(found)
-    with nullcontext("") if out is not None else held(found) as why, redirect_stdout(sys.stderr):
+    kept = out is None and not checks
+    with held(found) if kept else nullcontext("") as why, redirect_stdout(sys.stderr):
         result = judged(recipe, found, results(recipe, found, checks or None))
-        if out is None:
+        if kept:
             why = why or attempt(lambda: store(found, result))
     marks = Stored(found).marks()
     document = {"run": str(found.path), **result, "marks": marks}

@@ -232,8 +232,18 @@ def reason(stage: Stage, recipe: Recipe, run: Run, *, retrain: bool = False) -> 
         return None if done.asked == asked(stage, recipe, run) else Reason("changed")
     if done.fingerprint != fingerprint(stage, recipe, run):
         return Reason("changed")
+    if stage.name == "fetch" and (why := _fetched_anew(run)):
+        return why
     changes = outdated(stage, recipe, done)
     return Reason(listed(changes)) if changes else None
+
+
+def _fetched_anew(run: Run) -> Reason | None:
+    """Where a file of the model, which lies outside of the run, is not the one that was fetched."""
+    from finetune.run.base import base_changed
+
+    found = base_changed(run)
+    return Reason(str(found[0])) if found else None
 
 
 def listed(changes: list[str], most: int = 3) -> str:
