@@ -458,11 +458,12 @@ class TrainingContract(InferenceContract):
         assert rest.facts["resumed_from"] == 2
         assert backend.tensors(tmp_path / "adapter") == backend.tensors(trained.out / "adapter")
 
-    def test_closing_saves_a_checkpoint_from_which_training_goes_on(self, backend, job, trained, tmp_path):
-        training = backend.train(job(tmp_path, save_strategy="no"))
-        next(training)
+    def test_no_checkpoint_knows_a_step_that_nobody_has_taken_up(self, backend, job, trained, tmp_path):
+        training = backend.train(job(tmp_path, save_strategy="steps", save_steps=1))
+        assert [next(training).step, next(training).step] == [1, 2]  # who asks for the second has taken up the first
         training.close()
         self.goes_on_from_the_only_checkpoint(backend, job, trained, tmp_path)
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
     def test_a_wish_to_stop_saves_a_checkpoint_and_loses_no_step(self, backend, job, trained, tmp_path):
         stopped = run(backend, job(tmp_path, save_strategy="no", should_stop=lambda: True))

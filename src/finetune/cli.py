@@ -115,6 +115,9 @@ def cli() -> None:
 
 def main() -> None:
     """The entry point of `finetune`, `ft` and `python -m finetune`."""
+    from finetune.interruption import heed
+
+    heed()
     name = os.path.basename(sys.argv[0])
     cli.main(prog_name=name if name in ("finetune", "ft") else "finetune")
 

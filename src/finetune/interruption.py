@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the step that is being computed, so that nothing done is lost."""
+"""SIGTERM and SIGHUP as Ctrl-C is; and, in a training, all three as a wish to stop after the step that is being computed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,27 @@ from types import FrameType
 
 from finetune.console import say
 
+# Windows knows no hangup.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def heed() -> None:
+    """Let every signal that asks a process to end raise KeyboardInterrupt, so that what is underway is told and tidied up.
+
+    One that is ignored stays so: `nohup` wants it.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(f"ended by {signal.Signals(number).name}")
+
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether a stop was asked for. A second Ctrl-C interrupts at once, as usual.
+    """A function that tells whether a stop was asked for. A second signal interrupts at once.
 
     Outside the main thread, where Python allows no signal handlers, it always answers False.
     """
@@ -24,11 +41,12 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         if asked.is_set():
-            raise KeyboardInterrupt
+            _interrupt(number, frame)
         asked.set()
         say("stopping after this step, to save a checkpoint (again to stop at once, losing it)")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heeded}
     try:
         yield asked.is_set
     finally:

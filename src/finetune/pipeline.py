@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import resuming
+from finetune import checkpoints, resuming
 from finetune.console import say
 from finetune.core.files import digest, write_text
-from finetune.errors import FinetuneError, MissingError, UsageError
+from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.recipe import Recipe, dump, load
 from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.directory import RECIPE
 from finetune.run.restore import restore
 from finetune.stages import BY_NAME, TRAININGS, Stage, execute, fingerprint, inputs, outdated, plan, reason
 from finetune.stages.adopt import adopt
-from finetune.training import checkpoint_step, checkpoints, is_checkpoint, job_of
+from finetune.training import job_of
 
 Moment = Literal["start", "done", "kept"]
 # Told what happens: a stage starts (no report yet), is done, or was kept because nothing had changed.
@@ -140,6 +140,9 @@ def _one(
     except KeyboardInterrupt as error:
         run.event("stage_interrupted", stage=stage.name, message=str(error))
         raise
+    except EOFError as error:  # left as it is, the command line would take it for Ctrl-D
+        run.event("stage_failed", stage=stage.name, error="EOFError", message=str(error))
+        raise StageError(f"a file that '{stage.name}' reads ends too early ({first_line(error)})") from error
     except Exception as error:
         run.event("stage_failed", stage=stage.name, error=type(error).__name__, message=str(error))
         raise
@@ -164,25 +167,29 @@ def _describe(recipe: Recipe, run: Run) -> None:
 
 
 def left_off(stage: Stage, recipe: Recipe, run: Run) -> Path | None:
-    """The newest checkpoint of a training that was interrupted or killed, where it is of the same training; else it is said
-    what differs.
-
-    None for one that failed by itself: it would fail again.
-    """
+    """The newest whole checkpoint of a training that did not end, whatever ended it, where it is of the same training; else
+    it is said what differs. Damaged ones are named and passed over."""
     if stage.name not in TRAININGS or _has_report(run, stage.name):
         return None
-    began = [event for event in run.events(stage=stage.name) if event["event"] in ("stage_started", "stage_failed")]
-    found = checkpoints(run.path / stage.name)
-    if not found or not began or began[-1]["event"] == "stage_failed":
+    began = run.events("stage_started", stage=stage.name)
+    found = checkpoints.stored(run.path / stage.name)
+    if not found or not began:
+        return None
+    newest = checkpoints.newest_whole(found, lambda folder, faults: say(_passed_over(stage.name, folder, faults)))
+    if newest is None:
+        say(f"{stage.name}: starting anew, since no checkpoint is whole")
         return None
     same_inputs = began[-1].get("fingerprint") == fingerprint(stage, recipe, run)
-    if why := resuming.why_anew(
-        found[-1], job_of(stage.name, recipe, run), recipe.backend, run, same_inputs=same_inputs
-    ):
-        say(f"{stage.name}: starting anew, not from {found[-1].name}, where it was stopped: {why}")
+    if why := resuming.why_anew(newest, job_of(stage.name, recipe, run), recipe.backend, run, same_inputs=same_inputs):
+        say(f"{stage.name}: starting anew, not from {newest.name}, where it was stopped: {why}")
         return None
-    say(f"{stage.name}: going on from {found[-1].name}, where it was stopped (--force starts anew)")
-    return found[-1]
+    say(f"{stage.name}: going on from {newest.name}, where it was stopped (--force starts anew)")
+    return newest
+
+
+def _passed_over(stage: str, folder: Path, faults: list[str]) -> str:
+    more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+    return f"{stage}: {folder.name} is damaged and passed over: {faults[0]}{more}"
 
 
 def _has_report(run: Run, stage: str) -> bool:
@@ -219,15 +226,19 @@ def checkpoint(recipe: Recipe, run: Run, stage: str, wanted: str) -> Path:
     places = [run.path / stage]
     if section is not None and section.output_dir:
         places.append(Path(section.output_dir))
-    known = sorted((path for place in places for path in checkpoints(place)), key=checkpoint_step)
+    known = sorted((path for place in places for path in checkpoints.stored(place)), key=checkpoints.step_of)
     exist = f" Those that exist: {', '.join(str(path) for path in known)}." if known else ""
     if wanted == "last":
         if not known:
             where = " or ".join(str(place) for place in places)
             raise MissingError(f"nothing to resume: no checkpoint in {where}. Start with: finetune {stage} RECIPE")
-        return max(known, key=lambda path: (checkpoint_step(path), path.stat().st_mtime)).resolve()
+        known.sort(key=lambda path: (checkpoints.step_of(path), path.stat().st_mtime))
+        newest = checkpoints.newest_whole(known, lambda folder, faults: say(_passed_over(stage, folder, faults)))
+        if newest is None:
+            raise StageError(f"no checkpoint is whole. Start anew with: finetune {stage} RECIPE --force")
+        return newest.resolve()
     for path in (Path(wanted), *(place / wanted for place in places)):
-        if is_checkpoint(path):
+        if checkpoints.is_checkpoint(path):
             return path.resolve()
     if not Path(wanted).exists():
         raise MissingError(f"no checkpoint at {wanted}.{exist}")

@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import identity
+from finetune import checkpoints, identity
 from finetune.backends import Job, get
 from finetune.console import say
 from finetune.core.files import digest
 from finetune.errors import Faults, UsageError, first_line
 from finetune.identity import Differences, Past, Record, Training
 from finetune.run import Run, evidence
-
-STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class Resumption:
     def past(self) -> Past:
         """What the training that goes on has behind it."""
         if self.record is None:
-            planned = _state(self.checkpoint).get("max_steps")
+            planned = checkpoints.state(self.checkpoint).get("max_steps")
             first = ((0, planned),) if planned else ()
             return Past(plans=(*first, (self.step, None)), unexamined=(self.step,))
         before = self.record.past
@@ -86,12 +84,17 @@ def describe(job: Job, backend: str, run: Run) -> Training:
 
 
 def hold(checkpoint: Path, job: Job, backend: str, run: Run) -> Resumption:
-    """`job` against the training that `checkpoint` is of."""
+    """`job` against the training that `checkpoint` is of. Raises UsageError where that is not as it was written."""
+    if damage := checkpoints.faults(checkpoint):
+        raise UsageError(
+            f"{checkpoint.name} is damaged ({', '.join(damage[:3])}): {checkpoint}. Resume from another checkpoint, or start "
+            "anew with --force"
+        )
     record, after = identity.read(checkpoint), describe(job, backend, run)
     wanted: tuple[str, ...] = getattr(get(backend), "checkpoint_files", ())
     return Resumption(
         checkpoint=checkpoint,
-        step=int(_state(checkpoint)["global_step"]),
+        step=checkpoints.state(checkpoint)["global_step"],
         record=record,
         training=after,
         missing=tuple(name for name in wanted if not _there(checkpoint, name)),
@@ -133,8 +136,7 @@ def begin(job: Job, backend: str, run: Run, stage: str) -> Job:
     for sentence in _sentences(found):
         say(f"{stage}: {sentence}")
     for later in job.out.glob("checkpoint-*"):
-        number = later.name.rpartition("-")[2]
-        if number.isdigit() and int(number) > found.step:
+        if checkpoints.step_of(later) > found.step:
             shutil.rmtree(later)
     return replace(job, identity=Record(training=found.training, past=found.past()).text())
 
@@ -180,8 +182,3 @@ def _digests(directory: Path, run: Run) -> dict[str, str]:
 def _there(checkpoint: Path, pattern: str) -> bool:
     """Whether a file of that pattern is in the folder, and not empty."""
     return any(file.stat().st_size for file in checkpoint.glob(pattern))
-
-
-def _state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    return state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -11,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import resuming
+from finetune import checkpoints, resuming
 from finetune.backends import Job, get
 from finetune.console import progress, say
 from finetune.errors import FinetuneError, Interrupted, StageError, UsageError
@@ -26,6 +25,10 @@ UNWRITTEN = ("inline_container", "pytorchstreamwriter", "no space left", "file t
 
 def clear(directory: Path) -> None:
     """Empty a stage's directory before a training that starts anew, so that nothing old can be read as new."""
+    if gone := checkpoints.stored(directory):
+        say(
+            f"{directory.name}: the checkpoints of the training before are deleted ({', '.join(each.name for each in gone)})"
+        )
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
 
@@ -35,9 +38,7 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
 
     Ctrl-C saves a checkpoint and raises Interrupted with the command that resumes.
     """
-    begun = (
-        json.loads((job.resume / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] if job.resume else 0
-    )
+    begun = checkpoints.state(job.resume)["global_step"] if job.resume else 0
     _check_publishing(recipe, stage)
     job = resuming.begin(job, recipe.backend, run, stage)
     run.event("training", stage=stage, resumed_from=begun or None, objective=job.objective, method=job.method)
@@ -110,22 +111,6 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
         "peak": peak,
         "notes": notes,
     }
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """The whole `checkpoint-N` folders in a directory, oldest first."""
-    return sorted((path for path in directory.glob("checkpoint-*") if is_checkpoint(path)), key=checkpoint_step)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a training can go on from this folder; its state is what is written last."""
-    return (path / "trainer_state.json").is_file()
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint folder's name, or -1."""
-    tail = path.name.rpartition("-")[2]
-    return int(tail) if tail.isdigit() else -1
 
 
 def job_of(stage: str, recipe: Recipe, run: Run) -> Job:
@@ -206,7 +191,7 @@ def _publish(out: Path, result: Path, recipe: Recipe, stage: str) -> None:
         return
     target.mkdir(parents=True, exist_ok=True)
     shutil.copytree(result, target, dirs_exist_ok=True)
-    for checkpoint in checkpoints(out):
+    for checkpoint in checkpoints.stored(out):
         shutil.copytree(checkpoint, target / checkpoint.name, dirs_exist_ok=True)
     say(f"published to {target}")
 
@@ -215,7 +200,7 @@ def _resume_hint(out: Path, run: Run, stage: str) -> str:
     """The stored recipe is named: it holds what --set changed, and `train quick` has no other."""
     here = Path(os.path.relpath(run.path)) if run.path.is_relative_to(Path.cwd()) else run.path
     again = f"finetune {stage} {shlex.quote(str(here / 'recipe.yaml'))} --run {shlex.quote(str(here))} --resume"
-    return f"interrupted; saved {checkpoints(out)[-1].name} in {out}. Go on with: {again}"
+    return f"interrupted; saved {checkpoints.stored(out)[-1].name} in {out}. Go on with: {again}"
 
 
 def _memory_hint() -> str:

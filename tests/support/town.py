@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune import checkpoints, identity
 from finetune.backends.fake_model import make_model
-from finetune.core.files import digest, read_jsonl, write_json, write_jsonl
+from finetune.core.files import digest, digests, read_jsonl, write_json, write_jsonl
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe
 from finetune.run import Run
@@ -148,6 +149,18 @@ def edit_json(run: Run, name: str, change: Callable[[Any], Any]) -> None:
 def as_if_written_so(run: Run) -> None:
     """Renew the digests in all reports, so that an edit is no broken artifact but what the stage itself wrote."""
     scene.as_if_written_so(run, *(file.parent.name for file in run.path.glob("*/report.json")))
+
+
+def checkpoint_as_written(folder: Path) -> None:
+    """Renew a checkpoint's digests, so that an edit is no damage but what the training itself wrote."""
+    (folder / checkpoints.DIGESTS).unlink()
+    write_json(folder / checkpoints.DIGESTS, {"schema": 1, "files": digests(folder)})
+
+
+def checkpoint_of_0_1(folder: Path) -> None:
+    """Take away what version 0.1 did not write."""
+    (folder / identity.FILE).unlink()
+    (folder / checkpoints.DIGESTS).unlink()
 
 
 class Ran(NamedTuple):

@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "answers",
         "cache",
+        "checkpoints",
         "code",
         "console",
         "estimate",

@@ -19,12 +19,22 @@ from finetune.backends.fake_model import make_model
 from finetune.checks import NOT_EXAMINED, verify
 from finetune.cli import cli
 from finetune.core.files import write_jsonl
-from finetune.errors import Faults, Interrupted, UsageError
+from finetune.errors import Faults, FinetuneError, Interrupted, UsageError
 from finetune.identity import WITHOUT_EFFECT, Past, Record
 from finetune.pipeline import checkpoint, run_directory, run_stages
 from finetune.recipe import Recipe, dump
 from finetune.run import Run, evidence
-from support.town import KNOWN, MANIFEST, build, edit_json, facts, only_training, recipe
+from support.town import (
+    KNOWN,
+    MANIFEST,
+    build,
+    checkpoint_as_written,
+    checkpoint_of_0_1,
+    edit_json,
+    facts,
+    only_training,
+    recipe,
+)
 
 COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 2}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2}  # of 2 steps each
@@ -106,6 +116,7 @@ def test_an_honest_resume_has_the_verdicts_of_an_uninterrupted_training(run, wan
 
 def test_steps_without_effect_before_a_resume_are_not_forgotten(run, wanted):
     edit_json(run, "train/checkpoint-6/finetune.json", lambda record: record["past"].update(steps_without_effect=2))
+    checkpoint_as_written(run.path / "train" / "checkpoint-6")
     resume(wanted(), run)
     assert verdicts(wanted(), run)["steps_move_weights"].measured == 2
 
@@ -262,6 +273,7 @@ def test_nobody_goes_on_with_another_geometry_or_optimizer(run, wanted, train, p
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_checkpoint_without_its_optimizer_is_refused(run, wanted, changed):
     (run.path / "train" / "checkpoint-6" / "optimizer.json").unlink()
+    checkpoint_as_written(run.path / "train" / "checkpoint-6")
     with pytest.raises(Faults, match="checkpoint-6 has no optimizer.json, so its optimizer would start anew"):
         resume(wanted(), run, changed=changed)
 
@@ -284,6 +296,7 @@ def test_a_plan_that_ends_before_the_checkpoint_is_refused(run, wanted):
 
 def test_a_record_that_cannot_be_read_is_refused(run, wanted):
     (run.path / "train" / "checkpoint-6" / "finetune.json").write_text('{"schema": 2}')
+    checkpoint_as_written(run.path / "train" / "checkpoint-6")
     with pytest.raises(UsageError, match=r"finetune\.json is no record of a training that this version can read"):
         resume(wanted(), run)
 
@@ -381,7 +394,7 @@ def test_epochs_are_counted_by_rows_and_not_as_they_are_logged(wanted):
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_it_is_said(run, wanted, capsys):
-    (run.path / "train" / "checkpoint-6" / "finetune.json").unlink()
+    checkpoint_of_0_1(run.path / "train" / "checkpoint-6")
     weights = tensors(run)
     resume(wanted(), run)
 
@@ -414,11 +427,33 @@ def test_a_training_that_an_earlier_version_resumed_is_not_proven_the_same(run, 
 
 @pytest.mark.parametrize("name", ["rank", "alpha", "method"])
 def test_an_adapter_of_another_geometry_is_known_without_a_record(run, wanted, name):
-    (run.path / "train" / "checkpoint-6" / "finetune.json").unlink()
+    checkpoint_of_0_1(run.path / "train" / "checkpoint-6")
     train, phrase = FIXED[name]
     with pytest.raises(Faults) as refused:
         resume(wanted(train=train), run)
     assert phrase.removesuffix(".0").replace("16.0", "16.0") in "; ".join(refused.value.faults)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    f"{file} {how}": (file, change)
+    for file in ("adapter.json", "optimizer.json", "trainer_state.json", "finetune.json", "digests.json")
+    for how, change in {
+        "empty": lambda path: path.write_bytes(b""),
+        "flipped": flip,
+        "cut": halve,
+        "gone": Path.unlink,
+    }.items()
+}
 
 
 # -- going on by itself ------------------------------------------------------------------------------------------------
@@ -503,17 +538,65 @@ def test_what_is_saved_more_often_goes_on_by_itself(stopped, wanted, capsys):
 
 @pytest.mark.parametrize(("train", "expected"), [({}, [None, 5]), ({"learning_rate": 2e-4}, [None, None])])
 def test_without_a_record_the_same_inputs_go_on_by_themselves(stopped, wanted, capsys, train, expected):
-    (stopped.path / "train" / "checkpoint-5" / "finetune.json").unlink()
+    checkpoint_of_0_1(stopped.path / "train" / "checkpoint-5")
     run_stages(wanted(train=train), stopped, ["train"])
     assert begins(stopped) == expected
     assert "earlier version" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_not_gone_on_from_in_silence(stopped, wanted, capsys):
-    (stopped.path / "train" / "checkpoint-5" / "optimizer.json").write_text("")
+@pytest.fixture
+def straight(wanted, tmp_path) -> Run:
+    """The same training, uninterrupted."""
+    run = Run(tmp_path / "straight")
+    run_stages(wanted(), run, ["train"])
+    return run
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES.items(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(stopped, wanted, straight, capsys, name, damage):
+    file, change = damage
+    change(stopped.path / "train" / "checkpoint-5" / file)
+    run_stages(wanted(), stopped, ["train"])
+    assert begins(stopped)[-1] == 3
+    said = capsys.readouterr().err
+    named = file if name != "digests.json flipped" else ""  # one of the others has another digest then
+    assert f"train: checkpoint-5 is damaged and passed over: {named}" in said
+    assert tensors(stopped) == tensors(straight)
+
+
+def test_where_no_checkpoint_is_whole_a_training_starts_anew_and_it_is_said(stopped, wanted, capsys):
+    for folder in (stopped.path / "train").glob("checkpoint-*"):
+        (folder / "optimizer.json").write_text("")
     run_stages(wanted(), stopped, ["train"])
     assert begins(stopped) == [None, None]
-    assert "checkpoint-5 has no optimizer.json" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "train: starting anew, since no checkpoint is whole" in said
+    assert "train: the checkpoints of the training before are deleted (checkpoint-3, checkpoint-5)" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), MemoryError(), ConnectionError("tracker"), EOFError(), ValueError()],
+)
+def test_whatever_ended_a_training_it_goes_on(wanted, straight, monkeypatch, capsys, tmp_path, error):
+    event = Run.event
+
+    def at_the_eighth(self: Run, kind: str, **values: Any) -> None:
+        if kind == "step" and values["step"] == 8:
+            raise error
+        event(self, kind, **values)
+
+    failed = Run(tmp_path / "failed")
+    monkeypatch.setattr(Run, "event", at_the_eighth)
+    with pytest.raises((FinetuneError, OSError, ValueError)):
+        run_stages(wanted(), failed, ["train"])
+    monkeypatch.setattr(Run, "event", event)
+    run_stages(wanted(), failed, ["train"])
+
+    assert begins(failed) == [None, 6]
+    assert "train: going on from checkpoint-6, where it was stopped" in capsys.readouterr().err
+    assert tensors(failed) == tensors(straight)
+    assert [step["step"] for step in evidence.steps(failed, "train")] == list(range(1, 13))
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -594,6 +677,7 @@ def test_an_adam_has_a_first_step_after_a_checkpoint_only_where_no_weight_could_
 def test_an_option_that_a_record_does_not_know_had_its_default(run, wanted):
     file = "train/checkpoint-6/finetune.json"
     edit_json(run, file, lambda record: record["training"]["options"].pop("label_smoothing_factor"))
+    checkpoint_as_written(run.path / "train" / "checkpoint-6")
     resume(wanted(), run)
     with pytest.raises(Faults, match=r"train\.label_smoothing_factor 0\.0 -> 0\.5"):
         resume(wanted(train={"label_smoothing_factor": 0.5}), run)

@@ -20,6 +20,7 @@ from finetune.core.files import digest, write_jsonl
 from finetune.errors import DataError, Interrupted, StageError, UsageError
 from finetune.pipeline import checkpoint, preview, run_directory, run_stages
 from finetune.recipe import Recipe
+from finetune.report import summary
 from finetune.run import Run, evidence, layout
 from finetune.stages import STAGES, plan
 from support.town import CAPITALS, MANIFEST, build, facts, only_training, recipe
@@ -634,3 +635,15 @@ def test_a_disk_that_fills_up_while_training_is_named(done, monkeypatch):
     monkeypatch.setattr(FakeBackend, "train", fail)
     with pytest.raises(StageError, match="most likely because the disk is full"):
         done(only_training)
+
+
+def test_a_clock_that_is_set_back_disturbs_nothing(town, tmp_path, monkeypatch):
+    clock = iter(range(2_000_000_000, 0, -3600))
+    monkeypatch.setattr("finetune.core.clock.time.time", lambda: next(clock))
+    asked = recipe(town, tmp_path / "runs")
+    run = run_directory(asked)
+    run_stages(asked, run)
+    assert [verdict.name for verdict in verify(asked, run) if verdict.refuted] == []
+    assert [each.why for each in preview(asked, run) if each.runs] == []
+    found = summary.document(run)
+    assert (found["passed"], found["outdated"], found["stopped"]) == (True, False, None)

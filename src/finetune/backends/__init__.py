@@ -121,9 +121,10 @@ class Backend(Protocol):
     def load(self, model: Path, adapter: Path | None = None, **settings: Any) -> Any: ...
 
     def train(self, job: Job) -> Generator[Step, None, dict[str, Any]]:
-        """Yield every optimizer step; when the iterator ends, the result is on disk, or, where `job.should_stop` (or the
-        generator's `close()`) ended it early, a checkpoint. `return` value: a dict of facts (trainable and frozen
-        counts, digests, bytes, `steps`, `stopped`)."""
+        """Yield every optimizer step; when the iterator ends, the result is on disk, or, where `job.should_stop` ended it
+        early, a checkpoint. A checkpoint appears once the next step is asked for, so that its own is in the log by then;
+        `close()` leaves none. `return` value: a dict of facts (trainable and frozen counts, digests, bytes, `steps`,
+        `stopped`)."""
         ...
 
     def score(self, handle: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:

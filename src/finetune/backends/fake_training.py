@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
 import time
 from array import array
 from collections import defaultdict
@@ -14,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from finetune import identity, schedule
+from finetune import checkpoints, identity, schedule
 from finetune.backends import Job, Step
 from finetune.backends.fake_model import (
     GAIN,
@@ -55,7 +54,6 @@ class Training:
         self.eval_rows = read_rows(job.eval_rows) if job.eval_rows else []
         self.step, self.best, self.patience_used = 0, math.inf, 0
         self.stopped = False
-        self.saved: int | None = None
         self.begun = 0
         self.velocity: dict[Parameter, float] = defaultdict(float)
         base = Base.read(job.model)
@@ -125,21 +123,17 @@ class Training:
         resumed = self.step if self.job.resume else None
         if self.lora and resumed is None:
             self._save(self.job.out / "initial")
-        try:
-            while self.step < self.total and not self._out_of_patience:
-                began = time.perf_counter()
-                step, stop = self._take_step(began)
-                self.stopped = self.step < self.total and self.job.should_stop()
-                if self._saves(stop) or self.stopped:
-                    self.checkpoint()
-                yield step
-                if self.stopped:
-                    return self._facts(frozen, resumed)
-                if stop:
-                    break
-        except GeneratorExit:
-            self.checkpoint()
-            raise
+        while self.step < self.total and not self._out_of_patience:
+            began = time.perf_counter()
+            step, stop = self._take_step(began)
+            self.stopped = self.step < self.total and self.job.should_stop()
+            yield step  # its event is in the log before a checkpoint knows of it
+            if self._saves(stop) or self.stopped:
+                self.checkpoint()
+            if self.stopped:
+                return self._facts(frozen, resumed)
+            if stop:
+                break
         self._save(self.job.out / ("adapter" if self.lora else "model"))
         return self._facts(frozen, resumed)
 
@@ -357,10 +351,6 @@ class Training:
 
     def checkpoint(self) -> None:
         """Write `out/checkpoint-N` and drop the oldest beyond `save_total_limit`."""
-        directory = self.job.out / f"checkpoint-{self.step}"
-        if self.saved == self.step:
-            return
-        self.saved = self.step
         state = {
             "global_step": self.step,
             "max_steps": self.total,
@@ -372,20 +362,16 @@ class Training:
         files = {
             "optimizer.json": json.dumps([[*parameter, value] for parameter, value in self.velocity.items()]),
             **({identity.FILE: known} if known else {}),
-            "trainer_state.json": json.dumps(state),
+            checkpoints.STATE: json.dumps(state),
         }
-        self._save(directory, **files)
-        limit = self.options.get("save_total_limit", 2)
-        if limit:
-            kept = sorted(self.job.out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-            for old in kept[:-limit]:
-                shutil.rmtree(old)
+        with checkpoints.writing(self.job.out, self.step) as directory:
+            self._save(directory, **files)
+        checkpoints.rotate(self.job.out, self.options.get("save_total_limit", 2))
 
     def _resume(self, directory: Path) -> None:
-        file = directory / "trainer_state.json"
-        if not file.is_file():
-            raise MissingError(f"{directory} is no checkpoint of the fake backend (no trainer_state.json)")
-        state = json.loads(file.read_text(encoding="utf-8"))
+        if not checkpoints.is_checkpoint(directory):
+            raise MissingError(f"{directory} is no checkpoint of the fake backend (no {checkpoints.STATE})")
+        state = checkpoints.state(directory)
         self.step = self.begun = state["global_step"]
         self.patience_used = state["patience_used"]
         self.best = math.inf if state["best"] is None else state["best"]

@@ -3,6 +3,7 @@ answer the same?"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from finetune.checks import Verdict, judge, missing, saved, worst
@@ -22,7 +23,7 @@ def _finished(recipe: Recipe, run: Run) -> Verdict:
     wanted = [stage.name for stage in plan(recipe)]
     reports = _reports(recipe, run)
     absent = [name for name in wanted if name not in reports]
-    stale = [name for name in reports if _stale(name, reports)]
+    stale = _stale(run, reports)
     why = f"no report of: {', '.join(absent)}" if absent else "every stage of the recipe left its report"
     if stale:
         why += f"; ran before the model that is there now: {', '.join(stale)}"
@@ -33,10 +34,14 @@ def _reports(recipe: Recipe, run: Run) -> dict[str, Report]:
     return {stage.name: report for stage in plan(recipe) if (report := run.report(stage.name))}
 
 
-def _stale(name: str, reports: dict[str, Report]) -> bool:
-    """Whether a model that the stage speaks of was made again after it."""
-    made = [reports[need] for need in BY_NAME[name].needs if need in MODELS and need in reports]
-    return any(report.started > reports[name].started for report in made)
+def _stale(run: Run, reports: dict[str, Report]) -> list[str]:
+    """The stages after which a model was made again that they speak of: by the log's order, since clocks are set back."""
+    ended = {event["stage"]: place for place, event in enumerate(run.events("stage_finished"))}
+    return [
+        name
+        for name in reports
+        if any(ended.get(need, -1) > ended.get(name, math.inf) for need in BY_NAME[name].needs if need in MODELS)
+    ]
 
 
 def _intact(recipe: Recipe, run: Run) -> Verdict:

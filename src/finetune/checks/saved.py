@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune import checkpoints
 from finetune.backends import Tokenizer, get
 from finetune.checks import Part, Verdict, judge, missing
 from finetune.checks.parts import TRAININGS, Training, is_lora, lora, single, tells, tensors
 from finetune.core.files import read_object
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
-from finetune.training import is_checkpoint
 
 MERGED = layout.MERGED.path
 # What an adapter's configuration says about how its tensors act; which layers have some, 'lora_coverage' tells.
@@ -73,7 +73,7 @@ def _last(recipe: Recipe, run: Run, training: Training) -> Verdict:
     steps, result = training.facts(run)["steps"], training.result(run, recipe)
     checkpoint = result.parent / f"checkpoint-{steps}"
     place = checkpoint.relative_to(run.path).as_posix()
-    if not is_checkpoint(checkpoint):
+    if not checkpoints.is_checkpoint(checkpoint):
         why = f"the checkpoint of the last step, {place}, is not there, or not whole"
         return missing("saved_last", "==", 0, "tensors differ", training.stage, why)
     last, ours = tensors(recipe, checkpoint), tensors(recipe, result)

@@ -123,10 +123,10 @@ def _found(run: Run, recipe: Recipe, backend: str, checkpoint: str | None, expor
 
 def _checkpoint(run: Run, recipe: Recipe, wanted: str) -> Path:
     """A checkpoint of the alignment, else of the training; `train/checkpoint-20` says which where both have one."""
+    from finetune import checkpoints
     from finetune.pipeline import checkpoint
-    from finetune.training import checkpoints, is_checkpoint
 
-    if is_checkpoint(run.path / wanted):
+    if checkpoints.is_checkpoint(run.path / wanted):
         return run.path / wanted
     failures = []
     for stage, section in (("align", recipe.align), ("train", recipe.train)):
@@ -141,7 +141,7 @@ def _checkpoint(run: Run, recipe: Recipe, wanted: str) -> Path:
             f"{run.path} has no checkpoint. One is kept where the recipe has train.save_strategy 'steps' or 'epoch'; the "
             "final model is served without --from-checkpoint"
         )
-    there = [path for stage in ("train", "align") for path in checkpoints(run.path / stage)]
+    there = [path for stage in ("train", "align") for path in checkpoints.stored(run.path / stage)]
     known = ", ".join(str(path.relative_to(run.path)) for path in there) or "none"
     raise MissingError(f"no checkpoint at {wanted}. Those of {run.path}: {known}.")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -117,7 +118,10 @@ def sync_tree(directory: Path) -> None:
 def clear_partials(directory: Path) -> None:
     """Remove what killed writers left below a directory. Whoever calls this is the only one who writes there."""
     for path in directory.rglob(f".*{PARTIAL}"):
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

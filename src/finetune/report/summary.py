@@ -78,18 +78,26 @@ def stopped(events: list[dict[str, Any]], stored: dict[str, Any] | None) -> dict
     last = next((event for event in reversed(events) if event["event"] in told), None)
     if last is None or last["event"] == "stage_finished":
         return None
-    if stored and stored["passed"] and stored["time"] > last["time"]:
+    if stored and stored["passed"] and last not in _since(events, stored):
         return None
     how = last["event"].removeprefix("stage_").replace("started", "unfinished")
     return {"stage": last["stage"], "how": how, "message": last.get("message", ""), "time": last["time"]}
 
 
-def _outdated(events: list[dict[str, Any]], stored: dict[str, Any] | None, ended: dict[str, Any] | None) -> bool:
+def _outdated(events: list[dict[str, Any]], stored: dict[str, Any] | None) -> bool:
     """Whether a stage ran after the verdicts were written."""
     if stored is None:
         return False
-    late = any(event["event"] == "stage_started" and event["time"] > stored["time"] for event in events)
-    return late or bool(ended and ended["time"] > stored["time"])
+    return any(
+        event["event"] in ("stage_started", "stage_failed", "stage_interrupted") for event in _since(events, stored)
+    )
+
+
+def _since(events: list[dict[str, Any]], stored: dict[str, Any]) -> list[dict[str, Any]]:
+    """What happened after the verdicts were written: by the log's order, since clocks are set back; by time where the log
+    does not tell of them (version 0.1)."""
+    told = [place for place, event in enumerate(events) if event["event"] == "verified"]
+    return events[told[-1] + 1 :] if told else [event for event in events if event["time"] > stored["time"]]
 
 
 def reproduce(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def document(run: Run) -> dict[str, Any]:
     verified, events, manifest, done = stored.verdicts(), stored.events(), stored.manifest(), stored.reports()
     stored.sealed()
     ended = stopped(events, verified)
-    late = _outdated(events, verified, ended)
+    late = _outdated(events, verified)
     listed, cause = (verified["verdicts"], verified["cause"]) if verified else ([], "")
     hops = stored.exports(listed)
     rows = with_exports(stored.answers(), hops)

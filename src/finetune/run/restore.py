@@ -63,7 +63,7 @@ def _sound(run: Run, stage: str) -> Report | None:
 
 
 def _tell_again(run: Run, report: Report) -> None:
-    run.event("stage_started", stage=report.stage, fingerprint=report.fingerprint)
+    run.event("stage_started", stage=report.stage, fingerprint=report.fingerprint, started=report.started)
     logs = {"train": layout.TRAIN_LOGS, "align": layout.ALIGN_LOGS}.get(report.stage)
     if logs:
         run.event("training", stage=report.stage, resumed_from=report.metrics.get("resumed_from"))

@@ -285,8 +285,8 @@ def execute(
     if not stage.goes_on:
         _clear(stage, run)
     on_start(stage)
-    run.event("stage_started", stage=stage.name, fingerprint=mark)
     started, begin = now(), time.perf_counter()
+    run.event("stage_started", stage=stage.name, fingerprint=mark, started=started)
     run.force = force or (why is not None and why.damaged)
     try:
         with PeakMemory() as memory:

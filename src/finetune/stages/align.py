@@ -6,13 +6,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from finetune import checkpoints
 from finetune.backends import Job, get
 from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records import trained
 from finetune.stages import Result
-from finetune.training import checkpoint_step, checkpoints, clear, dpo_job, execute_job
+from finetune.training import clear, dpo_job, execute_job
 
 
 def run(recipe: Recipe, run: Run) -> Result:
@@ -23,8 +24,8 @@ def run(recipe: Recipe, run: Run) -> Result:
     if run.resume is None:
         clear(job.out)
     result = execute_job(job, recipe, run, "align")
-    stored = checkpoints(job.out)
-    if stored and checkpoint_step(stored[-1]) == result["metrics"]["steps"]:
+    stored = checkpoints.stored(job.out)
+    if stored and checkpoints.step_of(stored[-1]) == result["metrics"]["steps"]:
         result["artifacts"] += _one_more_step(recipe, run, job, stored[-1])
     return result
 
@@ -34,7 +35,7 @@ def _one_more_step(recipe: Recipe, run: Run, job: Job, last: Path) -> list[Path]
 
     That is its own account of the aligned model: loss and rewards, by its reference and its beta.
     """
-    step, work = checkpoint_step(last) + 1, job.out / "one-more-step"
+    step, work = checkpoints.step_of(last) + 1, job.out / "one-more-step"
     once = {"max_steps": step, "gradient_accumulation_steps": 1, "logging_steps": 1, "save_strategy": "no"}
     options = {**job.options, **once, "eval_strategy": "no", "report_to": "none"}
     steps = list(get(recipe.backend).train(replace(job, out=work, resume=last, options=options)))

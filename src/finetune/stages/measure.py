@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune import checkpoints
 from finetune.backends import Job, get
 from finetune.console import progress
 from finetune.core.arithmetic import mean
@@ -25,7 +26,7 @@ from finetune.run import Run, evidence, layout
 from finetune.run.records.trained import Row
 from finetune.serving import experiment as serving
 from finetune.stages import Result
-from finetune.training import checkpoints, sft_job
+from finetune.training import sft_job
 
 Experiment = Callable[[Recipe, Run, Path], Any]
 
@@ -146,7 +147,7 @@ def _stored(recipe: Recipe, run: Run, job: Job) -> dict[str, int | None]:
     unique = {facts.sha256 if len(facts.shape) > 1 else name: facts.shape for name, facts in tensors.items()}
     base = sum(size * math.prod(shape) for shape in unique.values())
     adapter = sum(map(evidence.tensor_bytes, (run.path / layout.TRAINED.path).glob("*.safetensors")))
-    states = [path for folder in checkpoints(run.path / "train") if (path := folder / "optimizer.pt").is_file()]
+    states = [path for folder in checkpoints.stored(run.path / "train") if (path := folder / "optimizer.pt").is_file()]
     optimizer = None
     if states and zipfile.is_zipfile(states[-1]):
         with zipfile.ZipFile(states[-1]) as archive:
@@ -158,7 +159,7 @@ def _resume(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     """Train the last part again from a stored checkpoint, in a new process; then compare."""
     steps = evidence.steps(run, "train")
     last = steps[-1]["step"]
-    usable = [c for c in checkpoints(run.path / "train") if int(c.name.rpartition("-")[2]) < last]
+    usable = [c for c in checkpoints.stored(run.path / "train") if checkpoints.step_of(c) < last]
     if not usable:
         raise StageError(
             "expect.resume needs a checkpoint before the last step: lower train.save_steps or raise save_total_limit"

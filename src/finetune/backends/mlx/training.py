@@ -9,14 +9,13 @@ import hashlib
 import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import identity
+from finetune import checkpoints, identity
 from finetune.backends import Job, Step
 from finetune.backends.mlx import layout, lora, options
 from finetune.backends.mlx.loading import device_of, load_model
@@ -28,7 +27,7 @@ from finetune.errors import StageError, UsageError
 from finetune.schedule import learning_rate
 
 # The optimizer's state lies apart from the weights, which are found by a glob.
-OPTIMIZER, STATE = "optimizer/state.safetensors", "trainer_state.json"
+OPTIMIZER = "optimizer/state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,16 @@ def train(job: Job) -> Generator[Step, None, dict[str, Any]]:
             with on(device):
                 step = training.step(number)
                 stopped = number < training.total and job.should_stop()
-                if stopped and step is None:
+                saved = stopped or training.saves(number)
+                if saved and step is None:
                     step = training.told()
-                if stopped or training.saves(number):
-                    training.save_checkpoint()
             if step is not None:
-                yield step
+                yield step  # its event is in the log before a checkpoint knows of it
+            if saved:
+                with on(device):
+                    training.save_checkpoint()
             if stopped:
                 break
-    except GeneratorExit:
-        with on(device):
-            training.save_checkpoint()
-        raise
     finally:
         unpatch()
     with on(device):
@@ -265,22 +262,15 @@ class Training:
         return strategy != "no" and (number % every == 0 or number == self.total)
 
     def save_checkpoint(self) -> None:
-        """Write `checkpoint-N`, whole or not at all, and delete the oldest beyond `save_total_limit`."""
-        final = self.job.out / f"checkpoint-{self.done}"
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        (self.save_adapter if self.job.method == "lora" else self.save_model)(partial)
-        (partial / OPTIMIZER).parent.mkdir()
-        mx.save_safetensors(str(partial / OPTIMIZER), dict(tree_flatten(self.optimizer.state)))
-        identity.leave(partial, self.job.identity, self.so_far())
+        """Write `checkpoint-N`, and delete the oldest beyond `save_total_limit`."""
         state = {"global_step": self.done, "max_steps": self.total, "epoch": self.done / self.steps_per_epoch}
-        write_json(partial / STATE, state)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        limit = self.values["save_total_limit"]
-        whole = sorted(self.job.out.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        for old in whole[:-limit] if limit else []:
-            shutil.rmtree(old)
+        with checkpoints.writing(self.job.out, self.done) as folder:
+            (self.save_adapter if self.job.method == "lora" else self.save_model)(folder)
+            (folder / OPTIMIZER).parent.mkdir()
+            mx.save_safetensors(str(folder / OPTIMIZER), dict(tree_flatten(self.optimizer.state)))
+            identity.leave(folder, self.job.identity, self.so_far())
+            write_json(folder / checkpoints.STATE, state)
+        checkpoints.rotate(self.job.out, self.values["save_total_limit"])
 
     def so_far(self) -> dict[str, Any]:
         """What a checkpoint's record shall tell of the steps that this process took."""
@@ -294,7 +284,7 @@ class Training:
     def _resume(self) -> int:
         assert self.job.resume is not None
         try:
-            state = json.loads((self.job.resume / STATE).read_text(encoding="utf-8"))
+            state = checkpoints.state(self.job.resume)
             self.optimizer.state = tree_unflatten(list(stored(self.job.resume / OPTIMIZER).items()))
         except (OSError, ValueError) as error:
             raise StageError(f"{self.job.resume} is no checkpoint of the mlx backend: {error}") from None

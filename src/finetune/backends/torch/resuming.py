@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from finetune import identity
+from finetune import checkpoints, identity
 from finetune.backends import Job
 from finetune.core.files import read_object
 from finetune.errors import UsageError
@@ -24,18 +23,33 @@ class NothingLeftError(Exception):
     """Raised where training would begin, with everything loaded, when the checkpoint is of the last step."""
 
 
-def keep_record(trainer: Any, job: Job, facts: Callable[[], dict[str, Any]]) -> None:
-    """Let every checkpoint hold the training's record, written before the state that marks it whole."""
-    save = trainer._save_checkpoint
+def keep_whole(trainer: Any, job: Job, facts: Callable[[], dict[str, Any]], logged: Callable[[], bool]) -> None:
+    """Let every checkpoint appear whole, with the training's record in it, once the log knows its step (`logged`)."""
+    save, place = trainer._save_checkpoint, trainer._get_output_dir
 
     def saved(model: Any, trial: Any) -> None:
-        folder = job.out / f"checkpoint-{trainer.state.global_step}"
-        if trainer.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # one of that step from before would pass for this one
+        state = trainer.state
+        with checkpoints.writing(job.out, state.global_step, logged) as folder:
             identity.leave(folder, job.identity, facts())
-        save(model, trial)
+            trainer._get_output_dir = lambda trial: str(folder.parent)
+            try:
+                save(model, trial)
+            finally:
+                trainer._get_output_dir = place
+            best = _best(trainer, job)
+            if best is not None:  # transformers looked for it beside the folder that is written into
+                state.best_model_checkpoint = str(best)
+                state.save_to_json(str(folder / checkpoints.STATE))
+        checkpoints.rotate(job.out, trainer.args.save_total_limit, best)
 
     trainer._save_checkpoint = saved
+
+
+def _best(trainer: Any, job: Job) -> Path | None:
+    """The checkpoint of the best step so far, where that is known and it is there, or is being written."""
+    step = trainer.state.best_global_step
+    folder = job.out / f"checkpoint-{step}"
+    return folder if step and (step == trainer.state.global_step or folder.is_dir()) else None
 
 
 def keep_own_settings(trainer: Any) -> None:
@@ -88,10 +102,12 @@ def check_fits(job: Job, model: Any) -> None:
         )
 
 
-def begin(trainer: Any) -> None:
+def begin(trainer: Any, job: Job) -> None:
     """As training is about to begin: raise NothingLeftError after the last step, UsageError beyond it."""
     done, total = trainer.state.global_step, trainer.state.max_steps
     identity.check_plan(done, total)
+    if best := _best(trainer, job):  # the run may lie elsewhere now
+        trainer.state.best_model_checkpoint = str(best)
     if done == total or (done and _out_of_patience(trainer)):
         raise NothingLeftError
 

@@ -18,6 +18,7 @@ import datasets
 import torch
 from transformers import PrinterCallback, set_seed
 
+from finetune import checkpoints
 from finetune.backends import Job, Step
 from finetune.backends.torch import options, resuming, tracking
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
@@ -61,14 +62,12 @@ def arguments(job: Job, *names: str) -> dict[str, Any]:
 
 def train(job: Job) -> Generator[Step, None, dict[str, Any]]:
     """Yield every logged step; return the facts of the training. See `finetune.backends.Backend.train`."""
-    steps: queue.Queue[Step | BaseException | None] = queue.Queue()
-    stop = threading.Event()
-    facts: dict[str, Any] = {}
+    steps, facts = _Steps(), dict[str, Any]()
 
     def work() -> None:
         try:
             with tracking.tracked(job):
-                facts.update(_train(job, steps.put, stop))
+                facts.update(_train(job, steps))
             steps.put(None)
         except BaseException as error:  # handed to the consumer, which raises it
             steps.put(error)
@@ -80,10 +79,31 @@ def train(job: Job) -> Generator[Step, None, dict[str, Any]]:
             if isinstance(item, BaseException):
                 raise item
             yield item
+            steps.task_done()
     finally:
-        stop.set()
+        steps.close()
         thread.join()
     return facts
+
+
+class _Steps(queue.Queue[Step | BaseException | None]):
+    """Steps on their way from the trainer to who logs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        """Nobody logs any more."""
+        self.closed.set()
+        with self.all_tasks_done:
+            self.all_tasks_done.notify_all()
+
+    def logged(self) -> bool:
+        """Whether every step that was put in is logged; waits for whoever is still at it."""
+        with self.all_tasks_done:
+            self.all_tasks_done.wait_for(lambda: not self.unfinished_tasks or self.closed.is_set())
+            return not self.unfinished_tasks
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -104,7 +124,7 @@ def adapted(job: Job, model: Any) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
-def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
+def _train(job: Job, steps: _Steps) -> dict[str, Any]:
     datasets.disable_progress_bars()
     set_seed(job.options.get("seed", 0), deterministic=job.options.get("full_determinism", False))
     tokenizer = HFTokenizer(job.model)
@@ -120,14 +140,15 @@ def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
     recorder = Recorder(trainer)
     trainer.data_collator, trainer.get_batch_samples = recorder, recorder.taken
     trainer.remove_callback(PrinterCallback)
-    reporter = Reporter(trainer, recorder, put, lambda: stop.is_set() or job.should_stop(), job.identity)
+    reporter = Reporter(trainer, recorder, job, steps.put, lambda: steps.closed.is_set() or job.should_stop())
     trainer.add_callback(reporter)
-    resuming.keep_record(trainer, job, reporter.so_far)
+    resuming.keep_whole(trainer, job, reporter.so_far, steps.logged)
     resuming.keep_own_settings(trainer)
     resuming.check_fits(job, trainer.model)
     _save(job, trainer.model, tokenizer, job.out / "initial", weights_of_full=False)
     frozen_before = frozen_digest(trainer.model)
-    begun = _step_of(job.resume) if job.resume else None  # now: save_total_limit may delete that very checkpoint
+    # Read now: save_total_limit may delete that very checkpoint.
+    begun = checkpoints.state(job.resume)["global_step"] if job.resume else None
     try:
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     except resuming.NothingLeftError:
@@ -149,11 +170,6 @@ def _train(job: Job, put: Any, stop: threading.Event) -> dict[str, Any]:
     if not facts["stopped"]:
         _save(job, trainer.model, tokenizer, job.out / ("adapter" if job.method == "lora" else "model"))
     return facts
-
-
-def _step_of(checkpoint: Path) -> int:
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state["global_step"])
 
 
 def _save(job: Job, model: Any, tokenizer: HFTokenizer, out: Path, *, weights_of_full: bool = True) -> None:

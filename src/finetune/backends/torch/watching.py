@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from finetune.backends import Step
+from finetune.backends import Job, Step
 from finetune.backends.motion import CLIPPED_STEPS, SAMPLE, Motion
 from finetune.backends.torch import resuming
 from finetune.identity import unmoved
@@ -51,9 +51,9 @@ class Reporter(TrainerCallback):
     """Turns the trainer's logs into steps, measures the training state once, and stops on request."""
 
     def __init__(
-        self, trainer: Any, recorder: Recorder, put: Any, stop: Callable[[], bool], identity: str = ""
+        self, trainer: Any, recorder: Recorder, job: Job, put: Callable[[Step], None], stop: Callable[[], bool]
     ) -> None:
-        self.trainer, self.recorder, self.put, self.stop, self.identity = trainer, recorder, put, stop, identity
+        self.trainer, self.recorder, self.job, self.put, self.stop = trainer, recorder, job, put, stop
         self.begun = 0  # steps taken before this process
         self.state_bytes: dict[str, int] = {"gradient_bytes": 0, "optimizer_bytes": 0}
         self.dropout: float | None = None  # of the adapter, as it is while training
@@ -85,12 +85,12 @@ class Reporter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
         self.begun = state.global_step
-        fresh = unmoved(self.identity, self.begun)
+        fresh = unmoved(self.job.identity, self.begun)
         self.motion = Motion(args.learning_rate, _sample(self.trained), fresh=fresh)
         self.state_bytes["optimizer_bytes"] = _optimizer_bytes(self.trainer.optimizer)  # of a checkpoint
         state.compute_steps(args, state.max_steps)  # transformers logs and saves as often as the checkpoint says
         self.began = time.perf_counter()
-        resuming.begin(self.trainer)
+        resuming.begin(self.trainer, self.job)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.dropout is None:

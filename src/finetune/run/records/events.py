@@ -6,7 +6,7 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from finetune.run.records import Sha, record
+from finetune.run.records import Sha, Time, record
 
 
 @record
@@ -20,6 +20,7 @@ class RecipeStored(TypedDict):
 class Started(TypedDict):
     stage: str
     fingerprint: Sha
+    started: NotRequired[Time]  # not in logs of version 0.1
 
 
 @record
