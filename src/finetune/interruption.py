@@ -45,7 +45,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         asked.set()
         say("stopping after this step, to save a checkpoint (again to stop at once, losing it)")
 
-    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    # A shell has what it starts in the background ignore Ctrl-C; who sends one by hand means it.
+    hangup = getattr(signal, "SIGHUP", None)
+    heeded = [number for number in SIGNALS if number != hangup or signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, ask) for number in heeded}
     try:
         yield asked.is_set

@@ -14,6 +14,7 @@ from finetune.core.files import digest, write_text
 from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.recipe import Recipe, dump, load
 from finetune.run import Report, Run, evidence, layout, seal
+from finetune.run.base import base_changed
 from finetune.run.directory import RECIPE
 from finetune.run.restore import restore
 from finetune.stages import BY_NAME, TRAININGS, Stage, execute, fingerprint, inputs, outdated, plan, reason
@@ -55,11 +56,22 @@ def preview(
     """What `run_stages` would do, and why. Reads the run, writes nothing."""
     names = None if only is None else list(only)
     planned: list[Planned] = []
+    another = _another_base(run)
     for stage in chosen(recipe, names):
         rerun = [before.stage for before in planned if before.runs and before.stage in stage.needs]
         why = _why(stage, recipe, run, rerun, force and (names is None or stage.name in names), retrain)
+        why = why or (another if stage.name in TRAININGS else "")
         planned.append(Planned(stage=stage.name, runs=bool(why), why=why or "up to date"))
     return planned
+
+
+def _another_base(run: Run) -> str:
+    """Why trainings will be done anew though they do not know yet: the base model is not as it was fetched."""
+    try:
+        found = base_changed(run) if run.report("fetch") else []
+    except FinetuneError:
+        return ""
+    return f"another base model: {found[0]}" if found else ""
 
 
 def run_stages(
@@ -89,8 +101,8 @@ def run_stages(
     reports = []
     with run.locked():
         if force and names is None:
-            run.forget_log()
-        for said in restore(run, BY_NAME):
+            seal.begin_anew(run)
+        for said in restore(run, {name: stage.needs for name, stage in BY_NAME.items()}):
             say(said)
         adopt(recipe, run)
         planned = preview(recipe, run, names, force=force, retrain=retrain)

@@ -13,9 +13,10 @@ from finetune import checkpoints, identity
 from finetune.backends import Job, get
 from finetune.console import say
 from finetune.core.files import digest
-from finetune.errors import Faults, UsageError, first_line
+from finetune.errors import Faults, FinetuneError, UsageError, first_line
 from finetune.identity import Differences, Past, Record, Training
-from finetune.run import Run, evidence
+from finetune.run import Run, evidence, seal
+from finetune.run.log import is_chained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def describe(job: Job, backend: str, run: Run) -> Training:
 
 def hold(checkpoint: Path, job: Job, backend: str, run: Run) -> Resumption:
     """`job` against the training that `checkpoint` is of. Raises UsageError where that is not as it was written."""
-    if damage := checkpoints.faults(checkpoint):
+    if damage := [*checkpoints.faults(checkpoint), *_not_as_left(checkpoint, run)]:
         raise UsageError(
             f"{checkpoint.name} is damaged ({', '.join(damage[:3])}): {checkpoint}. Resume from another checkpoint, or start "
             "anew with --force"
@@ -102,6 +103,22 @@ def hold(checkpoint: Path, job: Job, backend: str, run: Run) -> Resumption:
             identity.compare(record.training, after) if record else identity.compare_geometry(checkpoint, after)
         ),
     )
+
+
+def _not_as_left(checkpoint: Path, run: Run) -> list[str]:
+    """What the run itself knows better of a checkpoint in it: the files that its stage left, once that has ended; and that
+    a training which seals its log leaves a record in each."""
+    if not checkpoint.is_relative_to(run.path):
+        return []
+    name = checkpoint.relative_to(run.path).as_posix()
+    try:
+        report = run.report(Path(name).parts[0])
+    except FinetuneError:  # damaged: the training goes on from its checkpoints, to have another
+        report = None
+    if report is not None and report.schema > 0:
+        return [f"{found.file.removeprefix(f'{name}/')} {found.why}" for found in seal.changed(run, report, name)]
+    alone = not (checkpoint / identity.FILE).is_file()
+    return [f"{identity.FILE} is gone"] if alone and is_chained(run.log()[:1]) else []
 
 
 def why_anew(checkpoint: Path, job: Job, backend: str, run: Run, *, same_inputs: bool) -> str:

@@ -151,16 +151,30 @@ def as_if_written_so(run: Run) -> None:
     scene.as_if_written_so(run, *(file.parent.name for file in run.path.glob("*/report.json")))
 
 
-def checkpoint_as_written(folder: Path) -> None:
+def checkpoint_as_written(run: Run, name: str, stage: str = "train") -> None:
     """Renew a checkpoint's digests, so that an edit is no damage but what the training itself wrote."""
+    folder = run.path / stage / name
     (folder / checkpoints.DIGESTS).unlink()
     write_json(folder / checkpoints.DIGESTS, {"schema": 1, "files": digests(folder)})
+    if (run.path / stage / "report.json").is_file():
+        scene.as_if_written_so(run, stage)
 
 
-def checkpoint_of_0_1(folder: Path) -> None:
-    """Take away what version 0.1 did not write."""
-    (folder / identity.FILE).unlink()
-    (folder / checkpoints.DIGESTS).unlink()
+def as_of_0_1(run: Run) -> None:
+    """Take away from a run what version 0.1 did not write."""
+    manifest = {key: value for key, value in run.manifest().items() if key not in ("schema", "seal", "digest")}
+    write_json(run.path / "manifest.json", {**manifest, "finetune": "0.1.0"})
+    for report in run.path.glob("*/report.json"):
+        told = json.loads(report.read_text(encoding="utf-8"))
+        write_json(report, {key: told[key] for key in told if key not in ("schema", "asked", "files", "made_with")})
+    edit_rows(run, "events.jsonl", lambda lines: [_plain(line) for line in lines])
+    for folder in run.path.glob("*/checkpoint-*"):
+        for name in (identity.FILE, checkpoints.DIGESTS):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _plain(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key not in ("prev", "sha256", "report", "started")}
 
 
 class Ran(NamedTuple):

@@ -27,9 +27,9 @@ from finetune.run import Run, evidence
 from support.town import (
     KNOWN,
     MANIFEST,
+    as_of_0_1,
     build,
     checkpoint_as_written,
-    checkpoint_of_0_1,
     edit_json,
     facts,
     only_training,
@@ -116,7 +116,7 @@ def test_an_honest_resume_has_the_verdicts_of_an_uninterrupted_training(run, wan
 
 def test_steps_without_effect_before_a_resume_are_not_forgotten(run, wanted):
     edit_json(run, "train/checkpoint-6/finetune.json", lambda record: record["past"].update(steps_without_effect=2))
-    checkpoint_as_written(run.path / "train" / "checkpoint-6")
+    checkpoint_as_written(run, "checkpoint-6")
     resume(wanted(), run)
     assert verdicts(wanted(), run)["steps_move_weights"].measured == 2
 
@@ -273,7 +273,9 @@ def test_nobody_goes_on_with_another_geometry_or_optimizer(run, wanted, train, p
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_checkpoint_without_its_optimizer_is_refused(run, wanted, changed):
     (run.path / "train" / "checkpoint-6" / "optimizer.json").unlink()
-    checkpoint_as_written(run.path / "train" / "checkpoint-6")
+    with pytest.raises(UsageError, match=r"checkpoint-6 is damaged \(optimizer.json is gone"):
+        resume(wanted(), run, changed=changed)
+    as_of_0_1(run)
     with pytest.raises(Faults, match="checkpoint-6 has no optimizer.json, so its optimizer would start anew"):
         resume(wanted(), run, changed=changed)
 
@@ -296,7 +298,7 @@ def test_a_plan_that_ends_before_the_checkpoint_is_refused(run, wanted):
 
 def test_a_record_that_cannot_be_read_is_refused(run, wanted):
     (run.path / "train" / "checkpoint-6" / "finetune.json").write_text('{"schema": 2}')
-    checkpoint_as_written(run.path / "train" / "checkpoint-6")
+    checkpoint_as_written(run, "checkpoint-6")
     with pytest.raises(UsageError, match=r"finetune\.json is no record of a training that this version can read"):
         resume(wanted(), run)
 
@@ -394,7 +396,7 @@ def test_epochs_are_counted_by_rows_and_not_as_they_are_logged(wanted):
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_it_is_said(run, wanted, capsys):
-    checkpoint_of_0_1(run.path / "train" / "checkpoint-6")
+    as_of_0_1(run)
     weights = tensors(run)
     resume(wanted(), run)
 
@@ -427,7 +429,7 @@ def test_a_training_that_an_earlier_version_resumed_is_not_proven_the_same(run, 
 
 @pytest.mark.parametrize("name", ["rank", "alpha", "method"])
 def test_an_adapter_of_another_geometry_is_known_without_a_record(run, wanted, name):
-    checkpoint_of_0_1(run.path / "train" / "checkpoint-6")
+    as_of_0_1(run)
     train, phrase = FIXED[name]
     with pytest.raises(Faults) as refused:
         resume(wanted(train=train), run)
@@ -538,7 +540,7 @@ def test_what_is_saved_more_often_goes_on_by_itself(stopped, wanted, capsys):
 
 @pytest.mark.parametrize(("train", "expected"), [({}, [None, 5]), ({"learning_rate": 2e-4}, [None, None])])
 def test_without_a_record_the_same_inputs_go_on_by_themselves(stopped, wanted, capsys, train, expected):
-    checkpoint_of_0_1(stopped.path / "train" / "checkpoint-5")
+    as_of_0_1(stopped)
     run_stages(wanted(train=train), stopped, ["train"])
     assert begins(stopped) == expected
     assert "earlier version" in capsys.readouterr().err
@@ -677,7 +679,7 @@ def test_an_adam_has_a_first_step_after_a_checkpoint_only_where_no_weight_could_
 def test_an_option_that_a_record_does_not_know_had_its_default(run, wanted):
     file = "train/checkpoint-6/finetune.json"
     edit_json(run, file, lambda record: record["training"]["options"].pop("label_smoothing_factor"))
-    checkpoint_as_written(run.path / "train" / "checkpoint-6")
+    checkpoint_as_written(run, "checkpoint-6")
     resume(wanted(), run)
     with pytest.raises(Faults, match=r"train\.label_smoothing_factor 0\.0 -> 0\.5"):
         resume(wanted(train={"label_smoothing_factor": 0.5}), run)

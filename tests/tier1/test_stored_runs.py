@@ -19,7 +19,7 @@ from finetune.recipe import dump
 from finetune.report import summary
 from finetune.run import Run, evidence, layout, seal
 from support import records
-from support.town import only_training
+from support.town import as_of_0_1, only_training
 
 REPORTS = ("report.json", "junit.xml", "report.md", "report.html")
 
@@ -301,11 +301,7 @@ def test_some_checks_alone_do_not_take_the_place_of_the_whole(run: Run) -> None:
 
 
 def test_a_run_of_version_0_1_is_not_sealed_by_looking_at_it(run: Run) -> None:
-    manifest = {key: value for key, value in run.manifest().items() if key not in ("schema", "seal", "digest")}
-    files.write_json(run.path / "manifest.json", manifest)
-    lines = [json.loads(line) for line in run.events_path.read_text("utf-8").splitlines()]
-    plain = [{key: value for key, value in line.items() if key not in ("prev", "sha256", "report")} for line in lines]
-    files.write_jsonl(run.events_path, plain)
+    as_of_0_1(run)
     for _ in range(2):
         found = json.loads(call("verify", run.path, "--json").stdout)
         assert [each["outcome"] for each in found["verdicts"] if each["name"] == "sealed"] == ["not examined"]

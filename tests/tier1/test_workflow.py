@@ -21,7 +21,7 @@ from finetune.errors import DataError, Interrupted, StageError, UsageError
 from finetune.pipeline import checkpoint, preview, run_directory, run_stages
 from finetune.recipe import Recipe
 from finetune.report import summary
-from finetune.run import Run, evidence, layout
+from finetune.run import Run, evidence, layout, seal
 from finetune.stages import STAGES, plan
 from support.town import CAPITALS, MANIFEST, build, facts, only_training, recipe
 
@@ -647,3 +647,13 @@ def test_a_clock_that_is_set_back_disturbs_nothing(town, tmp_path, monkeypatch):
     assert [each.why for each in preview(asked, run) if each.runs] == []
     found = summary.document(run)
     assert (found["passed"], found["outdated"], found["stopped"]) == (True, False, None)
+
+
+def test_a_run_that_is_done_anew_begins_its_log_anew(done, capsys):
+    wanted, run = done()
+    capsys.readouterr()
+    go(wanted, run, force=True)
+    assert "log is made again" not in capsys.readouterr().err
+    assert run.events("log_restored") == []
+    assert [event["stage"] for event in run.events("stage_started")] == PLAIN
+    assert seal.faults(Run(run.path)) == []

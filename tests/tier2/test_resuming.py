@@ -14,7 +14,7 @@ from finetune.errors import Faults, UsageError
 from finetune.pipeline import checkpoint, run_directory, run_stages
 from finetune.run import evidence
 from finetune.schedule import learning_rate
-from support.town import checkpoint_as_written, checkpoint_of_0_1
+from support.town import as_of_0_1
 
 SHORT = {"max_steps": 8, "save_steps": 3, "save_total_limit": None, "lr_scheduler_type": "cosine", "warmup_steps": 2}
 CHECKS = ("rows", "optimizer", "parameters")
@@ -87,7 +87,7 @@ def test_a_base_of_other_shapes_is_no_unexpected_error(short, method):
 
 
 def test_the_shapes_of_a_checkpoint_without_a_record_are_looked_at(run, short):
-    checkpoint_of_0_1(run.path / "train" / "checkpoint-3")
+    as_of_0_1(run)
     config = run.path / "train" / "checkpoint-3" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "r": 4}))
     with pytest.raises(UsageError, match=r"lora_A.weight is 16 x \d+ in the checkpoint and 4 x \d+ in the model"):
@@ -97,7 +97,9 @@ def test_the_shapes_of_a_checkpoint_without_a_record_are_looked_at(run, short):
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_its_state_is_refused(run, short, name):
     (run.path / "train" / "checkpoint-3" / name).unlink()
-    checkpoint_as_written(run.path / "train" / "checkpoint-3")
+    with pytest.raises(UsageError, match=rf"checkpoint-3 is damaged \({name} is gone"):
+        resume(short(), run)
+    as_of_0_1(run)
     with pytest.raises(Faults, match=r"checkpoint-3 has no (optimizer\.pt|scheduler\.pt|rng_state\*\.pth), so its"):
         resume(short(), run)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from finetune.checks import Verdict, judge, missing, saved, worst
 from finetune.checks.parts import single
+from finetune.core.files import digest_of
 from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.records.evaluated import FRESH_QUESTIONS
-from finetune.stages import BY_NAME, MODELS, plan
+from finetune.stages import BY_NAME, MODELS, TRAININGS, plan
 from finetune.stages.fetch import count_parameters
 
 FRESH = layout.FRESH.path
@@ -35,13 +36,24 @@ def _reports(recipe: Recipe, run: Run) -> dict[str, Report]:
 
 
 def _stale(run: Run, reports: dict[str, Report]) -> list[str]:
-    """The stages after which a model was made again that they speak of: by the log's order, since clocks are set back."""
+    """The stages after which a model was made again that they speak of: by the log's order, since clocks are set back.
+
+    A training is kept where the one before it came to the same again.
+    """
     ended = {event["stage"]: place for place, event in enumerate(run.events("stage_finished"))}
-    return [
-        name
-        for name in reports
-        if any(ended.get(need, -1) > ended.get(name, math.inf) for need in BY_NAME[name].needs if need in MODELS)
-    ]
+    began = {event["stage"]: event.get("of", {}) for event in run.events("stage_started")}
+    found = []
+    for name in reports:
+        later = [
+            need
+            for need in BY_NAME[name].needs
+            if need in MODELS and need in reports and ended.get(need, -1) > ended.get(name, math.inf)
+        ]
+        same = name in TRAININGS and all(
+            began.get(name, {}).get(need) == digest_of(reports[need].artifacts) for need in later
+        )
+        found += [name] if later and not same else []
+    return found
 
 
 def _intact(recipe: Recipe, run: Run) -> Verdict:

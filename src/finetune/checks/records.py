@@ -105,6 +105,8 @@ def _of_log(report: Report, events: list[dict[str, Any]]) -> list[str]:
         if begun[-1].get("fingerprint") == report.fingerprint
         else [f"{report.stage} began with other inputs than its report says"]
     )
+    if "of" not in begun[-1]:
+        found.append(f"it does not tell what {report.stage} was made of")
     if begun[-1].get("started") != report.started:
         found.append(f"{report.stage} began at {begun[-1].get('started')}, at {report.started} as its report says")
     if ended[-1].get("seconds") != report.seconds:

@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,18 @@ def digest(path: Path) -> str:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """The SHA-256 of every file below a directory, by its path relative to it, sorted as paths are."""
-    return {
-        file.relative_to(directory).as_posix(): _file_digest(file)
-        for file in sorted(path for path in directory.rglob("*") if path.is_file())
-    }
+    """The SHA-256 of every file below a directory, by its path relative to it, sorted as paths are.
+
+    What is no file (a link to a folder or to nothing, a pipe, a device) has one too, that of what it is.
+    """
+    return {path.relative_to(directory).as_posix(): _file_digest(path) for path in sorted(_entries(directory))}
+
+
+def _entries(directory: Path) -> Iterator[Path]:
+    """All below a directory that is no folder; a link to a folder is one entry, which nobody enters."""
+    for folder, folders, names in os.walk(directory):
+        yield from (Path(folder, name) for name in names)
+        yield from (path for name in folders if (path := Path(folder, name)).is_symlink())
 
 
 def digest_of(files: Mapping[str, str]) -> str:
@@ -46,6 +54,9 @@ def digest_of(files: Mapping[str, str]) -> str:
 def _file_digest(path: Path) -> str:
     """Known again by what the system says of the file, so that a run's weights are read once a process. A file that was
     changed just now may be changed again within the clock's grain, and is read each time (git calls such files racy)."""
+    if not path.is_file():  # opening a pipe would wait for a writer
+        what = f"link to {os.readlink(path)}" if path.is_symlink() else stat.filemode(path.lstat().st_mode)
+        return hashlib.sha256(f"no file: {what}".encode()).hexdigest()
     about = path.stat()
     key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
     if key not in _digests:
@@ -115,13 +126,18 @@ def sync_tree(directory: Path) -> None:
                 os.fsync(stream.fileno())
 
 
+def remove(path: Path) -> None:
+    """Take away a file, or a folder with all that is in it; nothing where nothing is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def clear_partials(directory: Path) -> None:
     """Remove what killed writers left below a directory. Whoever calls this is the only one who writes there."""
     for path in directory.rglob(f".*{PARTIAL}"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -136,7 +152,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file that others wrote (a model's config). Raises StageError where it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StageError(f"{path} is not JSON ({error}); get the model again") from None
     if not isinstance(value, dict):
         raise StageError(f"{path} holds no JSON object; get the model again")

@@ -27,3 +27,4 @@ def write(run: Run, texts: dict[str, str]) -> None:
     """Put the files of `render` into the run. Raises OSError where it cannot be written into."""
     for name, text in texts.items():
         write_text(run.path / name, text)
+        run.written.add(name)

@@ -83,13 +83,18 @@ class Stored:
             return None
 
     def sealed(self) -> None:
-        """Name what is not as it was sealed: log, manifest, recipe, reports of stages. Files to look at are made anew."""
+        """Name what is not as it was sealed: log, manifest, recipe, reports of stages, and one file of each stage that is not
+        as it left it. Files to look at are made anew."""
         of_the_run = (layout.EVENTS.path, layout.MANIFEST.path, layout.RECIPE.path)
         for found in seal.faults(self.run):
             file = found.file.partition(":")[0]
             named = any(line.startswith(file) for line in self.damaged)
             if not named and (file in of_the_run or file.endswith("/report.json")):
                 self.damaged.append(str(found))
+        for report in self.reports():
+            for changed in seal.changed(self.run, report)[:1]:
+                if not any(line.startswith(changed.file) for line in self.damaged):
+                    self.damaged.append(str(changed))
 
     def verdicts(self) -> dict[str, Any] | None:
         return self._try(partial(verdicts, self.run))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -125,7 +126,8 @@ def document(run: Run) -> dict[str, Any]:
     verified, events, manifest, done = stored.verdicts(), stored.events(), stored.manifest(), stored.reports()
     stored.sealed()
     ended = stopped(events, verified)
-    late = _outdated(events, verified)
+    other = stored.damaged[0] if stored.damaged and verified and verified["passed"] else None
+    late = _outdated(events, verified) or other is not None
     listed, cause = (verified["verdicts"], verified["cause"]) if verified else ([], "")
     hops = stored.exports(listed)
     rows = with_exports(stored.answers(), hops)
@@ -137,9 +139,7 @@ def document(run: Run) -> dict[str, Any]:
         "name": run.path.name,
         "run": str(run.path),
         "passed": verified["passed"] if verified and not late else None,
-        "conclusion": "; ".join(["not verified yet", *marks])
-        if verified is None
-        else outcome.headline(listed, cause=cause, marks=marks),
+        "conclusion": _conclusion(run, verified, other, marks),
         "cause": cause or None,
         "marks": marks,
         "verified": verified["time"] if verified else None,
@@ -162,6 +162,15 @@ def document(run: Run) -> dict[str, Any]:
     }
     clean: dict[str, Any] = json.loads(redact(json.dumps(found, default=str)))
     return clean
+
+
+def _conclusion(run: Run, verified: Mapping[str, Any] | None, other: str | None, marks: list[str]) -> str:
+    """The run in a sentence; `other` is what is not as it was when it was verified."""
+    if verified is None:
+        return "; ".join(["not verified yet", *marks])
+    if other is not None:
+        return "; ".join([f"not what was verified: {other}", f"verify again: finetune verify {run.path}", *marks])
+    return outcome.headline(verified["verdicts"], cause=verified["cause"], marks=marks)
 
 
 def as_dict(run: Run) -> dict[str, Any]:

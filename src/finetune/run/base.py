@@ -9,9 +9,11 @@ from finetune.run import evidence
 from finetune.run.directory import Run
 from finetune.run.seal import Found
 
+_NOTES = (".md", ".gitattributes", ".png", ".jpg")
+
 
 def base_changed(run: Run, place: Path | None = None) -> list[Found]:
-    """The files of base and adapter (of one of them, with its directory `place`) that are gone or others than fetched.
+    """The files of base and adapter (of one of them, with its directory `place`) that are gone, new, or others than fetched.
 
     Raises EvidenceError where `fetch/model.json` cannot be read.
     """
@@ -26,4 +28,17 @@ def base_changed(run: Run, place: Path | None = None) -> list[Found]:
                 found.append(Found(file=str(file), why="is gone"))
             elif digest(file) != facts["sha256"]:
                 found.append(Found(file=str(file), why="was changed after it was fetched"))
+        there = files_of(Path(where)) if Path(where).is_dir() else []
+        found += [
+            Found(file=str(file), why="was not there when it was fetched") for file in there if file.name not in files
+        ]
     return found
+
+
+def files_of(directory: Path) -> list[Path]:
+    """The files of a model's directory that count; those that only tell of it do not."""
+    return [
+        file
+        for file in sorted(directory.iterdir())
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_NOTES)
+    ]

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finetune.core.files import clear_partials, digest, write_json
+from finetune.core.files import clear_partials, digest, remove, write_json
 from finetune.errors import LockedError, MissingError, UsageError
 from finetune.run import report as reports
 from finetune.run.log import Line, Log
@@ -25,13 +25,15 @@ EVENTS, MANIFEST, RECIPE, VERDICTS, LOCK = "events.jsonl", "manifest.json", "rec
 class Run:
     """A run directory. Opening one creates nothing; `create` does. `resume` is the checkpoint that the stage running
     now (train or align) starts from, `force` whether it was told to do everything anew; both are set for the time of a
-    stage, nothing stores them."""
+    stage. `written` are the files of no stage that were written through this object: the seal takes their new digests, and
+    no others. Nothing stores them."""
 
     resume: Path | None = None
     force: bool = False
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).resolve()
+        self.written: set[str] = set()
         self._log = Log(self.path / EVENTS)
 
     def __fspath__(self) -> str:
@@ -110,12 +112,14 @@ class Run:
     def write_report(self, report: Report) -> None:
         """Store a report. An event holds its digest, so that one changed later is known."""
         path = self.path / report.stage / reports.FILE
+        if path.is_dir():
+            remove(path)
         write_json(path, asdict(report))
         self.event("stage_finished", stage=report.stage, seconds=report.seconds, report=digest(path))
 
     def forget(self, stage: str) -> None:
         """Drop a stage's report before the stage runs again, so that a failed rerun leaves no stale one."""
-        (self.path / stage / reports.FILE).unlink(missing_ok=True)
+        remove(self.path / stage / reports.FILE)
 
     # -- manifest -------------------------------------------------------------------------------------------------
 

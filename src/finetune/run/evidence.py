@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.core.files import write_json, write_jsonl
+from finetune.core.files import remove, write_json, write_jsonl
 from finetune.errors import MissingError, StageError, first_line
 from finetune.run.layout import (
     CHAT_TEMPLATE,
@@ -50,6 +50,7 @@ class EvidenceError(StageError):
 def write(run: Run, file: Document[R], value: R) -> Path:
     """Store a record. Raises StageError where it is none: a stage that writes what no check could read is broken."""
     _validated(run.path / file.path, file, file.record, value)
+    _make_way(run.path / file.path)
     write_json(run.path / file.path, value)
     return run.path / file.path
 
@@ -58,8 +59,15 @@ def write_rows(run: Run, file: Rows[R], rows: Iterable[R]) -> Path:
     """Store records, one a line; see `write`."""
     listed = list(rows)
     _validated(run.path / file.path, file, list[file.record], listed)  # type: ignore[name-defined]
+    _make_way(run.path / file.path)
     write_jsonl(run.path / file.path, listed)  # type: ignore[arg-type]
     return run.path / file.path
+
+
+def _make_way(path: Path) -> None:
+    """A folder that stands where a file belongs is damage, and no file can replace it."""
+    if path.is_dir():
+        remove(path)
 
 
 def read(run: Run, file: Document[R]) -> R:
@@ -118,6 +126,8 @@ def required(run: Run, file: File) -> Path:
 
 
 def _bytes(path: Path, file: File) -> bytes:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+        raise EvidenceError(path, file.stage, "it is no file")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -128,7 +138,7 @@ def _parse(path: Path, file: File, content: bytes, line: int | None = None) -> A
     place = f"line {line} " if line else "it "
     try:
         return json.loads(content.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         what = "is empty" if not content.strip() else f"is not JSON ({error})"
         raise EvidenceError(path, file.stage, place + what) from None
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ class Log:
             about = self.path.stat()
         except FileNotFoundError:
             return []
+        if not stat.S_ISREG(about.st_mode):
+            raise StageError(f"{self.path} is no file; {RESTORE}")
         mark = (about.st_ino, about.st_size, about.st_mtime_ns)
         if mark != self._mark:
             with self.path.open("rb") as stream:
@@ -92,7 +95,7 @@ class Log:
         for number, line in enumerate(whole, len(self._lines) + 1):
             try:
                 event = json.loads(line.decode("utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise StageError(f"{self.path}:{number}: not JSON ({error}); {RESTORE}") from None
             if not isinstance(event, dict) or not all(isinstance(event.get(key), str) for key in ("event", "time")):
                 raise StageError(f"{self.path}:{number}: no event of a run; {RESTORE}")

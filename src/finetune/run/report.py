@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.core.files import digest_of, digests
+
+if TYPE_CHECKING:
+    from finetune.run.directory import Run
 
 SCHEMA = 1  # of a stage's report; 0 stands for those of version 0.1, which say none and list no files
 FILE = "report.json"
@@ -38,6 +42,11 @@ class Report:
 def left_by(stage: str, root: Path) -> dict[str, str]:
     """Every file in the folder of a stage but its report, by path inside the run, with its SHA-256."""
     return {f"{stage}/{name}": sha for name, sha in digests(root / stage).items() if name != FILE}
+
+
+def made_of(run: Run, stages: Iterable[str]) -> dict[str, str]:
+    """A digest of what each of these stages has left, of those that have finished."""
+    return {stage: digest_of(report.artifacts) for stage in stages if (report := run.report(stage))}
 
 
 def digest_in(files: dict[str, str], name: str) -> str | None:

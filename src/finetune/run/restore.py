@@ -4,19 +4,20 @@ what was there is set aside, and both are said."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from finetune.errors import FinetuneError, first_line
 from finetune.run import evidence, layout, seal
 from finetune.run.directory import EVENTS, MANIFEST, Run
-from finetune.run.report import Report
+from finetune.run.report import Report, made_of
 
 ASIDE = "damaged"  # how a file ends that was set aside
 
 
-def restore(run: Run, stages: Iterable[str]) -> list[str]:
+def restore(run: Run, stages: Mapping[str, Iterable[str]]) -> list[str]:
     """Set a log aside that cannot be read or is not what was sealed, and write one of what the stages' reports and the
-    trainers' own logs say; likewise a manifest. Returns a sentence for each; none for a sound run."""
+    trainers' own logs say; likewise a manifest. `stages` are the names of those before each stage. Returns a sentence for
+    each; none for a sound run."""
     said = []
     fault = None
     try:
@@ -25,7 +26,7 @@ def restore(run: Run, stages: Iterable[str]) -> list[str]:
         lines, fault = [], seal.Found(file=EVENTS, why=f"cannot be read: {first_line(error)}")
     try:
         manifest = run.manifest()
-        why = "" if seal.own(manifest, lines) else "was changed after it was written"
+        why = "" if seal.own(run, manifest, lines) else "was changed after it was written"
     except FinetuneError as error:
         manifest, why = {}, f"cannot be read: {first_line(error)}"
     if why:
@@ -36,7 +37,7 @@ def restore(run: Run, stages: Iterable[str]) -> list[str]:
         name = _aside(run, EVENTS)
         run.event("log_restored", why=str(fault), aside=name)
         for report in reports:
-            _tell_again(run, report)
+            _tell_again(run, report, stages[report.stage])
         said.append(f"{fault}: the log is made again from reports and trainer logs (what was there: {name})")
         if manifest.get("seal"):
             seal.update_manifest(run, seal={"lines": 0, "last": "", "files": manifest["seal"]["files"]})
@@ -62,11 +63,17 @@ def _sound(run: Run, stage: str) -> Report | None:
     return report if report and not seal.changed(run, report) else None
 
 
-def _tell_again(run: Run, report: Report) -> None:
-    run.event("stage_started", stage=report.stage, fingerprint=report.fingerprint, started=report.started)
+def _tell_again(run: Run, report: Report, needs: Iterable[str]) -> None:
+    run.event(
+        "stage_started",
+        stage=report.stage,
+        fingerprint=report.fingerprint,
+        started=report.started,
+        of=made_of(run, needs),
+    )
     logs = {"train": layout.TRAIN_LOGS, "align": layout.ALIGN_LOGS}.get(report.stage)
     if logs:
         run.event("training", stage=report.stage, resumed_from=report.metrics.get("resumed_from"))
         for step in evidence.read(run, logs):
-            run.event("step", stage=report.stage, **{key: value for key, value in step.items() if key != "time"})
+            run.event("step", stage=report.stage, **step)  # at the time when it was taken
     run.write_report(report)

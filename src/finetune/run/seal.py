@@ -60,12 +60,28 @@ def close(run: Run) -> None:
         lines, manifest = run.log(), run.manifest()
     except FinetuneError:  # `faults` names it
         return
-    if list(log_faults(manifest, lines)) or not own(manifest, lines) or not is_sealed(run):
+    if list(log_faults(manifest, lines)) or not own(run, manifest, lines) or not is_sealed(run):
         return
     there = {name: sha for name, sha in digests(run.path).items() if name not in (MANIFEST, EVENTS, LOCK)}
-    rest = {name: sha for name, sha in there.items() if _is_of_no_stage(name)}
+    before = manifest.get("seal", {}).get("files", {})
+    rest = {
+        name: sha if name not in before or name in run.written else before[name]
+        for name, sha in {**before, **there}.items()
+        if _is_of_no_stage(name)
+    }
     last = lines[-1].digest if lines else ""
     _store(run, {**manifest, "seal": {"lines": len(lines), "last": last, "files": rest}})
+
+
+def begin_anew(run: Run) -> None:
+    """Take the log away and what the manifest sealed of it, where everything is done anew."""
+    run.forget_log()
+    try:
+        sealed = run.manifest().get("seal")
+    except FinetuneError:  # damaged: `restore` makes it again
+        return
+    if sealed:
+        update_manifest(run, seal={"lines": 0, "last": "", "files": {}})
 
 
 def _store(run: Run, manifest: dict[str, Any]) -> None:
@@ -83,10 +99,10 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def own(manifest: Mapping[str, Any], lines: list[Line]) -> bool:
-    """Whether a manifest is as it was written; one of version 0.1, whose log began as no chain, cannot tell."""
+def own(run: Run, manifest: Mapping[str, Any], lines: list[Line]) -> bool:
+    """Whether a manifest is as it was written; that of a run of version 0.1 cannot tell."""
     if "schema" not in manifest:
-        return not is_chained(lines[:1])
+        return not _seals(run, manifest, lines)
     return bool(manifest.get("digest") == digest_of_manifest(manifest))
 
 
@@ -103,9 +119,18 @@ def _is_of_no_stage(name: str) -> bool:
 def is_sealed(run: Run) -> bool:
     """Whether this run was made by a version that seals; those of 0.1 did not, though what is done to them now is chained."""
     try:
-        return "schema" in run.manifest() or is_chained(run.log()[:1])
+        return _seals(run, run.manifest(), run.log())
     except FinetuneError:
         return True
+
+
+def _seals(run: Run, manifest: Mapping[str, Any], lines: list[Line]) -> bool:
+    """By all that tells of it, so that a seal cannot be taken away and the rest left: manifest, log, reports."""
+    from finetune.run.layout import REPORTS
+
+    if "schema" in manifest or is_chained(lines[:1]) or not str(manifest.get("finetune", "0.1.")).startswith("0.1."):
+        return True
+    return any(report.schema > 0 for stage in REPORTS if (report := run.report(stage)) is not None)
 
 
 def faults(run: Run) -> list[Found]:
@@ -120,7 +145,7 @@ def faults(run: Run) -> list[Found]:
         manifest = run.manifest()
     except FinetuneError as error:
         return [Found(file=MANIFEST, why=f"cannot be read: {first_line(error)}"), *_chain(lines)]
-    found = [] if own(manifest, lines) else [Found(file=MANIFEST, why="was changed after it was written")]
+    found = [] if own(run, manifest, lines) else [Found(file=MANIFEST, why="was changed after it was written")]
     found += log_faults(manifest, lines)
     found += _written(run, lines)
     return [*found, *_rest(run, manifest, lines)]
@@ -149,10 +174,9 @@ def _written(run: Run, lines: list[Line]) -> Iterator[Found]:
     for name, sha in recorded(lines).items():
         path = run.path / name
         if not path.is_file():
-            if (
-                name == RECIPE
-            ):  # a report is taken away before its stage runs again; verdicts are written by every check
-                yield Found(file=name, why="is gone")
+            # A report is taken away before its stage runs again.
+            if name in WRITTEN or path.exists():
+                yield Found(file=name, why="is no file" if path.exists() else "is gone")
         elif digest(path) != sha:
             yield Found(file=name, why="was changed after it was written")
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from finetune import __version__, tiny
 from finetune.console import say
 from finetune.core.clock import now
-from finetune.core.files import digest, sync_tree
+from finetune.core.files import digest, remove, sync_tree
 from finetune.errors import FinetuneError, StageError, UsageError, first_line
 from finetune.lookup import load
 from finetune.run import Report, Run, seal
-from finetune.run.report import digest_in, left_by
+from finetune.run.report import digest_in, left_by, made_of
 
 if TYPE_CHECKING:  # the command line reads this table for its help, and pydantic would cost it its start-up time
     from finetune.recipe import Recipe
@@ -286,7 +286,7 @@ def execute(
         _clear(stage, run)
     on_start(stage)
     started, begin = now(), time.perf_counter()
-    run.event("stage_started", stage=stage.name, fingerprint=mark, started=started)
+    run.event("stage_started", stage=stage.name, fingerprint=mark, started=started, of=made_of(run, stage.needs))
     run.force = force or (why is not None and why.damaged)
     try:
         with PeakMemory() as memory:
@@ -318,7 +318,7 @@ def _clear(stage: Stage, run: Run) -> None:
 
     for file in layout.FILES:
         if file.stage == stage.name and not isinstance(file, layout.Tree):
-            (run.path / file.path).unlink(missing_ok=True)
+            remove(run.path / file.path)
 
 
 def _listed(name: str, files: Mapping[str, str]) -> str:

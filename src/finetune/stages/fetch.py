@@ -18,10 +18,10 @@ from finetune.core.files import digest, read_object, write_text
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
+from finetune.run.base import files_of
 from finetune.run.records.trained import Fetched, FileFacts
 from finetune.stages import Result
 
-_SKIPPED = (".md", ".gitattributes", ".png", ".jpg")
 _TOKENIZER_PARTS = (
     "vocab.json",
     "merges.txt",
@@ -114,15 +114,7 @@ def _check_backend(recipe: Recipe, base: Path) -> None:
 
 
 def _facts(directory: Path) -> dict[str, FileFacts]:
-    return {file.name: {"size": file.stat().st_size, "sha256": digest(file)} for file in _files(directory)}
-
-
-def _files(directory: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(directory.iterdir())
-        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_SKIPPED)
-    ]
+    return {file.name: {"size": file.stat().st_size, "sha256": digest(file)} for file in files_of(directory)}
 
 
 # -- the older download files ------------------------------------------------------------------------------------------
@@ -140,9 +132,9 @@ def download(entry: dict[str, Any]) -> Path:
         return _from_hub(repo, listed, into, revision, token)
     source = models.directory(repo)
     if into is None or into == source:
-        choose(listed, [file.name for file in _files(source)], repo)
+        choose(listed, [file.name for file in files_of(source)], repo)
         return source
-    names = choose(listed, [file.name for file in _files(source)], repo)
+    names = choose(listed, [file.name for file in files_of(source)], repo)
     hub.check_space(into, sum((source / name).stat().st_size for name in names if not (into / name).is_file()))
     into.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -208,3 +208,4 @@ def _run(recipe: Recipe, run: Run) -> None:
         stages = [event["stage"] for event in run.events("stage_failed")]
         where = f"stage '{stages[-1]}'" if stages else "the run"
         write_text(run.path / FAILURE, f"{where} of recipe '{recipe.name}' failed: {error}")
+        run.written.add(FAILURE)

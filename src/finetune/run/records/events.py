@@ -20,7 +20,8 @@ class RecipeStored(TypedDict):
 class Started(TypedDict):
     stage: str
     fingerprint: Sha
-    started: NotRequired[Time]  # not in logs of version 0.1
+    started: NotRequired[Time]  # this and the next are not in logs of version 0.1
+    of: NotRequired[dict[str, Sha]]  # what the stages before it had left
 
 
 @record
