@@ -430,8 +430,9 @@ def test_the_run_holds_recipe_manifest_and_events(stand_ins: Stages, here: Path)
     )
     assert [event["event"] for event in run.events()][:2] == ["recipe", "stage_started"]
 
-    call("train", "small.yaml", "--set", "train.seed=8")
+    call("train", "small.yaml", "--set", "train.seed=8", "--set", "train.data_seed=9")
     assert [event["replaced"] for event in run.events("recipe")] == [False, True]
+    assert run.manifest()["seeds"]["train"] == {"seed": 8, "data_seed": 9}
 
 
 def test_a_failed_stage_leaves_an_event_and_no_report(stand_ins: Stages) -> None:

@@ -187,9 +187,9 @@ def test_a_backend_of_another_package_is_its_file_and_its_distribution(
     module = tmp_path / "acme_models" / "deep" / "backend.py"
     module.write_text("a = 1")
     (tmp_path / "acme_single.py").write_text("")
-    about = tmp_path / "acme-1.2.dist-info"
+    about = tmp_path / "acme-1.2+cpu.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.2\n\nVersion: 9\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.2+cpu\n\nVersion: 9\n")
     (about / "top_level.txt").write_text("acme_models\n")
     monkeypatch.syspath_prepend(tmp_path)
     libraries.version.cache_clear()
@@ -199,7 +199,7 @@ def test_a_backend_of_another_package_is_its_file_and_its_distribution(
     after = code_of("finetune.errors", "acme_models.deep.backend:Backend", "acme_single")
 
     assert [*before.modules] == ["finetune/errors.py", "acme_models/deep/backend.py", "acme_single.py"]
-    assert before.libraries == {"acme": "1.2"}
+    assert before.libraries == {"acme": "1.2+cpu"}
     assert changes(json.loads(json.dumps(asdict(before))), after) == ["acme_models/deep/backend.py changed"]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from finetune import handout, pipeline
-from finetune.checks import NOT_EXAMINED, results
+from finetune.checks import NOT_EXAMINED, results, verify
 from finetune.core.files import digest
 from finetune.data.sources import local_files
 from finetune.recipe import Recipe, load
@@ -60,6 +60,15 @@ def test_it_verifies(earlier: tuple[Recipe, Run]) -> None:
     assert [f"{each.name}: {each.why}" for each in verdicts.values() if each.refuted] == []
     assert verdicts["sealed"].outcome == NOT_EXAMINED
     assert len(verdicts) >= 90
+
+
+def test_verifying_it_does_not_seal_what_nobody_sealed(earlier: tuple[Recipe, Run]) -> None:
+    verify(*earlier)
+    run = Run(earlier[1].path)
+
+    assert not seal.is_sealed(run)
+    assert "seal" not in run.manifest()
+    assert [verdict.outcome for verdict in results(earlier[0], run, ["seal"])] == [NOT_EXAMINED]
 
 
 def test_what_is_changed_in_it_is_seen_all_the_same(earlier: tuple[Recipe, Run]) -> None:

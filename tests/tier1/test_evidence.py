@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from finetune.core.files import write_json
-from finetune.errors import MissingError
+from finetune.errors import MissingError, StageError
 from finetune.run import Run, evidence, layout
 from support.town import edit_json
 
@@ -80,6 +80,49 @@ def test_losses_that_are_no_numbers_come_back_as_they_were(run):
 def test_what_is_missing_is_named_with_the_command_that_writes_it(run, read, name, stage):
     with pytest.raises(MissingError, match=rf"{name} is not in .*Write it with: finetune {stage} RECIPE"):
         read(run)
+
+
+def test_what_no_check_could_read_is_not_written(run):
+    for write in (
+        lambda: evidence.write(run, layout.TEMPLATE, {"name": "chatml"}),
+        lambda: evidence.write_rows(run, layout.PROMPTS, [{"prompt": "a", "ids": [1]}, {"prompt": "b", "ids": ["1"]}]),
+    ):
+        with pytest.raises(StageError, match="is damaged"):
+            write()
+    assert list(run.path.rglob("*")) == []
+
+
+def test_rows_whose_last_one_is_cut_short_are_damaged(run):
+    file = evidence.write_rows(run, layout.PROMPTS, [{"prompt": "a", "ids": [1]}, {"prompt": "b", "ids": [2]}])
+    assert len(evidence.rows(run, layout.PROMPTS)) == 2
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        StageError, match=r"prompts\.jsonl is damaged: its last line is cut short\. .*finetune evaluate RECIPE"
+    ):
+        evidence.rows(run, layout.PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"schema": 2}, "its schema is 2, and this version knows 0 to 1"),
+        ({"schema": True}, "its schema is True"),
+        ({"schema": 0}, "its schema is 0, and 'asked' is there"),
+        ({"asked": ...}, "its schema is 1, and 'asked' is not"),
+        ({"files": ...}, "its schema is 1, and 'files' is not"),
+        ({"made_with": ...}, "its schema is 1, and 'made_with' is not"),
+    ],
+)
+def test_a_report_of_an_unknown_schema_or_not_whole_as_one_is_damaged(copied, change, why):
+    def edit(report):
+        report.update(change)
+        for key in [key for key, value in report.items() if value is ...]:
+            del report[key]
+
+    edit_json(copied.run, "merge/report.json", edit)
+    with pytest.raises(StageError) as damaged:
+        copied.run.report("merge")
+    assert f"merge/report.json is damaged: {why}" in str(damaged.value)
 
 
 def test_row_scores_need_every_row_before_and_after(run):

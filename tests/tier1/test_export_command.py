@@ -26,6 +26,7 @@ from finetune.export import bundle as bundles
 from finetune.pipeline import run_stages
 from finetune.recipe import dump, load
 from finetune.run import Run, evidence, layout
+from finetune.run.restore import restore
 from support.proof import flip, prove, stated, whole_folder
 from support.town import only_training
 from support.town import recipe as town_recipe
@@ -234,6 +235,11 @@ def add_line(file: Path) -> None:
     file.write_text(file.read_text() + "\n")
 
 
+def told_again(run: Run) -> None:
+    run.events_path.unlink()
+    assert restore(Run(run.path), stages.BY_NAME)
+
+
 @pytest.mark.parametrize("more", [[], ["--no-parity"], ["--json"]])
 @pytest.mark.parametrize("name", DAMAGED)
 def test_what_is_not_as_it_was_made_is_not_put_out(exported: Path, ran: list[str], name: str, more: list[str]) -> None:
@@ -316,10 +322,12 @@ def test_an_export_that_is_not_there_is_not_made_of_what_is_damaged(exported: Pa
         (lambda run, recipe: add_line(run.path / "verdicts.json"), "verdicts.json was changed after it was written"),
         (lambda run, recipe: prove(run, recipe, refuted=["learned_as_trained"]), "refuted: learned_as_trained"),
         (lambda run, recipe: prove(run, recipe, but=["artifacts_intact"]), "not verified: artifacts_intact"),
+        (lambda run, recipe: prove(run, recipe, but=["loss_end"]), "not verified: loss_end"),
+        (lambda run, recipe: told_again(run), "not verified since its log was made again"),
         (lambda run, recipe: run.event("recipe", replaced=True), "not verified since the recipe changed"),
         (lambda run, recipe: run.event("stage_started", stage="merge"), "not verified since the stage 'merge' ran"),
     ],
-    ids=["never", "edited", "refuted", "in part", "another recipe", "before"],
+    ids=["never", "edited", "refuted", "in part", "not the training", "log made again", "another recipe", "before"],
 )
 def test_a_run_that_is_not_proved_is_not_put_out(
     exported: Path, ran: list[str], change: Callable[[Run, Any], Any], why: str
@@ -336,6 +344,13 @@ def test_a_run_that_is_not_proved_is_not_put_out(
     assert f"> - {why}" in Path("out/bundle/README.md").read_text()
     assert f"warning: exported although: {why}" in result.stderr
     assert bundles.verify_manifest(Path("out/bundle")) == []
+
+
+def test_what_has_to_be_known_of_the_training_stands_in_the_card_that_is_put_out(exported: Path) -> None:
+    stored = evidence.read(Run(exported), layout.VERDICTS)["verdicts"]
+    mark = "the training was made with torch 2.13.0, now 2.14.0"
+    deliver(Run(exported), targets(["bundle"]), Path("out"), verdicts=stored, marks=[mark])
+    assert mark in Path("out/bundle/README.md").read_text()
 
 
 def test_any_refuted_verdict_keeps_exports_in_the_run(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

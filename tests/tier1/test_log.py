@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,28 @@ def test_a_reader_that_has_read_before_sees_what_a_new_one_does(tmp_path: Path) 
     kept = log.path.read_bytes()
     log.path.write_bytes(kept.replace(b'"number": 1', b'"number": 7'))
     assert [line.event["number"] for line in log.lines()] == [0, 7, 2, 3]
+    log.path.write_bytes(kept.replace(b'"number": 3', b'"number": 33') + kept)
+    assert [line.event["number"] for line in log.lines()] == [0, 1, 2, 33, 0, 1, 2, 3]
+    log.path.write_bytes(kept)
+    assert [line.event["number"] for line in log.lines()] == [0, 1, 2, 3]
+    (tmp_path / "other").write_bytes(kept.replace(b'"number": 1', b'"number": 8') + kept)
+    (tmp_path / "other").replace(log.path)
+    assert [line.event["number"] for line in log.lines()] == [0, 8, 2, 3, 0, 1, 2, 3]
     log.path.unlink()
     assert log.lines() == []
+
+
+def test_a_line_is_on_the_disk_at_once_and_that_of_a_step_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    log = Log(tmp_path / "events.jsonl")
+    counts = []
+    for every, kinds in ((3600.0, ("note", "note", "step", "step", "note")), (-1.0, ("step", "step"))):
+        monkeypatch.setattr("finetune.run.log.SYNC_EVERY", every)
+        for kind in kinds:
+            log.append(kind, {})
+            counts.append(len(synced))
+    assert counts == [1, 2, 2, 2, 3, 4, 5]
 
 
 def test_a_line_that_is_no_event_is_named(tmp_path: Path) -> None:

@@ -105,11 +105,12 @@ def test_a_training_kept_from_other_libraries_or_gone_on_with_is_marked() -> Non
     assert outcome.marks({}, {"train": {}}) == []
 
 
-@pytest.mark.parametrize(("passed", "said"), [(True, "proved"), (False, "refuted")])
-def test_version_0_1_stored_passed_alone(passed: bool, said: str) -> None:
+@pytest.mark.parametrize(("passed", "said"), [(True, "proved"), (False, "refuted"), (None, "not examined")])
+def test_version_0_1_stored_passed_alone(passed: bool | None, said: str) -> None:
     stored = {key: value for key, value in verdict("a").items() if key not in ("outcome", "remedy")}
 
     assert outcome.outcome({**stored, "passed": passed}) == said
+    assert outcome.outcome({}) == "refuted", "where nothing is said, nothing is proved"
 
 
 @pytest.mark.parametrize(

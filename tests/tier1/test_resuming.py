@@ -231,6 +231,12 @@ def test_all_that_differs_is_said_at_once(run, wanted, town, tmp_path):
     assert run.events("stage_failed") == []
 
 
+def test_another_chat_template_is_another_training(run, wanted):
+    with pytest.raises(Faults) as refused:
+        resume(wanted(template={"name": "alpaca"}), run)
+    assert "the chat template is another" in refused.value.faults
+
+
 def test_as_many_other_rows_are_other_rows(run, wanted, tmp_path):
     write_jsonl(tmp_path / "other.jsonl", [*facts()[:5], {"prompt": "What is the capital of Aa?", "completion": "B."}])
     with pytest.raises(Faults, match=r"prepare/train\.jsonl has other rows \(6, as before\)"):
@@ -490,6 +496,26 @@ def stopped(wanted, stop) -> Run:
 
 def begins(run: Run) -> list[int | None]:
     return [event["resumed_from"] for event in run.events("training", stage="train")]
+
+
+def test_a_training_that_failed_by_itself_does_not_go_on_from_its_checkpoint(wanted, monkeypatch):
+    event = Run.event
+
+    def broken_at_the_fifth(self: Run, kind: str, **values: Any) -> None:
+        if kind == "step" and values["step"] == 5:
+            raise RuntimeError("it broke")
+        event(self, kind, **values)
+
+    monkeypatch.setattr(Run, "event", broken_at_the_fifth)
+    run = run_directory(wanted())
+    with pytest.raises(RuntimeError, match="it broke"):
+        run_stages(wanted(), run, ["train"])
+    monkeypatch.setattr(Run, "event", event)
+    assert run.events("stage_failed")[-1]["message"] == "it broke"
+    assert (run.path / "train" / "checkpoint-3").is_dir()
+
+    run_stages(wanted(), run, ["train"])
+    assert begins(run) == [None, None]
 
 
 def test_a_checkpoint_of_an_interruption_says_what_it_is_of(stopped):

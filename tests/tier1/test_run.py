@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from finetune import secrets
-from finetune.core.files import digest, read_jsonl, write_json, write_jsonl, write_text
+from finetune.core import files
+from finetune.core.files import digest, read_jsonl, sync_tree, write_json, write_jsonl, write_text
 from finetune.errors import LockedError, MissingError, StageError, UsageError
+from finetune.manifest import git_state
 from finetune.run import Report, Run, seal
 from support.records import MADE, WHEN
 
@@ -96,12 +98,36 @@ from typing import Any
     assert value["version"] == 0 or len(value["rows"]) == 20000
 
 
+def test_what_is_written_is_on_the_disk_and_so_is_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    write_text(tmp_path / "deep" / "file", "text")
+    assert synced == [(tmp_path / "deep" / name).stat().st_ino for name in ("file", ".")]
+
+
+def test_a_tree_is_synced_with_every_file_and_folder_of_it(tmp_path, monkeypatch):
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    (tmp_path / "deep" / "deeper" / "file").write_text("of another library")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    sync_tree(tmp_path)
+    assert sorted(synced) == sorted(path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*")))
+
+
 def test_rows_come_back_as_they_were(tmp_path):
     rows = [ODD, {"id": [1, 2]}, {}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
     write_jsonl(tmp_path / "none.jsonl", [])
     assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_a_last_row_cut_short_is_left_out_and_a_broken_one_before_it_is_an_error(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a": ')
+    assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}, {"a": 2}]
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    with pytest.raises(StageError, match=r"rows\.jsonl:2: not JSON"):
+        read_jsonl(tmp_path / "rows.jsonl")
 
 
 # -- digests ---------------------------------------------------------------------------------------------------------
@@ -130,6 +156,32 @@ def test_a_directorys_digest_sees_content_names_and_places_and_nothing_else(tmp_
         digest(tree("p", a="1", b="2")),
     ]
     assert len({same, *others}) == 4
+
+
+def test_a_directorys_digest_takes_its_files_in_the_order_of_their_paths(tmp_path):
+    """Runs hold such digests, so it stays the same: what is in `a` comes before `a-b`, though `-` comes before `/`."""
+    (tmp_path / "a").mkdir()
+    for name in ("a-b", "a/x"):
+        (tmp_path / name).write_text(name)
+    shas = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a/x", "a-b")}
+    listed = "".join(f"{name}\0{sha}\n" for name, sha in shas.items())
+    assert digest(tmp_path) == hashlib.sha256(listed.encode()).hexdigest()
+
+
+def test_a_file_changed_in_place_is_read_again_though_its_time_and_size_say_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_digests", {})
+    file = tmp_path / "f"
+    file.write_text("one")
+    digest(file)
+    assert files._digests == {}, "changed just now, it may be changed again without another time"
+
+    monkeypatch.setattr(files, "RACY", -(10**18))  # nothing is too new to be known again
+    digest(file)
+    before = file.stat()
+    time.sleep(0.05)
+    file.write_text("two")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert digest(file) == hashlib.sha256(b"two").hexdigest()
 
 
 # -- events ----------------------------------------------------------------------------------------------------------
@@ -217,6 +269,24 @@ def test_a_report_comes_back_as_it_was_and_can_be_forgotten(run):
     assert run.report("train") is None
     with pytest.raises(MissingError, match="finetune train RECIPE"):
         run.require("train")
+
+
+def test_a_manifest_tells_the_commit_and_whether_anything_was_changed_since(tmp_path):
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    assert git_state(tmp_path) is None
+    git("init")
+    assert git_state(tmp_path) is None, "there is no commit yet"
+    (tmp_path / "recipe.yaml").write_text("a")
+    git("add", ".")
+    git("commit", "-m", "first")
+    state = git_state(tmp_path)
+    assert state is not None
+    assert (len(state["sha"]), state["dirty"]) == (40, False)
+    (tmp_path / "recipe.yaml").write_text("b")
+    assert git_state(tmp_path) == {**state, "dirty": True}
 
 
 def test_opening_needs_a_run_and_creates_nothing(tmp_path):

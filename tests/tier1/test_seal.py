@@ -13,6 +13,7 @@ import pytest
 from finetune import pipeline
 from finetune.recipe import Recipe
 from finetune.run import Run, seal
+from finetune.run.report import left_by
 from support.town import build, only_training
 
 
@@ -87,7 +88,9 @@ def test_the_end_of_the_log_cannot_be_cut_off(run: Run) -> None:
     assert "events.jsonl" in names(run)
 
 
-@pytest.mark.parametrize("key", ["time", "command", "cpu", "data", "model", "seeds", "seal", "digest", "schema"])
+@pytest.mark.parametrize(
+    "key", ["time", "command", "cpu", "git", "packages", "data", "model", "kept", "seeds", "seal", "digest", "schema"]
+)
 def test_an_edited_manifest_is_named(run: Run, key: str) -> None:
     whole = (run.path / "manifest.json").read_text()
     edit(run.path / "manifest.json", lambda value: value.pop(key))
@@ -103,6 +106,25 @@ def test_an_edited_recipe_or_report_is_named(run: Run, name: str) -> None:
     text = (run.path / name).read_text()
     (run.path / name).write_text(text.replace("e", "e", 1) + " ")
     assert names(run) == [name]
+
+
+def test_a_recipe_that_is_gone_is_named(run: Run) -> None:
+    (run.path / "recipe.yaml").unlink()
+    assert names(run) == ["recipe.yaml"]
+
+
+def test_a_file_of_no_stage_is_held_until_the_log_goes_on(run: Run) -> None:
+    page = run.path / "report.html"
+    page.write_text("all is well")
+    seal.close(Run(run.path))
+    assert names(run) == []
+    page.write_text("all is better")
+    assert names(run) == ["report.html"]
+    page.unlink()
+    assert names(run) == ["report.html"]
+    # What a killed command wrote may be newer than the seal.
+    Run(run.path).event("stage_started", stage="merge", fingerprint="0" * 64)
+    assert names(run) == []
 
 
 def test_every_file_that_a_stage_left_is_held(run: Run) -> None:
@@ -127,6 +149,13 @@ def test_every_file_that_a_stage_left_is_held(run: Run) -> None:
 def test_a_file_put_into_a_stages_folder_is_named(run: Run) -> None:
     (run.path / "merge" / "model" / "chat_template.jinja").write_text("another")
     assert names(run) == ["merge/model/chat_template.jinja"]
+    (run.path / "merge" / "model" / "report.json").write_text("named as a stage's report is, and none")
+    assert names(run) == ["merge/model/chat_template.jinja", "merge/model/report.json"]
+    assert list(left_by("merge", run.path)) == sorted(
+        path.relative_to(run.path).as_posix()
+        for path in (run.path / "merge").rglob("*")
+        if path.is_file() and path != run.path / "merge" / "report.json"
+    )
 
 
 def test_a_seal_is_never_made_again_over_a_change(made: tuple[Recipe, Run], run: Run) -> None:
@@ -136,6 +165,19 @@ def test_a_seal_is_never_made_again_over_a_change(made: tuple[Recipe, Run], run:
     edit(run.path / "manifest.json", lambda value: value.update(cpu="another"))
     seal.close(Run(run.path))
     assert names(run)[0] == "manifest.json"
+
+
+def test_a_changed_manifest_is_not_sealed_again_though_the_log_is_whole(run: Run) -> None:
+    edit(run.path / "manifest.json", lambda value: value.update(cpu="another"))
+    seal.close(Run(run.path))
+    assert names(run) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "events.jsonl"])
+def test_a_run_was_sealed_though_what_says_so_cannot_be_read(run: Run, name: str) -> None:
+    (run.path / name).write_text("{oops\n")
+    assert seal.is_sealed(Run(run.path))
+    assert name in names(run)
 
 
 # -- going on with what was damaged --------------------------------------------------------------------------------------
@@ -165,6 +207,9 @@ def test_a_changed_log_is_made_again_from_what_the_trainer_logged(
     assert [report.started for report in reports] == [made[1].require(report.stage).started for report in reports]
     assert "the log is made again from reports and trainer logs" in capsys.readouterr().err
     assert how == "gone" or len(list(run.path.glob("events.jsonl.*.damaged"))) == 1
+    (restored,) = Run(run.path).events("log_restored")
+    assert restored["aside"] == ("nothing" if how == "gone" else "events.jsonl.1.damaged")
+    assert [event["resumed_from"] for event in Run(run.path).events("training", stage="train")] == [None]
 
 
 def test_a_changed_manifest_is_made_again_and_said(
@@ -175,6 +220,7 @@ def test_a_changed_manifest_is_made_again_and_said(
         pipeline.run_stages(made[0], Run(run.path))
         assert names(run) == []
         assert "manifest.json" in capsys.readouterr().err
+    assert len(list(run.path.glob("manifest.json.*.damaged"))) == 3, "each is set aside, and none over another"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -208,6 +254,9 @@ def test_files_that_a_killed_writer_left_are_cleared(made: tuple[Recipe, Run], r
     left = [run.path / ".manifest.json.1.partial", run.path / "train" / ".x.9.partial"]
     for path in left:
         path.write_text("half")
-    pipeline.run_stages(made[0], Run(run.path))
+    reports = pipeline.run_stages(made[0], Run(run.path))
     assert not any(path.exists() for path in left)
     assert names(run) == []
+    assert [report.started for report in reports] == [made[1].require(report.stage).started for report in reports], (
+        "half a file is no reason to do its stage again"
+    )

@@ -301,6 +301,14 @@ def test_an_adapter_that_is_served_and_its_base_are_looked_at(
     assert "  align/adapter/adapter.json was changed after it was written\n" in done.stderr
     assert f"  {base}/fake_model.json was changed after it was fetched\n" in done.stderr
 
+    # The list of the base's files, made to fit, is one of its stage's files itself.
+    fetched = json.loads((torch_run.path / "fetch" / "model.json").read_text())
+    fetched["files"]["fake_model.json"]["sha256"] = digest(base / "fake_model.json")
+    write_json(torch_run.path / "fetch" / "model.json", fetched)
+    done = call(torch_run.path, "--port", 0)
+    assert (done.exit_code, len(seen)) == (1, 2)
+    assert "  fetch/model.json was changed after it was written\n" in done.stderr
+
 
 def test_a_checkpoint_that_nothing_tells_of_is_not_served(
     torch_run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
