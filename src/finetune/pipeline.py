@@ -17,7 +17,18 @@ from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.base import base_changed
 from finetune.run.directory import RECIPE
 from finetune.run.restore import restore
-from finetune.stages import BY_NAME, TRAININGS, Stage, execute, fingerprint, inputs, outdated, plan, reason
+from finetune.stages import (
+    BY_NAME,
+    TRAININGS,
+    Stage,
+    execute,
+    fingerprint,
+    inputs,
+    models_before,
+    outdated,
+    plan,
+    reason,
+)
 from finetune.stages.adopt import adopt
 from finetune.training import job_of
 
@@ -102,7 +113,7 @@ def run_stages(
     with run.locked():
         if force and names is None:
             seal.begin_anew(run)
-        for said in restore(run, {name: stage.needs for name, stage in BY_NAME.items()}):
+        for said in restore(run, {name: models_before(stage) for name, stage in BY_NAME.items()}):
             say(said)
         adopt(recipe, run)
         planned = preview(recipe, run, names, force=force, retrain=retrain)

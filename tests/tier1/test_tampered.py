@@ -145,7 +145,7 @@ def test_a_report_on_what_is_no_longer_what_was_verified_says_so(run, name):
     assert "verify again" in said
     assert "proved" not in said.strip().splitlines()[-1]
     assert json.loads(call("report", run.path, "--json").stdout)["passed"] is None
-    compared = json.loads(call("report", run.path, run.path, "--json").stdout)
+    compared = json.loads(call("report", run.path, run.path, "--json", "--out", run.path.parent / "two.html").stdout)
     assert compared["a"]["status"] == "changed since it was verified"
 
 

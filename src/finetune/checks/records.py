@@ -9,8 +9,8 @@ from finetune.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.log import is_chained
-from finetune.run.report import digest_in
-from finetune.stages import plan
+from finetune.run.report import digest_in, made_of
+from finetune.stages import BY_NAME, models_before, plan
 
 EVENTS = layout.EVENTS.path
 
@@ -58,7 +58,7 @@ def _told(recipe: Recipe, run: Run) -> list[Verdict]:
         try:
             report = run.require(stage.name)
             found += [f"{stage.name}/report.json: {fault}" for fault in _of_report(run, report)]
-            found += [f"{EVENTS}: {fault}" for fault in _of_log(report, events)]
+            found += [f"{EVENTS}: {fault}" for fault in _of_log(run, report, events)]
         except FinetuneError as error:  # of this stage; the others are told of all the same
             found.append(first_line(error))
     if is_chained(run.log()):
@@ -93,7 +93,7 @@ def _of_report(run: Run, report: Report) -> list[str]:
     return found
 
 
-def _of_log(report: Report, events: list[dict[str, Any]]) -> list[str]:
+def _of_log(run: Run, report: Report, events: list[dict[str, Any]]) -> list[str]:
     ended = [event for event in events if event["event"] == "stage_finished" and event.get("stage") == report.stage]
     begun = [event for event in events if event["event"] == "stage_started" and event.get("stage") == report.stage]
     if not ended or not begun:
@@ -105,8 +105,8 @@ def _of_log(report: Report, events: list[dict[str, Any]]) -> list[str]:
         if begun[-1].get("fingerprint") == report.fingerprint
         else [f"{report.stage} began with other inputs than its report says"]
     )
-    if "of" not in begun[-1]:
-        found.append(f"it does not tell what {report.stage} was made of")
+    if begun[-1].get("of") != made_of(run, models_before(BY_NAME[report.stage])):
+        found.append(f"{report.stage} began with other models than are there")
     if begun[-1].get("started") != report.started:
         found.append(f"{report.stage} began at {begun[-1].get('started')}, at {report.started} as its report says")
     if ended[-1].get("seconds") != report.seconds:

@@ -16,8 +16,8 @@ ASIDE = "damaged"  # how a file ends that was set aside
 
 def restore(run: Run, stages: Mapping[str, Iterable[str]]) -> list[str]:
     """Set a log aside that cannot be read or is not what was sealed, and write one of what the stages' reports and the
-    trainers' own logs say; likewise a manifest. `stages` are the names of those before each stage. Returns a sentence for
-    each; none for a sound run."""
+    trainers' own logs say; likewise a manifest. `stages` are the names of those whose models each speaks of. Returns a
+    sentence for each; none for a sound run."""
     said = []
     fault = None
     try:

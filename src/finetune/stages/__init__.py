@@ -137,6 +137,11 @@ MODELS = ("train", "align", "merge", "export")  # what makes a model that later 
 TRAININGS = ("train", "align")  # what takes a night: finished, they are kept though code or libraries have changed
 
 
+def models_before(stage: Stage) -> list[str]:
+    """The stages whose models a stage speaks of."""
+    return [name for name in stage.needs if name in MODELS]
+
+
 def plan(recipe: Recipe, only: Iterable[str] | None = None) -> list[Stage]:
     """The stages this recipe wants, in order; with `only`, those names and everything they need."""
     wanted = [stage for stage in STAGES if stage.wanted(recipe)]
@@ -286,7 +291,9 @@ def execute(
         _clear(stage, run)
     on_start(stage)
     started, begin = now(), time.perf_counter()
-    run.event("stage_started", stage=stage.name, fingerprint=mark, started=started, of=made_of(run, stage.needs))
+    run.event(
+        "stage_started", stage=stage.name, fingerprint=mark, started=started, of=made_of(run, models_before(stage))
+    )
     run.force = force or (why is not None and why.damaged)
     try:
         with PeakMemory() as memory:

@@ -21,7 +21,7 @@ class Started(TypedDict):
     stage: str
     fingerprint: Sha
     started: NotRequired[Time]  # this and the next are not in logs of version 0.1
-    of: NotRequired[dict[str, Sha]]  # what the stages before it had left
+    of: NotRequired[dict[str, Sha]]  # the models that it speaks of, by stage
 
 
 @record
