@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import os
-import subprocess
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -144,21 +143,12 @@ def _need_disk(model: Path, out: Path, variants: list[str]) -> None:
 
 def _work(command: str, **options: Any) -> dict[str, Any]:
     """A command of gguf_convert in a process of its own. Raises what it reports, under the same class."""
-    ended = subprocess.run(
-        child.command("finetune.export.gguf_convert", command, json.dumps(options)),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-        env={**child.environment(), "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
+    result = child.answer_of(
+        "finetune.export.gguf_convert",
+        [command, json.dumps(options)],
+        what=f"the GGUF {command} of the model ended without a result",
+        more={"PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
     )
-    try:
-        result: dict[str, Any] = json.loads(ended.stdout.strip().rpartition("\n")[2])
-    except ValueError:
-        said = [line for line in ended.stderr.splitlines() if line.strip()]
-        why = said[-1].strip() if said else f"exit code {ended.returncode}"
-        raise StageError(f"the GGUF {command} of the model ended without a result: {why}") from None
     if "error" in result:
         raise getattr(errors, result["kind"], StageError)(result["error"])
     return result

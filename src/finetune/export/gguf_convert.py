@@ -1,8 +1,8 @@
 """The work on GGUF files, in a process of its own: the converter is a library that logs, and llama.cpp may abort.
 
-    python -m finetune.export.gguf_convert rehearse|convert|quantize JSON
+    python -m finetune.export.gguf_convert rehearse|convert|quantize JSON ANSWER
 
-JSON holds the command's keyword arguments. The last line printed is JSON too: `mended` and `notes`, or `error` (what to
+JSON holds the command's keyword arguments. Into the file ANSWER goes JSON too: `mended` and `notes`, or `error` (what to
 say to the user) and `kind` (an error class of finetune.errors).
 """
 
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finetune.backends import child
 from finetune.backends.llamacpp.loading import INSTALL, library
 from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.export.gguf_check import MENDED, Original, check, same, shown
@@ -321,7 +322,7 @@ def main(arguments: list[str]) -> int:
         result = {"error": "there is not enough memory to convert this model", "kind": "ResourceError"}
     except OSError as error:
         result = {"error": f"cannot write the GGUF file: {error.strerror or error}", "kind": "StageError"}
-    print("\n" + json.dumps(result), flush=True)
+    child.answer(arguments[2], result)
     return 0
 
 

@@ -17,6 +17,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from finetune.backends import child
 from finetune.backends.mlx import MlxBackend
 from finetune.backends.mlx.runtime import mx  # noqa: F401 - first, since mlx-lm imports MLX too
 from finetune.errors import FinetuneError, StageError
@@ -86,7 +87,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128  # five would leave the rest of a crowd waiting for a second
 
     def serve_forever(self, *arguments: Any) -> None:
-        print(f"http://{HOST}:{self.server_port}", flush=True)
+        child.tell(f"http://{HOST}:{self.server_port}")
         threading.Thread(target=self._until_left, daemon=True).start()
         super().serve_forever(*arguments)
 
