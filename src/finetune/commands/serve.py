@@ -94,9 +94,12 @@ def command(
 
 def _check(found: Found, run: Run, recipe: Recipe, *, proof: bool, anyway: bool) -> None:
     """Raise RefusedError for a model that is not to be handed out; with `anyway`, say so."""
-    from finetune import handout
+    from finetune import handout, modelfiles
     from finetune.serving.models import loaded
 
+    for place in loaded(found, run, recipe):
+        if place.is_dir():
+            modelfiles.check(place)
     reasons = [] if proof else [*handout.unproved(run, recipe), *map(str, handout.unsealed(run))]
     reasons += map(str, handout.changed(run, loaded(found, run, recipe)))
     reasons = list(dict.fromkeys(reasons))

@@ -39,14 +39,14 @@ WEIGHTS = ("*.safetensors", "*.bin")
 _REHEARSED: set[tuple[tuple[tuple[str, int, int], ...], bool]] = set()
 
 
-def rehearse(model: Path, variant: str) -> None:
+def rehearse(model: Path, variant: str, *, trust_remote_code: bool = False) -> None:
     """Raise what would keep this model from becoming a GGUF file: MissingError, or UsageError with the reason."""
     _need_packages()
     quantized = variant not in DIRECT
     files = tuple(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.iterdir() if f.is_file()))
     # One rehearsal speaks for all variants of a model: the quantizer is the same, and takes the 16-bit file.
     if not _REHEARSED & {(files, True), (files, quantized)}:
-        _work("rehearse", model=str(model), quantized=quantized)
+        _work("rehearse", model=str(model), quantized=quantized, trust_remote_code=trust_remote_code)
         _REHEARSED.add((files, quantized))
 
 
@@ -75,6 +75,7 @@ def export(source: Source, variant: str, out: Path) -> Exported:
                 variant=variant,
                 out=str(partial),
                 threads=os.cpu_count() or 1,
+                trust_remote_code=source.trust_remote_code,
             )
         partial.replace(target)
     finally:
@@ -85,7 +86,13 @@ def export(source: Source, variant: str, out: Path) -> Exported:
 
 def _convert(source: Source, outtype: str, out: Path) -> dict[str, Any]:
     return _work(
-        "convert", model=str(source.model), outtype=outtype, out=str(out), name=source.name, license=source.license
+        "convert",
+        model=str(source.model),
+        outtype=outtype,
+        out=str(out),
+        name=source.name,
+        license=source.license,
+        trust_remote_code=source.trust_remote_code,
     )
 
 

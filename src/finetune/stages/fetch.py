@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
-import struct
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune import hub, licenses, models
+from finetune import hub, licenses, models, weights
 from finetune.console import say
 from finetune.core.files import digest, read_object, write_text
-from finetune.errors import MissingError, StageError, UsageError
+from finetune.errors import MissingError, UsageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.base import files_of
@@ -60,11 +58,13 @@ def run(recipe: Recipe, run: Run) -> Result:
         "license_source": license.source,
         "license_text": words.relative_to(run.path).as_posix() if words else None,
     }
+    if found.sources:
+        known["converted_from"] = found.sources
     target = evidence.write(run, layout.MODEL, known)
     metrics: dict[str, Any] = {"bytes": sum(fact["size"] for fact in facts.values()), "seconds": round(seconds, 3)}
     if (parameters := count_parameters(found.base)) is not None:
         metrics["parameters"] = parameters
-    return {"metrics": metrics, "artifacts": [target, *([words] if words else [])], "notes": []}
+    return {"metrics": metrics, "artifacts": [target, *([words] if words else [])], "notes": list(found.notes)}
 
 
 def _write_license(license: licenses.License, run: Run) -> Path | None:
@@ -83,22 +83,9 @@ def count_parameters(directory: Path) -> int | None:
     if "num_parameters" in config:
         return int(config["num_parameters"])
     files = list(directory.glob("*.safetensors"))
-    return sum(_header_parameters(file) for file in files) if files else None
-
-
-def _header_parameters(file: Path) -> int:
-    """Format: 8 bytes little-endian length, then JSON of name to dtype, shape and offsets."""
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, file.stat().st_size)))
-            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-            end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-            end = None
-        if end is None or end > file.stat().st_size:
-            raise StageError(f"{file} is no safetensors file, or was cut short; fetch the model again")
-    return sum(math.prod(tensor["shape"]) for tensor in tensors)
+    return (
+        sum(math.prod(tensor["shape"]) for file in files for tensor in weights.header(file).values()) if files else None
+    )
 
 
 def _check_backend(recipe: Recipe, base: Path) -> None:

@@ -1,6 +1,6 @@
 """`mlx_lm.server` with one model, in a process of its own.
 
-    python -m finetune.backends.mlx.server MODEL
+    python -m finetune.backends.mlx.server MODEL [--trust-remote-code]
 
 It prints its address once the model is loaded, and ends when its standard input closes. By itself that server loads
 whatever model, adapter or draft a request names, and computes on beyond the end of the context.
@@ -40,7 +40,8 @@ class Generator(server.ResponseGenerator):
 
     def __init__(self, provider: OneModel) -> None:
         super().__init__(provider, server.LRUPromptCache(provider.cli_args.prompt_cache_size))
-        self.context = MlxBackend().constants(Path(provider.cli_args.model)).get("max_position_embeddings")
+        model, trust = Path(provider.cli_args.model), provider.cli_args.trust_remote_code
+        self.context = MlxBackend().constants(model, trust_remote_code=trust).get("max_position_embeddings")
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         found = super()._tokenize(tokenizer, request, args)
