@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune import hub, licenses, models, weights
+from finetune import hub, licenses, modelfiles, models, weights
+from finetune.backends import get
 from finetune.console import say
 from finetune.core.files import digest, read_object, write_text
 from finetune.errors import MissingError, UsageError
@@ -41,6 +42,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     found = models.resolve(recipe.model, recipe.data)
     seconds = time.perf_counter() - begin
     _check_backend(recipe, found.base)
+    _check_code(recipe, found.base)
     facts = _facts(found.base)
     named = recipe.model.base_model if found.adapter else recipe.model.path
     license = licenses.find(found.base, found.kind, path=named)
@@ -98,6 +100,12 @@ def _check_backend(recipe: Recipe, base: Path) -> None:
             "needs a directory made for it" if recipe.backend == "fake" else "cannot load a model of the fake backend"
         )
         raise UsageError(f"backend '{recipe.backend}' {other}, and model.path is {recipe.model.path}")
+
+
+def _check_code(recipe: Recipe, base: Path) -> None:
+    """Raise UsageError for a model that needs code of its own, where that is not trusted: now, not after the data."""
+    if modelfiles.code(base):
+        get(recipe.backend).constants(base, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def _facts(directory: Path) -> dict[str, FileFacts]:
