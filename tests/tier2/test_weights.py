@@ -155,7 +155,7 @@ def test_what_older_checkpoints_hold_beside_weights_is_no_fault(tiny_model, tmp_
 @pytest.mark.parametrize(
     ("held", "error", "says"),
     [
-        (lambda t: {**t, **{f"module.{name}": each + 1 for name, each in t.items()}}, StageError, "tensor twice, and not alike"),
+        (lambda t: {**t, **{f"module.{name}": each + 1 for name, each in t.items()}}, StageError, "twice, and not alike"),
         (lambda t: {**t, "step": 3}, UsageError, "holds int under 'step', and weights are tensors"),
         (lambda t: {**t, "a.lora_A.default.weight": torch.zeros(1)}, StageError, "an adapter that is not merged into it"),
         (lambda t: {"model": torch.nn.Linear(1, 1)}, UsageError, "holds more than tensors"),
