@@ -166,7 +166,7 @@ def test_code_that_is_not_needed_is_not_run(tiny_model, tmp_path, monkeypatch):
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("reference", ["reading:constants", "reading:read_config", "loading:load_for_inference"])
+@pytest.mark.parametrize("reference", ["reading:constants", "tokenizer:read_config", "loading:load_for_inference"])
 def test_every_reader_of_a_model_refuses_by_itself(tiny_model, tmp_path, reference):
     model = with_code(tiny_model(), tmp_path / "base", tokenizer=False)
 

@@ -27,8 +27,7 @@ class Original:
     """What the model directory says: `config` with the library's defaults, `tokenizer`, and the plan made from them."""
 
     def __init__(self, model: Path, *, trust_remote_code: bool = False) -> None:
-        from finetune.backends.torch.reading import read_config
-        from finetune.backends.torch.tokenizer import HFTokenizer
+        from finetune.backends.torch.tokenizer import HFTokenizer, read_config
 
         self.directory = model
         try:

@@ -140,7 +140,7 @@ def compare(config: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def _transformers_config(model: Path, trust_remote_code: bool) -> Any:
-    from finetune.backends.torch.reading import read_config
+    from finetune.backends.torch.tokenizer import read_config
 
     return read_config(model, trust_remote_code=trust_remote_code)
 

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from finetune.backends import Constant
-from finetune.backends.torch.tokenizer import HFTokenizer, reading
+from finetune.backends.torch.tokenizer import HFTokenizer, read_config
 from finetune.errors import first_line
 
 # Hugging Face's names of one constant, by architecture.
@@ -59,14 +59,6 @@ def constants(model: Path, *, trust_remote_code: bool = False) -> dict[str, Cons
     found["bos_token_id"] = tokenizer.hf.bos_token_id
     found["add_bos_token"] = tokenizer.adds_bos
     return {name: value for name, value in found.items() if value is not None}
-
-
-def read_config(model: Path, *, trust_remote_code: bool = False) -> Any:
-    """transformers' config of a model directory. Raises UsageError for code that is not trusted, StageError for all else."""
-    from transformers import AutoConfig
-
-    with reading(model, "config", trust_remote_code):
-        return AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def _rope_theta(config: Any) -> float | None:

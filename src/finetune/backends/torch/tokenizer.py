@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, dynamic_module_utils
+from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
 from finetune import modelfiles
@@ -55,6 +55,12 @@ def stored_tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:
     """transformers' tokenizer of a directory, as it is stored."""
     with reading(directory, "tokenizer", trust_remote_code):
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def read_config(model: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a model directory. Raises UsageError for code that is not trusted, StageError for all else."""
+    with reading(model, "config", trust_remote_code):
+        return AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 class HFTokenizer:
