@@ -1,13 +1,14 @@
-"""One piece of real work in a process of its own, so that its memory is its own: `python -m finetune.experiment FILE`.
+"""One piece of real work in a process of its own, so that its memory is its own:
 
-FILE is a JSON object; the answer is one JSON object on the last line of standard output.
+    python -m finetune.experiment REQUEST ANSWER
+
+Both are files of one JSON object. Standard output is no part of it: libraries and models' own code print there.
 """
 
 from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 from finetune.backends import Job, child, get
 from finetune.core.files import write_json
-from finetune.errors import StageError
 from finetune.invariance import trials
 from finetune.memory import PeakMemory
 from finetune.parity.observe import observe
@@ -27,18 +27,9 @@ def in_fresh_process(request: dict[str, Any], file: Path) -> dict[str, Any]:
     """Run `request` in a new Python process and return its answer. Raises StageError with its last words; the request is
     left in `file` then, and taken away otherwise."""
     write_json(file, request)
-    done = subprocess.run(
-        child.command("finetune.experiment", str(file)),
-        env=child.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        tail = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        raise StageError(f"the experiment {file.name} failed in its own process (exit {done.returncode}): {tail[0]}")
+    what = f"the experiment {file.name} failed in its own process"
+    answer = child.answer_of("finetune.experiment", [str(file)], what=what)
     file.unlink(missing_ok=True)
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 
 
@@ -105,7 +96,7 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with PeakMemory() as memory:
         answer = _do(request)
-    print(json.dumps({**answer, "start_bytes": memory.start, "peak_bytes": memory.peak}))
+    child.answer(sys.argv[2], {**answer, "start_bytes": memory.start, "peak_bytes": memory.peak})
 
 
 if __name__ == "__main__":

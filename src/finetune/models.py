@@ -11,15 +11,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune import hub, tiny
+from finetune import hub, modelfiles, tiny, weights
 from finetune.cache import cache_dir
 from finetune.console import say
-from finetune.core.files import digest, read_object, strays
+from finetune.core.files import digest, read_object
 from finetune.data import sources
 from finetune.errors import MissingError, UsageError
 from finetune.lookup import did_you_mean, load, missing_package
@@ -60,17 +60,19 @@ EMBEDDED: dict[str, Embedded] = {
 }
 
 
-_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _TEXTS = ("shipped:quorra/train.jsonl", "shipped:stories/train.jsonl")
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A model ready to load: `base` and `adapter` are directories; `kind` is as `kind` says."""
+    """A model ready to load: `base` and `adapter` are directories; `kind` is as `kind` says; `notes` and `sources` are as
+    `weights.Prepared` has them."""
 
     base: Path
     adapter: Path | None
     kind: str
+    notes: tuple[str, ...] = ()
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 def embedded_path(name: str = "smollm2-135m") -> Path | None:
@@ -121,12 +123,12 @@ def hub_id(path: str) -> str:
 def directory(path: str, *, revision: str | None = None, token: str | None = None, data: Data | None = None) -> Path:
     """As `obtain`, but always a directory in Hugging Face's layout: a GGUF file is converted once and kept.
 
-    Raises UsageError for one with links that lead out of it.
+    Raises UsageError for one with files that are not to be read (see `modelfiles.check`).
     """
     place = obtain(path, revision=revision, token=token, data=data)
     if place.is_file():
         return dequantized(place)
-    _check_links(place)
+    modelfiles.check(place)
     return place
 
 
@@ -140,7 +142,8 @@ def resolve(model: Model, data: Data | None = None) -> Resolved:
         remember(token)
     place = directory(model.path, revision=model.revision, token=token, data=data)
     if not is_adapter(place):
-        return Resolved(place, None, kind(model.path))
+        whole = weights.prepared(place)
+        return Resolved(whole.path, None, kind(model.path), whole.notes, whole.sources)
     config = read_object(place / "adapter_config.json")
     base = model.base_model or config.get("base_model_name_or_path")
     fix = "Set model.base_model to the base model: an embedded name, a directory, a GGUF file or a hub id"
@@ -153,18 +156,10 @@ def resolve(model: Model, data: Data | None = None) -> Resolved:
     found = directory(base, token=token, data=data)
     if is_adapter(found):
         raise UsageError(f"the base model of {place} is {base}, which is an adapter itself. {fix}")
-    return Resolved(found, place, kind(model.path))
-
-
-def _check_links(place: Path) -> None:
-    """Raise UsageError for links that lead out of a model's directory: licence, template and tokenizer of a model go into
-    runs and exports to the letter, and a model's folder may come from anybody. Weights do not, and may lie elsewhere."""
-    led = [name for name in strays(place) if not name.endswith(_WEIGHTS)]
-    if led:
-        raise UsageError(
-            f"{place / led[0]} is a link to {(place / led[0]).resolve()}, outside of the model's directory, and would be "
-            "copied into the run and its exports. Put the file itself there, or take the link away"
-        )
+    whole, added = weights.prepared(found), weights.prepared(place)
+    return Resolved(
+        whole.path, added.path, kind(model.path), whole.notes + added.notes, {**whole.sources, **added.sources}
+    )
 
 
 def is_adapter(place: Path) -> bool:

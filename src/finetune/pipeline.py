@@ -234,7 +234,7 @@ def store(recipe: Recipe, run: Run) -> None:
 
     seal.update_manifest(run, **collect(recipe))
     path, text = run.path / RECIPE, dump(recipe)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes().decode("utf-8", "replace") != text:
         replaced = path.is_file()
         write_text(path, text)
         run.event("recipe", replaced=replaced, name=recipe.name, sha256=digest(path))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoints, identity
+from finetune import checkpoints, identity, modelfiles
 from finetune.backends import Job, get
 from finetune.console import say
 from finetune.core.files import digest
@@ -86,6 +86,7 @@ def describe(job: Job, backend: str, run: Run) -> Training:
 
 def hold(checkpoint: Path, job: Job, backend: str, run: Run) -> Resumption:
     """`job` against the training that `checkpoint` is of. Raises UsageError where that is not as it was written."""
+    modelfiles.check_checkpoint(checkpoint)
     if damage := [*checkpoints.faults(checkpoint), *_not_as_left(checkpoint, run)]:
         raise UsageError(
             f"{checkpoint.name} is damaged ({', '.join(damage[:3])}): {checkpoint}. Resume from another checkpoint, or start "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,29 +103,32 @@ def model(tmp_path):
 
 @pytest.fixture
 def process(monkeypatch):
-    """A function: what the process of gguf_convert prints from now on. Everything it is asked is noted."""
+    """A function: what the process of gguf_convert leaves as its answer from now on (nothing: no file), and what it prints.
+    Everything it is asked is noted, without the file that the answer is to go into."""
     monkeypatch.setattr(gguf, "PACKAGES", {})
     asked: list[list[str]] = []
 
-    def prints(stdout: str, stderr: str = "", code: int = 0):
+    def answers(answer: str, stderr: str = "", code: int = 0):
         def run(command, **_):
-            asked.append(command)
-            return subprocess.CompletedProcess(command, code, stdout, stderr)
+            asked.append(command[:-1])
+            if answer:
+                Path(command[-1]).write_text(answer)
+            return subprocess.CompletedProcess(command, code, '{"mended": ["printed"]}', stderr)
 
         monkeypatch.setattr(subprocess, "run", run)
         return asked
 
-    return prints
+    return answers
 
 
 def test_an_error_of_the_process_is_raised_as_what_it_is(model, process):
-    process('noise\n{"error": "no such thing", "kind": "MissingError"}\n')
+    process('{"error": "no such thing", "kind": "MissingError"}')
     with pytest.raises(MissingError, match="no such thing"):
         gguf.rehearse(model, "f16")
 
 
 def test_a_process_that_dies_tells_its_last_line(model, process):
-    process("noise\n", "warning\nggml.c:12: assertion failed\n", -6)
+    process("", "warning\nggml.c:12: assertion failed\n", -6)
     with pytest.raises(StageError, match="ggml.c:12: assertion failed"):
         gguf.rehearse(model, "f16")
     process("", "", -9)

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stages",
         "training",
     ),
-    ("backends", "data", "export", "hub", "licenses", "models"),
+    ("backends", "data", "export", "hub", "licenses", "modelfiles", "models", "weights"),
     (
         "answers",
         "cache",

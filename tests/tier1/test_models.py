@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import threading
@@ -348,7 +349,13 @@ def linked(directory: Path, name: str, target: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "chat_template.jinja", "tokenizer.json", "README.md", "parts/more.py"])
+NAMES = [
+    "LICENSE", "chat_template.jinja", "tokenizer.json", "README.md", "parts/more.py", "config.json", "model.safetensors",
+    "pytorch_model-00001-of-00002.bin",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_model_with_a_file_of_elsewhere_is_refused(tmp_path, name):
     (tmp_path / "secret").write_text("nobody's business")
     model = linked(make_model(tmp_path / "model", {}), name, tmp_path / "secret")
@@ -363,9 +370,76 @@ def test_a_folder_of_elsewhere_is_refused(tmp_path):
         models.directory(str(model))
 
 
-def test_weights_may_lie_elsewhere_and_links_may_lead_inside(tmp_path):
-    (tmp_path / "w.safetensors").write_bytes(b"weights")
-    model = linked(make_model(tmp_path / "model", {}), "model.safetensors", tmp_path / "w.safetensors")
+@pytest.mark.parametrize("name", ["LICENSE", "adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_with_a_file_of_elsewhere_is_refused(tmp_path, name):
+    place = adapter(tmp_path / "tuned", str(make_model(tmp_path / "base", {})))
+    (place / "adapter_config.json").rename(tmp_path / "adapter_config.json")
+    shutil.copyfile(tmp_path / "adapter_config.json", place / "adapter_config.json")
+    (tmp_path / "other").write_text("{}")
+    linked(place, name, tmp_path / ("adapter_config.json" if name == "adapter_config.json" else "other"))
+    with pytest.raises(UsageError, match=f"{name} is a link to"):
+        models.resolve(Model(path=str(place)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "LICENSE", "model.safetensors", "more/notes.txt"])
+def test_a_pipe_in_a_model_is_refused_and_not_waited_for(tmp_path, name):
+    model = make_model(tmp_path / "model", {})
+    (model / name).unlink(missing_ok=True)
+    (model / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(model / name)
+    if name == "config.json":
+        (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=f"{name} is a pipe, not a file"):
+        models.resolve(Model(path=str(model)))
+
+
+def test_a_link_to_a_device_is_refused(tmp_path):
+    model = linked(make_model(tmp_path / "model", {}), "LICENSE", Path("/dev/zero"))
+    with pytest.raises(UsageError, match="LICENSE is a link to /dev/zero, outside of the model's directory"):
+        models.resolve(Model(path=str(model)))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "says"),
+    [
+        ("model.safetensors.index.json", {"weight_map": {"a": "../other/model.safetensors"}}, "weight_map"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "/etc/hostname"}}, "weight_map"),
+        ("pytorch_model.bin.index.json", {"weight_map": {"a": "x/../../y.bin"}}, "weight_map"),
+        ("pytorch_model.bin.index.json", {"weight_map": {"a": 7}}, "weight_map"),
+        ("config.json", {"model_type": "fake", "auto_map": {"AutoConfig": "../own.Own"}}, "auto_map"),
+        ("config.json", {"model_type": "fake", "auto_map": {"AutoConfig": "owner/name--../../own.Own"}}, "auto_map"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "/tmp/own.Own"]}}, "auto_map"),
+        ("tokenizer_config.json", {"auto_map": ["..own.Own", None]}, "auto_map"),
+        ("config.json", {"model_type": "fake", "model_file": "../own.py"}, "auto_map"),
+        ("tokenizer_config.json", {"tokenizer_file": "/etc/hostname"}, "tokenizer_file"),
+        ("tokenizer_config.json", {"vocab_file": "../vocab.json"}, "vocab_file"),
+    ],
+)
+def test_a_name_that_leads_out_of_the_directory_is_refused(tmp_path, file, values, says):
+    (tmp_path / "vocab.json").write_text("{}")
+    model = make_model(tmp_path / "model", {})
+    (model / file).write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=rf"{file} names .* under {says}, which is outside of its directory"):
+        models.resolve(Model(path=str(model)))
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("tokenizer_config.json", {"chat_template": "", "tokenizer_file": "/home/somebody/.cache/tokenizer.json"}),
+        ("tokenizer_config.json", {"chat_template": "", "special_tokens_map_file": None}),
+        ("config.json", {"model_type": "fake", "auto_map": {"AutoConfig": "owner/name--own.Own"}}),
+    ],
+)
+def test_names_that_published_models_have_are_no_fault(tmp_path, file, values):
+    """Paths on the machine that a model was made on, and code in the repository that it was trained from."""
+    model = make_model(tmp_path / "model", {})
+    (model / file).write_text(json.dumps(values))
+    assert models.resolve(Model(path=str(model))).base == model
+
+
+def test_links_may_lead_inside(tmp_path):
+    model = make_model(tmp_path / "model", {})
     (model / "NOTICE").write_text("mine")
     linked(model, "LICENSE", Path("NOTICE"))
     (tmp_path / "named").symlink_to(model)
@@ -383,5 +457,15 @@ def test_a_snapshot_in_the_hubs_cache_is_made_of_links(tmp_path):
     assert models.resolve(Model(path=str(snapshot))).base == snapshot
     (repo / "secret").write_text("x")
     linked(snapshot, "LICENSE", Path("../../secret"))
+    with pytest.raises(UsageError, match="LICENSE is a link"):
+        models.resolve(Model(path=str(snapshot)))
+
+
+def test_a_cache_whose_blobs_are_a_link_is_no_cache(tmp_path):
+    (tmp_path / "anywhere").mkdir()
+    (tmp_path / "anywhere" / "secret").write_text("nobody's business")
+    (tmp_path / "name").mkdir()
+    (tmp_path / "name" / "blobs").symlink_to(tmp_path / "anywhere")
+    snapshot = linked(make_model(tmp_path / "name" / "snapshots" / "1", {}), "LICENSE", Path("../../blobs/secret"))
     with pytest.raises(UsageError, match="LICENSE is a link"):
         models.resolve(Model(path=str(snapshot)))

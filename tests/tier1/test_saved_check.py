@@ -114,7 +114,7 @@ def test_the_saved_tokenizer_is_the_bases(copied, monkeypatch, decode, encode, s
         def encode(self, text):
             return encode(self.original.encode(text))
 
-    def tokenizer(self, model):
+    def tokenizer(self, model, *, trust_remote_code):
         return Another(made(self, model)) if model.parent.name == "merge" else made(self, model)
 
     monkeypatch.setattr(FakeBackend, "tokenizer", tokenizer)

@@ -605,6 +605,34 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return write
 
 
+TELL = "from finetune.backends import child\nchild.tell(f'http://{os.getpid()}')"
+
+
+def test_what_a_child_prints_is_not_its_address(module: Any) -> None:
+    source = f"print('http://somewhere.else', flush=True)\n{TELL}\ntime.sleep(60)"
+    with child.serving(module(source), [], what="it") as address:
+        assert address != "http://somewhere.else"
+
+
+def test_what_a_child_prints_is_not_its_answer(module: Any) -> None:
+    name = module("from finetune.backends import child\nchild.answer(sys.argv[-1], {'a': 1})\nprint({'a': 2})")
+    assert child.answer_of(name, [], what="it failed") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("print({})", "it left no answer"),
+        ("input('Run it? [y/N] ')", "EOFError"),  # nobody is asked
+        ("sys.exit('no such thing')", r"it failed \(exit code 1\): no such thing"),
+        ("open(sys.argv[-1], 'w').write('{')", "it left no answer: Expecting property name"),
+    ],
+)
+def test_a_child_without_an_answer_is_an_error(module: Any, source: str, says: str) -> None:
+    with pytest.raises(StageError, match=says):
+        child.answer_of(module(source), [], what="it failed")
+
+
 def test_a_child_that_is_late_is_stopped(module: Any) -> None:
     name = module("print('loading', file=sys.stderr, flush=True)\ntime.sleep(60)")
     late = pytest.raises(StageError, match=r"(?s)it does not start: it was not ready after 1 s\n  loading")
@@ -614,7 +642,7 @@ def test_a_child_that_is_late_is_stopped(module: Any) -> None:
 
 def test_a_child_that_heeds_nothing_is_killed(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "STOP_SECONDS", 0.2)
-    source = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(f'http://{os.getpid()}', flush=True)\ntime.sleep(60)"
+    source = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{TELL}\ntime.sleep(60)"
     with child.serving(module(source), [], what="it") as address:
         process = psutil.Process(int(address.removeprefix("http://")))
         assert process.is_running()

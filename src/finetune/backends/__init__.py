@@ -2,7 +2,8 @@
 
 Verbs: `load`, `train` (yields steps), `score`, `distributions`, `generate`, `merge`; and those that read without
 computing: `tokenizer`, `render` (a conversation to ids, the runtime's own way), `constants` (what the runtime takes a
-model's constants to be), and `tensors` (what is stored in a model or adapter directory).
+model's constants to be), and `tensors` (what is stored in a model or adapter directory). Python code that comes with a
+model runs where `trust_remote_code` is True, and nobody is asked: where it is needed and False, UsageError.
 
 A `model` is what the runtime loads: a Hugging Face directory (torch), an MLX directory (mlx), a GGUF file (llamacpp),
 a Modelfile (ollama).
@@ -13,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from finetune.errors import UsageError
 from finetune.lookup import find
+
+if TYPE_CHECKING:
+    from finetune.recipe import Recipe
 
 BACKENDS: dict[str, str] = {
     "torch": "finetune.backends.torch:TorchBackend",
@@ -116,7 +120,7 @@ class Backend(Protocol):
     scores: bool
     checkpoint_files: tuple[str, ...]
 
-    def tokenizer(self, model: Path) -> Tokenizer: ...
+    def tokenizer(self, model: Path, *, trust_remote_code: bool = False) -> Tokenizer: ...
 
     def load(self, model: Path, adapter: Path | None = None, **settings: Any) -> Any: ...
 
@@ -140,12 +144,14 @@ class Backend(Protocol):
         """Greedy continuation of every prompt, ended by what the runtime itself takes for an end of turn."""
         ...
 
-    def render(self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
+    def render(
+        self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, trust_remote_code: bool = False
+    ) -> list[list[int] | str]:
         """The ids that the runtime, with the template and tokenizer stored in the model, would prompt itself with for
         an answer to each conversation (`role`, `content`); a text says why it refuses one."""
         ...
 
-    def constants(self, model: Path) -> dict[str, Constant]:
+    def constants(self, model: Path, *, trust_remote_code: bool = False) -> dict[str, Constant]:
         """What the runtime takes the model's constants to be, under Hugging Face's names (see CONSTANTS); those that it
         does not tell are left out."""
         ...
@@ -199,3 +205,8 @@ class InferenceOnly:
 def get(name: str) -> Backend:
     """The backend of that name."""
     return find("backend", name, BACKENDS)()  # type: ignore[no-any-return]
+
+
+def tokenizer_of(recipe: Recipe, model: Path) -> Tokenizer:
+    """The tokenizer of a model directory, as the recipe's backend reads it."""
+    return get(recipe.backend).tokenizer(model, trust_remote_code=recipe.model.trust_remote_code)

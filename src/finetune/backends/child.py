@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import os
-import queue
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from finetune.errors import StageError
+from finetune.core.files import write_text
+from finetune.errors import StageError, first_line
 
 READY_SECONDS = 120.0
 STOP_SECONDS = 20.0
+POLL_SECONDS = 0.02
 LAST_LINES = 5
+ADDRESS = "FT_ADDRESS_FILE"  # names the file that a server puts its address into
 
 
 @contextmanager
 def serving(module: str, arguments: Sequence[str], *, what: str, timeout: float = READY_SECONDS) -> Iterator[str]:
-    """The base URL that `python -m module` prints once it is ready; the process runs while the block does.
+    """The base URL that `python -m module` tells (see `tell`) once it is ready; the process runs while the block does.
 
-    It ends when its standard input closes, so it never outlives this process, or at SIGTERM; it is killed where it heeds
-    neither. Raises StageError, with the last lines it wrote, where it does not come up in `timeout` seconds.
+    It tells it in a file: what a library, or a model's own code, prints is not its word. It ends when its standard input
+    closes, so it never outlives this process, or at SIGTERM; it is killed where it heeds neither. Raises StageError, with
+    the last lines it wrote, where it does not come up in `timeout` seconds.
     """
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder, tempfile.TemporaryFile() as said:
+        told = Path(folder) / "address"
         process = subprocess.Popen(
             command(module, *arguments),
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=said,
             stderr=said,
             text=True,
-            env=environment(),
+            env={**environment(), ADDRESS: str(told)},
             start_new_session=True,  # Ctrl-C on a terminal is for this process, which then stops the other in order
         )
         try:
-            yield _address(process, said, what, timeout)
+            yield _address(process, told, said, what, timeout)
         finally:
             _stop(process)
 
@@ -58,24 +62,55 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*found, *others]))}
 
 
-def _address(process: subprocess.Popen[str], said: IO[bytes], what: str, timeout: float) -> str:
-    lines: queue.Queue[str] = queue.Queue()
+def tell(address: str) -> None:
+    """Say that this process answers at an address: on standard output, and to the process that started it for that."""
+    print(address, flush=True)
+    if file := os.environ.get(ADDRESS):
+        write_text(Path(file), address)
 
-    def listen() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line.strip())
-        lines.put("")
 
-    threading.Thread(target=listen, daemon=True).start()
+def answer(file: str, value: dict[str, Any]) -> None:
+    """Leave the answer of this process where `answer_of` looks for it, to the letter: nothing in it is hidden."""
+    Path(file).write_text(json.dumps(value), encoding="utf-8")
+
+
+def answer_of(
+    module: str, arguments: Sequence[str], *, what: str, more: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """What `python -m module ARGUMENTS FILE` writes into FILE, a JSON object; `more` is added to its environment.
+
+    Standard output is anybody's, and there is nobody to answer on standard input. Raises StageError, with the last line
+    that the process wrote, where it ends without an answer.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        file = Path(folder) / "answer.json"
+        done = subprocess.run(
+            command(module, *arguments, str(file)),
+            env={**environment(), **(more or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+        try:
+            if done.returncode == 0:
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+            why = ""
+        except (OSError, ValueError) as error:
+            why = f"it left no answer: {first_line(error)}"
+    written = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    raise StageError(f"{what} (exit code {done.returncode}): {next(iter(written[-1:]), why or 'it said nothing')}")
+
+
+def _address(process: subprocess.Popen[str], told: Path, said: IO[bytes], what: str, timeout: float) -> str:
     end = time.monotonic() + timeout
-    late = False
-    try:
-        while line := lines.get(timeout=max(0.0, end - time.monotonic())):
-            if line.startswith("http://"):
-                return line
-    except queue.Empty:
-        late = True
+    while not told.is_file() and process.poll() is None and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    if told.is_file():
+        return told.read_text(encoding="utf-8")
+    late = process.poll() is None
     _stop(process)
     said.seek(0)
     written = [line.strip() for line in said.read().decode("utf-8", "replace").splitlines() if line.strip()]

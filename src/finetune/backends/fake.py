@@ -34,7 +34,7 @@ class FakeBackend:
     scores = True
     checkpoint_files = ("optimizer.json",)
 
-    def tokenizer(self, model: Path) -> FakeTokenizer:
+    def tokenizer(self, model: Path, *, trust_remote_code: bool = False) -> FakeTokenizer:
         config = model / "tokenizer_config.json"
         if not config.is_file():
             raise MissingError(f"{model} holds no tokenizer of the fake backend (no tokenizer_config.json)")
@@ -62,7 +62,9 @@ class FakeBackend:
                 rows.append([logits.get(token, 0.0) - norm for token in range(VOCAB_SIZE)])
         numpy.save(out, numpy.array(rows, dtype=numpy.float32).reshape(-1, VOCAB_SIZE))
 
-    def render(self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
+    def render(
+        self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, trust_remote_code: bool = False
+    ) -> list[list[int] | str]:
         tokenizer = self.tokenizer(model)
         template = ChatTemplate(name="own", source=tokenizer.chat_template or "")
         return [self._render(template, tokenizer, messages) for messages in conversations]
@@ -81,7 +83,7 @@ class FakeBackend:
             return str(error)
         return tokenizer.encode(text)
 
-    def constants(self, model: Path) -> dict[str, Constant]:
+    def constants(self, model: Path, *, trust_remote_code: bool = False) -> dict[str, Constant]:
         tokenizer = self.tokenizer(model)
         return {"model_type": "fake", "vocab_size": VOCAB_SIZE, "eos_token_id": tokenizer.eos_ids[0]}
 

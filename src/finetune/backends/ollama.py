@@ -71,7 +71,7 @@ class OllamaBackend(InferenceOnly):
     name = "ollama"
     scores = False
 
-    def tokenizer(self, model: Path) -> Tokenizer:
+    def tokenizer(self, model: Path, *, trust_remote_code: bool = False) -> Tokenizer:
         found: Tokenizer = _tokenizer(_read(model)[1])
         return found
 
@@ -103,7 +103,9 @@ class OllamaBackend(InferenceOnly):
         stops at the Modelfile's stop texts too."""
         return [_generate(handle, prompt, max_new_tokens) for prompt in prompts]
 
-    def render(self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
+    def render(
+        self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, trust_remote_code: bool = False
+    ) -> list[list[int] | str]:
         """The prompts that the server makes of `/api/chat`'s messages with the model's TEMPLATE and SYSTEM."""
         with self.load(model) as handle:
             version = handle.client.version()
@@ -121,7 +123,7 @@ class OllamaBackend(InferenceOnly):
         with self.load(model) as handle:
             return [_chat(handle, messages, max_new_tokens) for messages in conversations]
 
-    def constants(self, model: Path) -> dict[str, Constant]:
+    def constants(self, model: Path, *, trust_remote_code: bool = False) -> dict[str, Constant]:
         """What `/api/show` tells; Ollama's own defaults for what the file leaves out are not among it."""
         with self.load(model) as handle:
             return _constants(handle)

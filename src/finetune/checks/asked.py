@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.backends import Tokenizer, get
+from finetune.backends import Tokenizer, tokenizer_of
 from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
@@ -27,7 +27,7 @@ def sets(recipe: Recipe) -> list[str]:
 
 def base_tokenizer(recipe: Recipe, run: Run) -> Tokenizer:
     """The tokenizer of the base, which the data were prepared with."""
-    return get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
+    return tokenizer_of(recipe, Path(evidence.fetched(run)["base"]))
 
 
 def answered(recipe: Recipe, run: Run, which: str) -> list[Question]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from finetune.backends import Tokenizer, get
+from finetune.backends import Tokenizer, tokenizer_of
 from finetune.checks import Verdict, judge
 from finetune.checks.parts import several, single
 from finetune.checks.rows import examples_again, labelled, rendering
@@ -24,7 +24,7 @@ SEPARATOR = "\x1e"  # between the answers of one conversation
 def _marked(recipe: Recipe, run: Run) -> list[Verdict]:
     """Which tokens carry a label."""
     rows = _rows(run)
-    tokenizer = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
+    tokenizer = tokenizer_of(recipe, Path(evidence.fetched(run)["base"]))
     trained = [labelled(row) for row in rows]
     aligned = sum(
         all(label in (IGNORED, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
@@ -70,7 +70,7 @@ def _labels_are_answers(recipe: Recipe, run: Run) -> Verdict:
     """The trained tokens, decoded, against the answers in the data, read again."""
     assert recipe.train is not None
     rows, examples = _rows(run), examples_again(recipe.data)
-    tokenizer = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
+    tokenizer = tokenizer_of(recipe, Path(evidence.fetched(run)["base"]))
     right, wrong = 0, ""
     for row in rows:
         said, number = _said(row, tokenizer), row["row"]

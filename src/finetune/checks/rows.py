@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from finetune.backends import Tokenizer, get
+from finetune.backends import Tokenizer, tokenizer_of
 from finetune.checks import Verdict, judge
 from finetune.checks.parts import SFT, single, trains
 from finetune.data import encode, formats, sources, templates
@@ -38,7 +38,7 @@ def examples_again(data: Data | None) -> list[formats.Example]:
 
 def rendering(recipe: Recipe, run: Run) -> tuple[Tokenizer, templates.ChatTemplate]:
     """The tokenizer of the base and the chat template that the run was prepared with."""
-    tokenizer = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
+    tokenizer = tokenizer_of(recipe, Path(evidence.fetched(run)["base"]))
     return tokenizer, templates.ChatTemplate(name="run", source=evidence.chat_template(run))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import checkpoints
-from finetune.backends import Tokenizer, get
+from finetune.backends import Tokenizer, tokenizer_of
 from finetune.checks import Part, Verdict, judge, missing
 from finetune.checks.parts import TRAININGS, Training, is_lora, lora, single, tells, tensors
 from finetune.core.files import read_object
@@ -146,9 +146,8 @@ def _not_finite(recipe: Recipe, directory: Path) -> list[str]:
 
 def _tokenizer(recipe: Recipe, run: Run) -> Verdict:
     """The tokenizer that goes with the result, against the base's: what each id means, and the ids of the run's texts."""
-    backend = get(recipe.backend)
-    ours = backend.tokenizer(Path(evidence.fetched(run)["base"]))
-    theirs = backend.tokenizer(run.path / MERGED)
+    ours = tokenizer_of(recipe, Path(evidence.fetched(run)["base"]))
+    theirs = tokenizer_of(recipe, run.path / MERGED)
     ids = [number for number in range(ours.vocab_size) if ours.decode([number]) != theirs.decode([number])]
     texts = _texts(recipe, run, ours)
     read = [text for text in texts if ours.encode(text) != theirs.encode(text)]

@@ -68,6 +68,7 @@ def command(
 
     Ends with 1 where a verdict on the run is refuted or missing, or a file to be loaded is not the one that was made.
     """
+    from finetune.backends import child
     from finetune.serving import base_url, bind, check_installed, serve, until_stopped
     from finetune.serving.models import whole
 
@@ -82,7 +83,8 @@ def command(
 
         def ready() -> None:
             _tell(address, recipe.name, found.what, backend, host)
-            print(address, file=stdout, flush=True)
+            with redirect_stdout(stdout):
+                child.tell(address)
 
         _check(found, stored, recipe, proof=proof, anyway=anyway)
         with redirect_stdout(sys.stderr):  # stdout has the address, and nothing else
@@ -92,9 +94,12 @@ def command(
 
 def _check(found: Found, run: Run, recipe: Recipe, *, proof: bool, anyway: bool) -> None:
     """Raise RefusedError for a model that is not to be handed out; with `anyway`, say so."""
-    from finetune import handout
+    from finetune import handout, modelfiles
     from finetune.serving.models import loaded
 
+    for place in loaded(found, run, recipe):
+        if place.is_dir():
+            modelfiles.check(place)
     reasons = [] if proof else [*handout.unproved(run, recipe), *map(str, handout.unsealed(run))]
     reasons += map(str, handout.changed(run, loaded(found, run, recipe)))
     reasons = list(dict.fromkeys(reasons))

@@ -75,7 +75,8 @@ def strays(directory: Path) -> list[str]:
     (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
     """
     home = directory.resolve()
-    roots = [home, *([(home.parent.parent / "blobs").resolve()] if home.parent.name == "snapshots" else [])]
+    blobs = home.parent.parent / "blobs"
+    roots = [home, *([blobs] if home.parent.name == "snapshots" and not blobs.is_symlink() else [])]
     found = []
     for folder, folders, names in os.walk(home):
         for name in (*folders, *names):

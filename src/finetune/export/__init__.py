@@ -1,7 +1,8 @@
 """Merged models in the formats that people run: one module a format, one row in the table (`recipe.exports`).
 
 A module has two functions. `rehearse(model, variant)` raises what would go wrong with a model directory, before any
-training. `export(source, variant, out)` writes into the empty directory `out` and returns what it wrote.
+training. `export(source, variant, out)` writes into the empty directory `out` and returns what it wrote. Code that comes
+with the model runs in neither unless it is trusted (`trust_remote_code`).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Exported:
 class Exporter(Protocol):
     """What a format's module offers."""
 
-    def rehearse(self, model: Path, variant: str) -> None: ...
+    def rehearse(self, model: Path, variant: str, *, trust_remote_code: bool = False) -> None: ...
 
     def export(self, source: Source, variant: str, out: Path) -> Exported: ...
 

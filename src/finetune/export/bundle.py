@@ -51,7 +51,7 @@ class _Clean:
     places: tuple[Path, ...]
 
 
-def rehearse(model: Path, variant: str) -> None:
+def rehearse(model: Path, variant: str, *, trust_remote_code: bool = False) -> None:
     """Any model directory with a config can be bundled. Raises MissingError where there is none."""
     if not (model / "config.json").is_file():
         raise MissingError(f"{model} cannot be bundled: it holds no config.json. Get the model again")

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import os
-import subprocess
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,14 +39,14 @@ WEIGHTS = ("*.safetensors", "*.bin")
 _REHEARSED: set[tuple[tuple[tuple[str, int, int], ...], bool]] = set()
 
 
-def rehearse(model: Path, variant: str) -> None:
+def rehearse(model: Path, variant: str, *, trust_remote_code: bool = False) -> None:
     """Raise what would keep this model from becoming a GGUF file: MissingError, or UsageError with the reason."""
     _need_packages()
     quantized = variant not in DIRECT
     files = tuple(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.iterdir() if f.is_file()))
     # One rehearsal speaks for all variants of a model: the quantizer is the same, and takes the 16-bit file.
     if not _REHEARSED & {(files, True), (files, quantized)}:
-        _work("rehearse", model=str(model), quantized=quantized)
+        _work("rehearse", model=str(model), quantized=quantized, trust_remote_code=trust_remote_code)
         _REHEARSED.add((files, quantized))
 
 
@@ -76,6 +75,7 @@ def export(source: Source, variant: str, out: Path) -> Exported:
                 variant=variant,
                 out=str(partial),
                 threads=os.cpu_count() or 1,
+                trust_remote_code=source.trust_remote_code,
             )
         partial.replace(target)
     finally:
@@ -86,7 +86,13 @@ def export(source: Source, variant: str, out: Path) -> Exported:
 
 def _convert(source: Source, outtype: str, out: Path) -> dict[str, Any]:
     return _work(
-        "convert", model=str(source.model), outtype=outtype, out=str(out), name=source.name, license=source.license
+        "convert",
+        model=str(source.model),
+        outtype=outtype,
+        out=str(out),
+        name=source.name,
+        license=source.license,
+        trust_remote_code=source.trust_remote_code,
     )
 
 
@@ -144,21 +150,12 @@ def _need_disk(model: Path, out: Path, variants: list[str]) -> None:
 
 def _work(command: str, **options: Any) -> dict[str, Any]:
     """A command of gguf_convert in a process of its own. Raises what it reports, under the same class."""
-    ended = subprocess.run(
-        child.command("finetune.export.gguf_convert", command, json.dumps(options)),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-        env={**child.environment(), "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
+    result = child.answer_of(
+        "finetune.export.gguf_convert",
+        [command, json.dumps(options)],
+        what=f"the GGUF {command} of the model ended without a result",
+        more={"PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
     )
-    try:
-        result: dict[str, Any] = json.loads(ended.stdout.strip().rpartition("\n")[2])
-    except ValueError:
-        said = [line for line in ended.stderr.splitlines() if line.strip()]
-        why = said[-1].strip() if said else f"exit code {ended.returncode}"
-        raise StageError(f"the GGUF {command} of the model ended without a result: {why}") from None
     if "error" in result:
         raise getattr(errors, result["kind"], StageError)(result["error"])
     return result

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends.llamacpp.loading import GGUFTokenizer, library, load_model
-from finetune.errors import StageError, UsageError, first_line
+from finetune.errors import StageError, UsageError
 from finetune.export.gguf_metadata import Plan, plan
 
 TEXTS = (
@@ -26,20 +26,18 @@ MENDED = "finetune.mended"  # kept in the file, so that what is quantized from i
 class Original:
     """What the model directory says: `config` with the library's defaults, `tokenizer`, and the plan made from them."""
 
-    def __init__(self, model: Path) -> None:
-        from transformers import AutoConfig
-
-        from finetune.backends.torch.tokenizer import HFTokenizer
+    def __init__(self, model: Path, *, trust_remote_code: bool = False) -> None:
+        from finetune.backends.torch.tokenizer import HFTokenizer, read_config
 
         self.directory = model
         try:
-            config = AutoConfig.from_pretrained(str(model), local_files_only=True).to_dict()
-        except (OSError, ValueError) as error:
-            raise UsageError(f"the config in {model} cannot be read: {first_line(error)}") from None
+            config = read_config(model, trust_remote_code=trust_remote_code).to_dict()
+        except StageError as error:
+            raise UsageError(str(error)) from None
         config.update(config.get("text_config") or {})
         config.setdefault("n_ctx", config.get("n_positions"))  # read by the converter, dropped by transformers
         self.config: dict[str, Any] = config
-        self.tokenizer = HFTokenizer(model)
+        self.tokenizer = HFTokenizer(model, trust_remote_code=trust_remote_code)
         self.hf: Any = self.tokenizer.hf
         self.adds_eos = self.hf.encode("a")[-1] in self.tokenizer.eos_ids
         self.plan: Plan = plan(config)

@@ -1,8 +1,8 @@
 """The work on GGUF files, in a process of its own: the converter is a library that logs, and llama.cpp may abort.
 
-    python -m finetune.export.gguf_convert rehearse|convert|quantize JSON
+    python -m finetune.export.gguf_convert rehearse|convert|quantize JSON ANSWER
 
-JSON holds the command's keyword arguments. The last line printed is JSON too: `mended` and `notes`, or `error` (what to
+JSON holds the command's keyword arguments. Into the file ANSWER goes JSON too: `mended` and `notes`, or `error` (what to
 say to the user) and `kind` (an error class of finetune.errors).
 """
 
@@ -15,9 +15,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune.backends import child
 from finetune.backends.llamacpp.loading import INSTALL, library
 from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.export.gguf_check import MENDED, Original, check, same, shown
@@ -258,11 +260,21 @@ def complaints(original: Original) -> Iterator[None]:
         raise UsageError(f"the GGUF converter cannot take the model in {original.directory}: {kind}{said}") from error
 
 
-def rehearse(*, model: str, quantized: bool) -> dict[str, Any]:
+def _original(model: str, trust_remote_code: bool) -> Original:
+    """What is to be converted. From here on the converter's loaders trust the model's own code as its recipe does: by
+    themselves they run whatever code a tokenizer brings."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    for auto in (AutoConfig, AutoTokenizer):
+        auto.from_pretrained = partial(auto.from_pretrained, trust_remote_code=trust_remote_code)
+    return Original(Path(model), trust_remote_code=trust_remote_code)
+
+
+def rehearse(*, model: str, quantized: bool, trust_remote_code: bool) -> dict[str, Any]:
     """Convert everything but the weights, and have llama.cpp load it."""
     if quantized and not hasattr(library(), "model_quantize"):
         raise MissingError(f"the installed cyllama has no quantizer. {INSTALL}")
-    original = Original(Path(model))
+    original = _original(model, trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         conversion = Conversion(original, "f16", Path(folder) / "rehearsal.gguf", name="rehearsal")
         conversion.save_hollow()
@@ -274,14 +286,18 @@ def rehearse(*, model: str, quantized: bool) -> dict[str, Any]:
     return {"mended": mended, "notes": notes}
 
 
-def convert(*, model: str, outtype: str, out: str, name: str, license: str | None) -> dict[str, Any]:
-    original = Original(Path(model))
+def convert(
+    *, model: str, outtype: str, out: str, name: str, license: str | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    original = _original(model, trust_remote_code)
     Conversion(original, outtype, Path(out), name=name, license=license).save()
     mended, notes = check(original, Path(out))
     return {"mended": mended, "notes": notes}
 
 
-def quantize(*, model: str, source: str, variant: str, out: str, threads: int) -> dict[str, Any]:
+def quantize(
+    *, model: str, source: str, variant: str, out: str, threads: int, trust_remote_code: bool
+) -> dict[str, Any]:
     """llama.cpp's own quantizer."""
     import gguf
 
@@ -297,7 +313,7 @@ def quantize(*, model: str, source: str, variant: str, out: str, threads: int) -
         raise StageError(f"llama.cpp's quantizer failed on {source}: {why}") from None
     finally:
         llama.disable_logging()
-    original = Original(Path(model))
+    original = _original(model, trust_remote_code)
     kept = re.search(r"(\d+) of (\d+) tensor\(s\) required fallback", "".join(said))
     mended, notes = check(original, Path(out))
     if kept:
@@ -321,7 +337,7 @@ def main(arguments: list[str]) -> int:
         result = {"error": "there is not enough memory to convert this model", "kind": "ResourceError"}
     except OSError as error:
         result = {"error": f"cannot write the GGUF file: {error.strerror or error}", "kind": "StageError"}
-    print("\n" + json.dumps(result), flush=True)
+    child.answer(arguments[2], result)
     return 0
 
 

@@ -30,12 +30,12 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def rehearse(model: Path, variant: str) -> None:
+def rehearse(model: Path, variant: str, *, trust_remote_code: bool = False) -> None:
     """Load a model's shapes, without its weights, as `export` would.
 
     Raises MissingError without mlx-lm, and UsageError for an architecture or widths that it cannot take.
     """
-    _open(model, variant)
+    _open(model, variant, trust_remote_code)
 
 
 def export(source: Source, variant: str, out: Path) -> Exported:
@@ -131,7 +131,7 @@ def _read_back(source: Path, out: Path, wanted: dict[str, Any], trust_remote_cod
         load_model(out, lazy=True, trust_remote_code=trust_remote_code)
     except (ValueError, FileNotFoundError) as error:
         raise StageError(f"mlx-lm cannot load what was written to {out}: {first_line(error)}") from error
-    mine, theirs = tokenizer(out), tokenizer(source)
+    mine, theirs = (tokenizer(each, trust_remote_code=trust_remote_code) for each in (out, source))
     if mine.chat_template != theirs.chat_template:
         raise StageError(f"the chat template in {out} is not that of {source}")
     if mine.eos_ids != theirs.eos_ids:

@@ -22,12 +22,12 @@ NUM_CTX = 4096
 ADDS_BOS = "tokenizer.ggml.add_bos_token"
 
 
-def rehearse(model: Path, variant: str) -> None:
+def rehearse(model: Path, variant: str, *, trust_remote_code: bool = False) -> None:
     """Raise what would go wrong: all that GGUF's rehearsal raises, and a chat template that Ollama cannot have."""
     from finetune.export import gguf
 
-    gguf.rehearse(model, variant)
-    tokenizer = _tokenizer(model)
+    gguf.rehearse(model, variant, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(model, trust_remote_code)
     if not tokenizer.chat_template:
         return  # the merged model gets the template that training used
     _translate(tokenizer, system=None, runner_bos=bool(getattr(tokenizer, "adds_bos", False)))
@@ -38,7 +38,7 @@ def export(source: Source, variant: str, out: Path) -> Exported:
     """Write `out/Modelfile` and the GGUF file that it names. Raises UsageError for a chat template that Ollama's
     language cannot say, or a text that a Modelfile cannot hold."""
     made = _weights(source, variant, out)
-    tokenizer = _tokenizer(source.model)
+    tokenizer = _tokenizer(source.model, source.trust_remote_code)
     runner_bos, notes = _adds_bos(made.path)
     translated = _translate(tokenizer, system=source.system, runner_bos=runner_bos)
     commands = [("from", f"./{made.path.name}"), ("template", translated.text)]
@@ -91,11 +91,11 @@ def _translate(tokenizer: Any, *, system: str | None, runner_bos: bool) -> gotem
     )
 
 
-def _tokenizer(model: Path) -> Any:
+def _tokenizer(model: Path, trust_remote_code: bool) -> Any:
     """The tokenizer that the model was trained with."""
     from finetune.backends import get
 
-    return get("torch").tokenizer(model)
+    return get("torch").tokenizer(model, trust_remote_code=trust_remote_code)
 
 
 def _adds_bos(gguf: Path) -> tuple[bool, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from finetune.backends import Job, get
+from finetune.backends import Job, tokenizer_of
 from finetune.core.files import digest, write_jsonl
 from finetune.errors import UsageError
 from finetune.experiment import in_fresh_process, train_request
@@ -88,7 +88,7 @@ class Bench:
         if self.settings.get("attn_implementation") == "flash_attention_2":
             self.settings["attn_implementation"] = None  # there is none in float32, nor on a CPU
         self.rows = shrink.rows([{**row} for row in evidence.rows(run, layout.TRAIN_ROWS)])
-        pad = get(recipe.backend).tokenizer(self.model).eos_ids[0]
+        pad = tokenizer_of(recipe, self.model).eos_ids[0]
         self.files = {"rows": work / "rows.jsonl", "padded": work / "padded.jsonl"}
         write_jsonl(self.files["rows"], self.rows)
         write_jsonl(self.files["padded"], shrink.padded(self.rows, pad))

@@ -50,7 +50,7 @@ def copy(base: Path, out: Path) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise MissingError(missing_package(error.name or "torch")) from error
     try:
-        full = AutoConfig.from_pretrained(str(base), local_files_only=True)
+        full = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
         config = type(full)(**smaller(full.to_dict()))
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -71,7 +71,7 @@ def unpackable(model: Path) -> str:
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(model), local_files_only=True)
+    config = AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
     forward = AutoModelForCausalLM._model_mapping[type(config)].forward
     if "position_ids" in inspect.signature(forward).parameters:
         return ""

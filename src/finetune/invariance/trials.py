@@ -20,7 +20,9 @@ def together(request: dict[str, Any]) -> dict[str, Any]:
     handle = backend.load(model, None, **request["settings"])
     pairs = [(row["input_ids"][:1], row["input_ids"][1:]) for row in request["rows"]]
     prompts = [row["input_ids"][: _prompt(row)] for row in request["rows"]]
-    end = list(backend.tokenizer(model).eos_ids[:1])
+    end = list(
+        backend.tokenizer(model, trust_remote_code=bool(request["settings"].get("trust_remote_code"))).eos_ids[:1]
+    )
 
     def answers(asked: list[list[int]]) -> list[list[int]]:
         made = backend.generate(handle, asked, max_new_tokens=NEW_TOKENS)

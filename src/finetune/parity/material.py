@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Tokenizer, get
+from finetune.backends import Tokenizer, tokenizer_of
 from finetune.data import encode, templates
 from finetune.errors import UsageError
 from finetune.recipe import Recipe
@@ -67,7 +67,7 @@ def build(recipe: Recipe, run: Run, model: Path) -> compared.Material:
     answer), `eos_ids`, `ends` (those that the training taught to end with), `template`. `model` is what the data were
     prepared with: the base.
     """
-    tokenizer = get(recipe.backend).tokenizer(model)
+    tokenizer = tokenizer_of(recipe, model)
     source = evidence.chat_template(run)
     render: dict[str, Any] = {
         "tokenizer": tokenizer,

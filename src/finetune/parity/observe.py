@@ -21,6 +21,7 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
     where this is that model. Distributions go to the file `distributions`.
     """
     backend, material = get(request["backend"]), request["material"]
+    trust = bool(request["settings"].get("trust_remote_code"))
     model, adapter = Path(request["model"]), Path(request["adapter"]) if request["adapter"] else None
     begin = time.perf_counter()
     handle = backend.load(model, adapter, **request["settings"])
@@ -35,8 +36,9 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
             backend.distributions(handle, pairs(material, answers), Path(request["distributions"]))
         speed = _speed(backend, handle, prompts, made)
         tokens = Path(request["prompts_from"])
-        tokenizer = backend.tokenizer(tokens)
-        rendered = backend.render(tokens, [each["messages"] for each in material["conversations"]])
+        tokenizer = backend.tokenizer(tokens, trust_remote_code=trust)
+        conversations = [each["messages"] for each in material["conversations"]]
+        rendered = backend.render(tokens, conversations, trust_remote_code=trust)
         asked = [each["messages"] for each in material["questions"] if each["messages"]][: request["served"]]
         served = None
         if isinstance(backend, Serves) and asked:
@@ -54,7 +56,7 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
         "generated": [{"ids": list(each.ids), "text": each.text, "finish": each.finish} for each in made],
         "answers": answers,
         "served": served,
-        "constants": backend.constants(model),
+        "constants": backend.constants(model, trust_remote_code=trust),
         "scores": backend.scores,
         "load_seconds": load_seconds,
         **speed,

@@ -18,21 +18,23 @@ def base_changed(run: Run, place: Path | None = None) -> list[Found]:
     Raises EvidenceError where `fetch/model.json` cannot be read.
     """
     fetched = evidence.fetched(run)
-    found = []
+    listed = {path: sha256 for path, sha256 in fetched.get("converted_from", {}).items() if place is None}
+    new: list[Found] = []
     for where, files in ((fetched["base"], fetched["files"]), (fetched["adapter"], fetched["adapter_files"])):
         if where is None or place not in (None, Path(where)):
             continue
-        for name, facts in files.items():
-            file = Path(where) / name
-            if not file.is_file():
-                found.append(Found(file=str(file), why="is gone"))
-            elif digest(file) != facts["sha256"]:
-                found.append(Found(file=str(file), why="was changed after it was fetched"))
+        listed |= {str(Path(where) / name): facts["sha256"] for name, facts in files.items()}
         there = files_of(Path(where)) if Path(where).is_dir() else []
-        found += [
+        new += [
             Found(file=str(file), why="was not there when it was fetched") for file in there if file.name not in files
         ]
-    return found
+    found = []
+    for path, sha256 in listed.items():
+        if not Path(path).is_file():
+            found.append(Found(file=path, why="is gone"))
+        elif digest(Path(path)) != sha256:
+            found.append(Found(file=path, why="was changed after it was fetched"))
+    return [*found, *new]
 
 
 def files_of(directory: Path) -> list[Path]:

@@ -49,5 +49,6 @@ def llamacpp(model: Path, run: Run, recipe: Recipe) -> Iterator[App]:
 @contextmanager
 def mlx(model: Path, run: Run, recipe: Recipe) -> Iterator[App]:
     """mlx-lm's server on an MLX directory, in a process of its own."""
-    with child.serving("finetune.backends.mlx.server", [str(model)], what=f"mlx-lm's server on {model}") as address:
+    arguments = [str(model), *(["--trust-remote-code"] if recipe.model.trust_remote_code else [])]
+    with child.serving("finetune.backends.mlx.server", arguments, what=f"mlx-lm's server on {model}") as address:
         yield proxy.application(address)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Generation, Tokenizer, get
+from finetune.backends import Generation, Tokenizer, get, tokenizer_of
 from finetune.data import encode, templates
 from finetune.errors import StageError, UsageError, first_line
 from finetune.parity import material
@@ -50,7 +50,7 @@ def measure(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     if recipe.backend != BACKEND:
         raise UsageError(f"expect.serving asks the server of the backend '{BACKEND}', not of '{recipe.backend}'")
     check_installed(BACKEND)
-    tokenizer = get(recipe.backend).tokenizer(run.path / layout.MERGED.path)
+    tokenizer = tokenizer_of(recipe, run.path / layout.MERGED.path)
     source = evidence.chat_template(run)
     render: dict[str, Any] = {
         "tokenizer": tokenizer,

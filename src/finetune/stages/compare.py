@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from finetune import __version__, memory
-from finetune.backends import get
+from finetune.backends import get, tokenizer_of
 from finetune.console import progress
 from finetune.experiment import in_fresh_process
 from finetune.lookup import load
@@ -163,7 +163,7 @@ def _evidence(
 ) -> dict[str, Any]:
     before, expected, ours = reference
     model, found, theirs = candidate
-    decode: Callable[[list[int]], str] = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"])).decode
+    decode: Callable[[list[int]], str] = tokenizer_of(recipe, Path(evidence.fetched(run)["base"])).decode
     files = (ours, theirs) if expected["scores"] and found["scores"] else None
     return {
         "hop": model.name,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from finetune.answers import is_correct
-from finetune.backends import Backend, Tokenizer, get
+from finetune.backends import Backend, Tokenizer, get, tokenizer_of
 from finetune.console import progress
 from finetune.core.arithmetic import mean, perplexity
 from finetune.data import encode, sources, templates
@@ -38,7 +38,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     scored: list[evaluated.ScoredPair] = [{"row": pair["row"], "phases": {}} for pair in pairs]
     with progress(len(phases), "evaluate") as bar:
         for number, (phase, (model, adapter)) in enumerate(phases.items(), 1):
-            tokenizer = backend.tokenizer(model)
+            tokenizer = tokenizer_of(recipe, model)
             template = templates.ChatTemplate(name="run", source=evidence.chat_template(run))
             handle = backend.load(model, adapter, **evidence.model_settings(recipe))
             _ask(backend, handle, questions, phase, recipe, tokenizer, template)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__
+from finetune import __version__, modelfiles
 from finetune.console import progress
 from finetune.core.files import digest, digests
 from finetune.errors import StageError
@@ -117,6 +117,9 @@ def _source(recipe: Recipe, run: Run, done: dict[str, Path]) -> Source:
     if not merged.is_dir():
         raise StageError(f"there is no merged model in {run.path}. Make it with: finetune merge RECIPE")
     model, adapter = evidence.final(run, recipe)
+    for place in (merged, adapter):
+        if place is not None:
+            modelfiles.check(place)
     fetched = evidence.fetched(run)
     text = fetched.get("license_text")
     return Source(

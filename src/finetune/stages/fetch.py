@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
-import struct
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune import hub, licenses, models
+from finetune import hub, licenses, modelfiles, models, weights
+from finetune.backends import get
 from finetune.console import say
 from finetune.core.files import digest, read_object, write_text
-from finetune.errors import MissingError, StageError, UsageError
+from finetune.errors import MissingError, UsageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.base import files_of
@@ -43,6 +42,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     found = models.resolve(recipe.model, recipe.data)
     seconds = time.perf_counter() - begin
     _check_backend(recipe, found.base)
+    _check_code(recipe, found.base)
     facts = _facts(found.base)
     named = recipe.model.base_model if found.adapter else recipe.model.path
     license = licenses.find(found.base, found.kind, path=named)
@@ -60,11 +60,13 @@ def run(recipe: Recipe, run: Run) -> Result:
         "license_source": license.source,
         "license_text": words.relative_to(run.path).as_posix() if words else None,
     }
+    if found.sources:
+        known["converted_from"] = found.sources
     target = evidence.write(run, layout.MODEL, known)
     metrics: dict[str, Any] = {"bytes": sum(fact["size"] for fact in facts.values()), "seconds": round(seconds, 3)}
     if (parameters := count_parameters(found.base)) is not None:
         metrics["parameters"] = parameters
-    return {"metrics": metrics, "artifacts": [target, *([words] if words else [])], "notes": []}
+    return {"metrics": metrics, "artifacts": [target, *([words] if words else [])], "notes": list(found.notes)}
 
 
 def _write_license(license: licenses.License, run: Run) -> Path | None:
@@ -83,22 +85,9 @@ def count_parameters(directory: Path) -> int | None:
     if "num_parameters" in config:
         return int(config["num_parameters"])
     files = list(directory.glob("*.safetensors"))
-    return sum(_header_parameters(file) for file in files) if files else None
-
-
-def _header_parameters(file: Path) -> int:
-    """Format: 8 bytes little-endian length, then JSON of name to dtype, shape and offsets."""
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, file.stat().st_size)))
-            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-            end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-            end = None
-        if end is None or end > file.stat().st_size:
-            raise StageError(f"{file} is no safetensors file, or was cut short; fetch the model again")
-    return sum(math.prod(tensor["shape"]) for tensor in tensors)
+    return (
+        sum(math.prod(tensor["shape"]) for file in files for tensor in weights.header(file).values()) if files else None
+    )
 
 
 def _check_backend(recipe: Recipe, base: Path) -> None:
@@ -111,6 +100,12 @@ def _check_backend(recipe: Recipe, base: Path) -> None:
             "needs a directory made for it" if recipe.backend == "fake" else "cannot load a model of the fake backend"
         )
         raise UsageError(f"backend '{recipe.backend}' {other}, and model.path is {recipe.model.path}")
+
+
+def _check_code(recipe: Recipe, base: Path) -> None:
+    """Raise UsageError for a model that needs code of its own, where that is not trusted: now, not after the data."""
+    if modelfiles.code(base):
+        get(recipe.backend).constants(base, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def _facts(directory: Path) -> dict[str, FileFacts]:

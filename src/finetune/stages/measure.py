@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import checkpoints
-from finetune.backends import Job, get
+from finetune.backends import Job, get, tokenizer_of
 from finetune.console import progress
 from finetune.core.arithmetic import mean
 from finetune.core.files import write_jsonl
@@ -60,7 +60,7 @@ def run(recipe: Recipe, run: Run) -> Result:
 def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     """The merged model scores expected answers and held-out texts in a new process; checks hold them against `evaluate`."""
     model = run.path / "merge" / "model"
-    tokenizer = get(recipe.backend).tokenizer(model)
+    tokenizer = tokenizer_of(recipe, model)
     template = templates.ChatTemplate(name="merged", source=tokenizer.chat_template or "")
     if template.digest != evidence.read(run, layout.TEMPLATE)["sha256"]:
         return {"template_sha256": template.digest, "scores": {}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+from finetune import modelfiles
 from finetune.backends import get
 from finetune.errors import ResourceError, StageError
 from finetune.memory import disk_free
@@ -16,6 +17,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     """Write `merge/model`: weights, config, tokenizer and the chat template of the training."""
     model, adapter = evidence.final(run, recipe)
     out = run.stage_dir("merge") / "model"
+    modelfiles.check(model if adapter is None else adapter)
     size = sum(file.stat().st_size for file in model.glob("*") if file.is_file())
     if disk_free(run.path) < size * 1.1:
         raise ResourceError(f"merging needs {size * 1.1 / 2**30:.1f} GiB of disk at {run.path}; free some first")

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from finetune.backends import Tokenizer, get
+from finetune.backends import Tokenizer, tokenizer_of
 from finetune.console import say
 from finetune.core.files import digest, read_object, write_text
 from finetune.data import checks, encode, formats, sources, templates
@@ -22,7 +22,7 @@ from finetune.stages import Result
 def run(recipe: Recipe, run: Run) -> Result:
     """Write `prepare/train.jsonl` (`row`, `input_ids`, `labels`, `file`, `line`), `eval.jsonl`, `preferences.jsonl`,
     `template.json`, `chat_template.jinja`, `preview.txt` and `sources.json`, the data files' digests."""
-    tokenizer = get(recipe.backend).tokenizer(Path(evidence.fetched(run)["base"]))
+    tokenizer = tokenizer_of(recipe, Path(evidence.fetched(run)["base"]))
     template = templates.choose(recipe.template, tokenizer)
     out = run.stage_dir("prepare")
     for stale in out.iterdir():

@@ -28,7 +28,7 @@ def run(recipe: Recipe, run: Run) -> Result:
         # The later ones ask for more (a quantizer), and what they found out holds for those before them.
         for number, target in enumerate(reversed(wanted), 1):
             try:
-                exporter(target).rehearse(model, target.variant)
+                exporter(target).rehearse(model, target.variant, trust_remote_code=recipe.model.trust_remote_code)
             except (MissingError, UsageError) as error:
                 faults.append((target.name, error))
             bar.update(number)

@@ -18,7 +18,7 @@ class LlamaCppBackend(InferenceOnly):
     name = "llamacpp"
     scores = True
 
-    def tokenizer(self, model: Path) -> Tokenizer:
+    def tokenizer(self, model: Path, *, trust_remote_code: bool = False) -> Tokenizer:
         return load_reference("finetune.backends.llamacpp.loading:tokenizer")(model)  # type: ignore[no-any-return]
 
     def load(self, model: Path, adapter: Path | None = None, **settings: Any) -> Any:
@@ -34,7 +34,9 @@ class LlamaCppBackend(InferenceOnly):
         generate = load_reference("finetune.backends.llamacpp.inference:generate")
         return generate(handle, prompts, max_new_tokens=max_new_tokens)  # type: ignore[no-any-return]
 
-    def render(self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
+    def render(
+        self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, trust_remote_code: bool = False
+    ) -> list[list[int] | str]:
         return load_reference("finetune.backends.llamacpp.reading:render")(model, conversations)  # type: ignore[no-any-return]
 
     def chat(
@@ -43,5 +45,5 @@ class LlamaCppBackend(InferenceOnly):
         chat = load_reference("finetune.backends.llamacpp.reading:chat")
         return chat(model, conversations, max_new_tokens=max_new_tokens)  # type: ignore[no-any-return]
 
-    def constants(self, model: Path) -> dict[str, Constant]:
+    def constants(self, model: Path, *, trust_remote_code: bool = False) -> dict[str, Constant]:
         return load_reference("finetune.backends.llamacpp.reading:constants")(model)  # type: ignore[no-any-return]

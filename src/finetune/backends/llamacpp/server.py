@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FinetuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(server.listening_address, flush=True)
+    child.tell(server.listening_address)
     with suppress(KeyboardInterrupt):
         sys.stdin.read()
     del server

@@ -23,8 +23,8 @@ class MlxBackend:
     scores = True
     checkpoint_files = ("optimizer/state.safetensors",)
 
-    def tokenizer(self, model: Path) -> Tokenizer:
-        return _verb("tokenizer:MlxTokenizer")(model)  # type: ignore[no-any-return]
+    def tokenizer(self, model: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+        return _verb("tokenizer:MlxTokenizer")(model, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
 
     def load(self, model: Path, adapter: Path | None = None, **settings: Any) -> Any:
         return _verb("loading:load_for_inference")(model, adapter, **settings)
@@ -41,11 +41,13 @@ class MlxBackend:
     def generate(self, handle: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[Generation]:
         return _verb("inference:generate")(handle, prompts, max_new_tokens=max_new_tokens)  # type: ignore[no-any-return]
 
-    def render(self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
-        return _verb("tokenizer:render")(model, conversations)  # type: ignore[no-any-return]
+    def render(
+        self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, trust_remote_code: bool = False
+    ) -> list[list[int] | str]:
+        return _verb("tokenizer:render")(model, conversations, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
 
-    def constants(self, model: Path) -> dict[str, Constant]:
-        return _verb("config:constants")(model)  # type: ignore[no-any-return]
+    def constants(self, model: Path, *, trust_remote_code: bool = False) -> dict[str, Constant]:
+        return _verb("config:constants")(model, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
 
     def merge(self, model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
         return _verb("merging:merge")(model, adapter, out, **settings)  # type: ignore[no-any-return]

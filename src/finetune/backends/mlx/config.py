@@ -140,12 +140,9 @@ def compare(config: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def _transformers_config(model: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
+    from finetune.backends.torch.tokenizer import read_config
 
-    try:
-        return AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise StageError(f"transformers cannot read the config in {model}: {first_line(error)}") from None
+    return read_config(model, trust_remote_code=trust_remote_code)
 
 
 def _default(field: Any) -> Any:
@@ -299,9 +296,9 @@ NAMES = {
 }
 
 
-def constants(model: Path) -> dict[str, Constant]:
+def constants(model: Path, *, trust_remote_code: bool = False) -> dict[str, Constant]:
     """What mlx-lm's ModelArgs hold after reading the config (see Backend.constants), and its tokenizer."""
-    config = read(model).config
+    config = read(model, trust_remote_code=trust_remote_code).config
     _, args_class = classes(config)
     args: Any = args_class.from_dict(config)
     inner = getattr(args, "text_config", None)
@@ -314,7 +311,7 @@ def constants(model: Path) -> dict[str, Constant]:
     kinds = held.get("layer_types")
     if held.get("sliding_window") is not None and (kinds is None or "sliding_attention" in kinds):
         found["sliding_window"] = held["sliding_window"]
-    tokenizer = MlxTokenizer(model)
+    tokenizer = MlxTokenizer(model, trust_remote_code=trust_remote_code)
     found["eos_token_id"] = tokenizer.hf.eos_token_id
     found["bos_token_id"] = tokenizer.hf.bos_token_id
     found["add_bos_token"] = tokenizer.adds_bos

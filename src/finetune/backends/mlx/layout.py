@@ -72,6 +72,7 @@ def rewrite(
     tokenizer: Path,
     chat_template: str | None = None,
     dtype: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a Hugging Face model again with `change(name, weight)` for every weight (None leaves one out), file by file.
 
@@ -96,13 +97,15 @@ def rewrite(
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name in kept}
         write_json(partial / INDEX, index)
-    save_tokenizer(tokenizer, partial, chat_template)
+    save_tokenizer(tokenizer, partial, chat_template, trust_remote_code=trust_remote_code)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
 
 
-def save_tokenizer(source: Path, out: Path, chat_template: str | None = None) -> None:
-    tokenizer = HFTokenizer(source).hf
+def save_tokenizer(
+    source: Path, out: Path, chat_template: str | None = None, *, trust_remote_code: bool = False
+) -> None:
+    tokenizer = HFTokenizer(source, trust_remote_code=trust_remote_code).hf
     if chat_template:
         tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(str(out))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune import modelfiles
 from finetune.backends.mlx import config as configs
 from finetune.backends.mlx.runtime import choose_device, mx, nn, on, tree_map
 from finetune.backends.mlx.tokenizer import MlxTokenizer
@@ -39,7 +40,10 @@ def load_model(
         )
     except (OSError, KeyError, TypeError, RuntimeError) as error:
         raise StageError(f"mlx-lm cannot load the model in {directory}: {first_line(error)}") from error
-    except ValueError as error:  # weights that have no place in mlx-lm's model, or places without weights
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise modelfiles.refused_code(directory) from None
+        # weights that have no place in mlx-lm's model, or places without weights
         raise UsageError(
             f"mlx-lm's '{reading.config.get('model_type')}' does not fit the model in {directory}: {_brief(error)}"
         ) from error
@@ -103,10 +107,9 @@ def load_for_inference(directory: Path, adapter: Path | None = None, **settings:
     from mlx_lm.utils import dequantize_model
 
     device = device_of(settings)
+    trust = bool(settings.get("trust_remote_code"))
     with on(device):
-        model, reading = load_model(
-            directory, dtype=settings.get("dtype"), trust_remote_code=settings.get("trust_remote_code", False)
-        )
+        model, reading = load_model(directory, dtype=settings.get("dtype"), trust_remote_code=trust)
         if device == mx.cpu and "quantization" in reading.config:
             # The same numbers to rounding; MLX's quantized product has no fast code there (8 tokens/s for 135M).
             model = dequantize_model(model)
@@ -116,7 +119,7 @@ def load_for_inference(directory: Path, adapter: Path | None = None, **settings:
             lora.attach(model, directory, adapter)
         model.eval()
         mx.eval(model.parameters())
-    return Handle(model, MlxTokenizer(directory), device)
+    return Handle(model, MlxTokenizer(directory, trust_remote_code=trust), device)
 
 
 def device_of(settings: Mapping[str, Any]) -> Any:

@@ -50,6 +50,8 @@ def merge(model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
 
     source = adapter if (adapter / "tokenizer_config.json").is_file() else model
     with on(mx.cpu):
-        layout.rewrite(model, out, change, tokenizer=source, dtype=dtype)
+        layout.rewrite(
+            model, out, change, tokenizer=source, dtype=dtype, trust_remote_code=bool(settings.get("trust_remote_code"))
+        )
     assert merged == deltas.keys()
     return out

@@ -1,6 +1,6 @@
 """`mlx_lm.server` with one model, in a process of its own.
 
-    python -m finetune.backends.mlx.server MODEL
+    python -m finetune.backends.mlx.server MODEL [--trust-remote-code]
 
 It prints its address once the model is loaded, and ends when its standard input closes. By itself that server loads
 whatever model, adapter or draft a request names, and computes on beyond the end of the context.
@@ -17,6 +17,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from finetune.backends import child
 from finetune.backends.mlx import MlxBackend
 from finetune.backends.mlx.runtime import mx  # noqa: F401 - first, since mlx-lm imports MLX too
 from finetune.errors import FinetuneError, StageError
@@ -39,7 +40,8 @@ class Generator(server.ResponseGenerator):
 
     def __init__(self, provider: OneModel) -> None:
         super().__init__(provider, server.LRUPromptCache(provider.cli_args.prompt_cache_size))
-        self.context = MlxBackend().constants(Path(provider.cli_args.model)).get("max_position_embeddings")
+        model, trust = Path(provider.cli_args.model), provider.cli_args.trust_remote_code
+        self.context = MlxBackend().constants(model, trust_remote_code=trust).get("max_position_embeddings")
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         found = super()._tokenize(tokenizer, request, args)
@@ -86,7 +88,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128  # five would leave the rest of a crowd waiting for a second
 
     def serve_forever(self, *arguments: Any) -> None:
-        print(f"http://{HOST}:{self.server_port}", flush=True)
+        child.tell(f"http://{HOST}:{self.server_port}")
         threading.Thread(target=self._until_left, daemon=True).start()
         super().serve_forever(*arguments)
 

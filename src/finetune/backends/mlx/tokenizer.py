@@ -10,7 +10,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from finetune.backends.mlx.runtime import mx  # noqa: F401 (before mlx_lm imports it)
-from finetune.backends.torch.tokenizer import HFTokenizer
+from finetune.backends.torch.tokenizer import HFTokenizer, reading
 from finetune.errors import StageError, first_line
 
 
@@ -18,8 +18,8 @@ class MlxTokenizer(HFTokenizer):
     """See finetune.backends.Tokenizer. `eos_ids` are what mlx-lm stops at: generation_config.json's before
     config.json's, and the tokenizer's own."""
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+        super().__init__(directory, trust_remote_code=trust_remote_code)
         self.eos_ids = tuple(dict.fromkeys([self.hf.eos_token_id, *sorted(declared_eos_ids(directory))]))
 
 
@@ -37,19 +37,23 @@ def declared_eos_ids(directory: Path) -> set[int]:
     return set() if declared is None else {declared} if isinstance(declared, int) else set(declared)
 
 
-def wrapped(directory: Path) -> Any:
+def wrapped(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """mlx-lm's own tokenizer, as its server and its command line load it."""
     from mlx_lm.utils import load_tokenizer
 
-    try:
-        return load_tokenizer(directory, eos_token_ids=declared_eos_ids(directory) or None)
-    except (OSError, ValueError) as error:
-        raise StageError(f"mlx-lm finds no usable tokenizer in {directory}: {first_line(error)}") from None
+    with reading(directory, "tokenizer for mlx-lm", trust_remote_code):
+        return load_tokenizer(
+            directory,
+            tokenizer_config_extra={"trust_remote_code": trust_remote_code},
+            eos_token_ids=declared_eos_ids(directory) or None,
+        )
 
 
-def render(model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
+def render(
+    model: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, trust_remote_code: bool = False
+) -> list[list[int] | str]:
     """The ids that mlx_lm.server prompts the model with, or the template's refusal."""
-    tokenizer = wrapped(model)
+    tokenizer = wrapped(model, trust_remote_code=trust_remote_code)
     rendered: list[list[int] | str] = []
     for messages in conversations:
         try:

@@ -78,11 +78,12 @@ class Training:
         self.job, self.values, self.device = job, values, device
         self.rows = _rows(job.rows)
         self.held_out = _rows(job.eval_rows) if job.eval_rows and values["eval_strategy"] != "no" else []
+        self.trusts = bool(job.settings.get("trust_remote_code"))
         mx.random.seed(values["seed"])
         self.model, reading = load_model(
             job.model,
             dtype=job.settings.get("dtype"),
-            trust_remote_code=job.settings.get("trust_remote_code", False),
+            trust_remote_code=self.trusts,
             mend_weights=job.method == "lora",  # a full training writes these weights, as transformers means them
         )
         self.model_type = reading.config["model_type"]
@@ -303,7 +304,7 @@ class Training:
     def save_adapter(self, out: Path) -> None:
         flipped = self.model_type in layout.INPUTS_FIRST
         lora.save(self.model, self.job.model, self.lora, out, fan_in_fan_out=flipped)
-        layout.save_tokenizer(self.job.model, out, self.job.chat_template)
+        layout.save_tokenizer(self.job.model, out, self.job.chat_template, trust_remote_code=self.trusts)
 
     def save_model(self, out: Path) -> None:
         ours = dict(tree_flatten(self.model.parameters()))
@@ -316,7 +317,7 @@ class Training:
 
         layout.rewrite(
             self.job.model, out, trained, tokenizer=self.job.model, chat_template=self.job.chat_template,
-            dtype=self.job.settings.get("dtype"),
+            dtype=self.job.settings.get("dtype"), trust_remote_code=self.trusts,
         )  # fmt: skip
 
     def finish(self, stopped: bool) -> dict[str, Any]:

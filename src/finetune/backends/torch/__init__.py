@@ -19,8 +19,9 @@ class TorchBackend:
     scores = True
     checkpoint_files = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
-    def tokenizer(self, model: Path) -> Tokenizer:
-        return load_reference("finetune.backends.torch.tokenizer:HFTokenizer")(model)  # type: ignore[no-any-return]
+    def tokenizer(self, model: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+        read = load_reference("finetune.backends.torch.tokenizer:HFTokenizer")
+        return read(model, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
 
     def load(self, model: Path, adapter: Path | None = None, **settings: Any) -> Any:
         return load_reference("finetune.backends.torch.loading:load_for_inference")(model, adapter, **settings)
@@ -38,11 +39,15 @@ class TorchBackend:
         generate = load_reference("finetune.backends.torch.inference:generate")
         return generate(handle, prompts, max_new_tokens=max_new_tokens)  # type: ignore[no-any-return]
 
-    def render(self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
-        return load_reference("finetune.backends.torch.reading:render")(model, conversations)  # type: ignore[no-any-return]
+    def render(
+        self, model: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, trust_remote_code: bool = False
+    ) -> list[list[int] | str]:
+        render = load_reference("finetune.backends.torch.reading:render")
+        return render(model, conversations, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
 
-    def constants(self, model: Path) -> dict[str, Constant]:
-        return load_reference("finetune.backends.torch.reading:constants")(model)  # type: ignore[no-any-return]
+    def constants(self, model: Path, *, trust_remote_code: bool = False) -> dict[str, Constant]:
+        constants = load_reference("finetune.backends.torch.reading:constants")
+        return constants(model, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
 
     def merge(self, model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
         return load_reference("finetune.backends.torch.merging:merge")(model, adapter, out, **settings)  # type: ignore[no-any-return]

@@ -10,11 +10,10 @@ from statistics import median
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
 from finetune.backends import adapters
 from finetune.backends.torch.loading import load_adapter, load_model
-from finetune.backends.torch.tokenizer import HFTokenizer
+from finetune.backends.torch.tokenizer import HFTokenizer, stored_tokenizer
 
 
 def merge(model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
@@ -28,10 +27,11 @@ def merge(model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     source = adapter if (adapter / "tokenizer_config.json").is_file() else model
-    ends = [*HFTokenizer(model).eos_ids]
+    trust = bool(settings.get("trust_remote_code"))
+    ends = [*HFTokenizer(model, trust_remote_code=trust).eos_ids]
     merged.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     merged.save_pretrained(str(partial))
-    AutoTokenizer.from_pretrained(str(source), local_files_only=True).save_pretrained(str(partial))
+    stored_tokenizer(source, trust_remote_code=trust).save_pretrained(str(partial))
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from finetune.backends import Constant
-from finetune.backends.torch.tokenizer import HFTokenizer
-from finetune.errors import StageError, first_line
+from finetune.backends.torch.tokenizer import HFTokenizer, read_config
+from finetune.errors import first_line
 
 # Hugging Face's names of one constant, by architecture.
 NAMES = {
@@ -23,9 +23,11 @@ PLAIN = (
 )  # fmt: skip
 
 
-def render(model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[list[int] | str]:
+def render(
+    model: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, trust_remote_code: bool = False
+) -> list[list[int] | str]:
     """The ids of `apply_chat_template`, or the template's refusal."""
-    tokenizer = HFTokenizer(model).hf
+    tokenizer = HFTokenizer(model, trust_remote_code=trust_remote_code).hf
     rendered: list[list[int] | str] = []
     for messages in conversations:
         try:
@@ -38,15 +40,10 @@ def render(model: Path, conversations: Sequence[Sequence[Mapping[str, str]]]) ->
     return rendered
 
 
-def constants(model: Path) -> dict[str, Constant]:
+def constants(model: Path, *, trust_remote_code: bool = False) -> dict[str, Constant]:
     """The constants in `config.json`, with transformers' defaults for those that are not in it."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(model), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise StageError(f"cannot read the config in {model}: {first_line(error)}") from None
-    tokenizer = HFTokenizer(model)
+    config = read_config(model, trust_remote_code=trust_remote_code)
+    tokenizer = HFTokenizer(model, trust_remote_code=trust_remote_code)
     found: dict[str, Constant] = {name: getattr(config, name, None) for name in PLAIN}
     for name, candidates in NAMES.items():
         found[name] = next((value for key in candidates if (value := getattr(config, key, None)) is not None), None)

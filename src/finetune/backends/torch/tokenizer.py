@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
-from finetune.errors import MissingError, StageError, UsageError, first_line
+from finetune import modelfiles
+from finetune.core.files import read_object
+from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -21,6 +23,7 @@ TOKENIZER_FILES = (
 LIBRARIES = r"(transformers|peft|trl|accelerate|datasets|torch)(\.|$)"
 
 transformers_logging.disable_progress_bar()
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # a library that says nothing of trust would ask on a terminal, and wait
 if "TRANSFORMERS_VERBOSITY" not in os.environ:
     transformers_logging.set_verbosity_error()
 
@@ -32,16 +35,41 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=".*label_smoothing_factor.*", category=FutureWarning)
 
 
+@contextmanager
+def reading(directory: Path, what: str, trust_remote_code: bool) -> Iterator[None]:
+    """What transformers says against a directory's tokenizer or config, in our words: UsageError for code that is not
+    trusted, which it asks about on a terminal unless it is told True or False; StageError for all else."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:  # tokenizers raises bare ones, and code of the model's own whatever it likes
+        if "trust_remote_code" in str(error):
+            raise modelfiles.refused_code(directory) from None
+        own = modelfiles.code(directory) if trust_remote_code else ""
+        kind = f"{type(error).__name__} in or around the code that comes with it ({own}): " if own else ""
+        raise StageError(f"no usable {what} in {directory}: {kind}{first_line(error)}") from None
+
+
+def stored_tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:
+    """transformers' tokenizer of a directory, as it is stored."""
+    with reading(directory, "tokenizer", trust_remote_code):
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def read_config(model: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a model directory. Raises UsageError for code that is not trusted, StageError for all else."""
+    with reading(model, "config", trust_remote_code):
+        return AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=trust_remote_code)
+
+
 class HFTokenizer:
     """Text to ids and back. `hf` is the wrapped tokenizer, for code behind the backend line."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
         if not any((directory / name).is_file() for name in TOKENIZER_FILES):
             raise MissingError(f"{directory} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
-        try:
-            self.hf: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise StageError(f"no usable tokenizer in {directory}: {first_line(error)}") from None
+        self.hf: Any = stored_tokenizer(directory, trust_remote_code=trust_remote_code)
         if self.hf.eos_token is None:
             raise StageError(
                 f"the tokenizer in {directory} has no end-of-text token (eos_token); set one in its config"
@@ -77,6 +105,6 @@ class HFTokenizer:
 def _eos_ids(directory: Path, own: int) -> tuple[int, ...]:
     """The tokenizer's end-of-turn id and those that generation stops at (Llama 3 has two)."""
     path = directory / "generation_config.json"
-    declared = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    declared = read_object(path).get("eos_token_id") if path.is_file() else None
     more = [] if declared is None else declared if isinstance(declared, list) else [declared]
     return tuple(dict.fromkeys([own, *more]))

@@ -12,18 +12,20 @@ import queue
 import threading
 from collections.abc import Generator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
 import torch
 from transformers import PrinterCallback, set_seed
 
-from finetune import checkpoints
+from finetune import checkpoints, modelfiles
 from finetune.backends import Job, Step
 from finetune.backends.torch import options, resuming, tracking
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.backends.torch.watching import Recorder, Reporter
+from finetune.errors import StageError, first_line
 from finetune.lookup import load as load_reference
 from finetune.recipe import trackers
 
@@ -126,8 +128,10 @@ def adapted(job: Job, model: Any) -> Any:
 
 def _train(job: Job, steps: _Steps) -> dict[str, Any]:
     datasets.disable_progress_bars()
+    if job.resume:
+        modelfiles.check_checkpoint(job.resume)
     set_seed(job.options.get("seed", 0), deterministic=job.options.get("full_determinism", False))
-    tokenizer = HFTokenizer(job.model)
+    tokenizer = HFTokenizer(job.model, trust_remote_code=bool(job.settings.get("trust_remote_code")))
     if job.chat_template:
         tokenizer.hf.chat_template = job.chat_template
     base = load_model(job.model, job.settings)
@@ -153,6 +157,11 @@ def _train(job: Job, steps: _Steps) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     except resuming.NothingLeftError:
         resuming.conclude(trainer)
+    except UnpicklingError as error:
+        raise StageError(
+            f"{job.resume} holds a file with more than tensors, of which nothing was run: {first_line(error)}. Resume from "
+            "another checkpoint, or start anew with --force"
+        ) from None
     facts = {
         **parameter_facts(trainer.model),
         **reporter.facts(),

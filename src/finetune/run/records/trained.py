@@ -18,7 +18,8 @@ class FileFacts(TypedDict):
 @record
 class Fetched(TypedDict):
     """Where the model is: `base` and `adapter` are directories, `files` has the base's by name. `license` is an SPDX id,
-    `license_text` a path inside the run."""
+    `license_text` a path inside the run. `converted_from`: the files that they were made of, with their SHA-256, where the
+    weights were stored otherwise than they are read."""
 
     path: str
     kind: str
@@ -29,6 +30,7 @@ class Fetched(TypedDict):
     license: str | None
     license_source: str
     license_text: str | None
+    converted_from: NotRequired[dict[str, str]]
 
 
 @record
