@@ -1,9 +1,10 @@
 """`mlx_lm.server` with one model, in a process of its own.
 
-    python -m finetune.backends.mlx.server MODEL
+    python -m finetune.backends.mlx.server MODEL SOCKET
 
-It prints its address once the model is loaded, and ends when its standard input closes. By itself that server loads
-whatever model, adapter or draft a request names, and computes on beyond the end of the context.
+It prints its address once the model is loaded, and ends when its standard input closes. It listens on a Unix socket: only
+who may open the folder that it lies in can ask it. By itself that server is open to every program on this machine and to
+any web page, loads whatever model, adapter or draft a request names, and computes on beyond the end of the context.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from http.server import ThreadingHTTPServer
 from pathlib import Path
+from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 from finetune.backends.mlx import MlxBackend
@@ -23,8 +24,6 @@ from finetune.errors import FinetuneError, StageError
 
 # isort: split
 from mlx_lm import server
-
-HOST = "127.0.0.1"
 
 
 class OneModel(server.ModelProvider):
@@ -82,11 +81,12 @@ class Handler(server.APIHandler):
         """No line for every request."""
 
 
-class Server(ThreadingHTTPServer):
+class Server(ThreadingMixIn, UnixStreamServer):
+    daemon_threads = True
     request_queue_size = 128  # five would leave the rest of a crowd waiting for a second
 
     def serve_forever(self, *arguments: Any) -> None:
-        print(f"http://{HOST}:{self.server_port}", flush=True)
+        print(f"unix://{self.server_address}", flush=True)
         threading.Thread(target=self._until_left, daemon=True).start()
         super().serve_forever(*arguments)
 
@@ -96,21 +96,27 @@ class Server(ThreadingHTTPServer):
 
 
 def run(host: str, port: int, provider: OneModel) -> None:
-    """In place of mlx-lm's own, with the classes above; ready means that the model is loaded."""
+    """In place of mlx-lm's own, with the classes above; `host` is the socket's path. Ready means that the model is loaded."""
     generator = Generator(provider)
     while provider.model is None:
         if not generator.generation_available():
             raise StageError(f"mlx-lm's server cannot load the model in {provider.cli_args.model}")
         time.sleep(0.02)
+    fingerprint = server.get_system_fingerprint()
+
+    def handle(*arguments: Any) -> Handler:
+        return Handler(generator, *arguments, system_fingerprint=fingerprint)
+
     try:
-        server._run_http_server(host, port, generator, server_class=Server, handler_class=Handler)
+        Server(host, handle).serve_forever()
     finally:
         generator.stop_and_join()
 
 
 def main() -> int:
     server.ModelProvider, server.run = OneModel, run
-    sys.argv[1:] = ["--model", *sys.argv[1:], "--host", HOST, "--port", "0", "--log-level", "ERROR"]
+    model, socket = sys.argv[1:]
+    sys.argv[1:] = ["--model", model, "--host", socket, "--log-level", "ERROR"]
     try:
         server.main()
     except FinetuneError as error:

@@ -8,6 +8,7 @@ the context, a request whose client has left stops computing, a stream ends with
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import threading
 from collections import deque
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
-from jinja2 import TemplateError
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -44,6 +44,7 @@ def application(model: Path, name: str, *, chat_template: str | None = None, **s
         raise StageError(f"the tokenizer in {model} is a slow one, with which transformers' server cannot stream")
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    tokenizer.apply_chat_template = _Rendering(tokenizer.apply_chat_template)
     tokenizer.clean_up_tokenization_spaces = False  # a stream is not cleaned up either
     config = handle.model.generation_config
     config.eos_token_id, config.pad_token_id = list(handle.tokenizer.eos_ids), tokenizer.pad_token_id
@@ -56,6 +57,27 @@ def application(model: Path, name: str, *, chat_template: str | None = None, **s
         yield build_server(models, *handlers, nothing, nothing, nothing, generation_state=state)
     finally:
         state.manager.stop()
+
+
+class _Rendering:
+    """A tokenizer's `apply_chat_template`, as a request may use it. A template is a program: messages and variables that it
+    was not written for end it with any error there is, and that is the request's fault."""
+
+    def __init__(self, render: Callable[..., Any]) -> None:
+        self.render = render
+        self.settings = {*inspect.signature(render).parameters, "messages"}
+
+    def __call__(self, messages: Any, **given: Any) -> Any:
+        try:
+            return self.render(messages, **given)
+        except Exception as error:
+            raise HTTPException(400, f"the chat template refuses these messages: {first_line(error)}") from None
+
+    def check(self, variables: dict[str, Any]) -> None:
+        """Raise an error of status 400 for what is no variable of the template: another template, or how it is tokenized."""
+        taken = sorted(self.settings & variables.keys())
+        if taken:
+            raise HTTPException(400, f"'chat_template_kwargs' may not set {', '.join(taken)}")
 
 
 class OneModel(ModelManager):
@@ -81,11 +103,9 @@ class State(GenerationState):
 class Handler(BaseHandler):
     """What both handlers share, before transformers' own."""
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        try:
-            return await super().handle_request(body, request_id)
-        except TemplateError as error:
-            raise HTTPException(400, f"the chat template refuses these messages: {first_line(error)}") from None
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        """The door has looked at every field but these, which transformers would take for its own settings."""
+        self.model_manager.handle.tokenizer.hf.apply_chat_template.check(body.get("chat_template_kwargs", {}))
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         return self.model_manager.name, *self.model_manager.load_model_and_processor()
