@@ -135,7 +135,7 @@ OPENAI: dict[str, Kind] = {
 }
 SHARED: dict[str, Kind] = {"top_k": number(whole=True), "min_p": SHARE, "chat_template_kwargs": OBJECT}
 SHARED |= dict.fromkeys(("xtc_probability", "xtc_threshold"), SHARE)
-MLX: dict[str, Kind] = {"repetition_penalty": number(0), "num_draft_tokens": count(0)}
+MLX: dict[str, Kind] = {"repetition_penalty": number(0), "num_draft_tokens": number(0, whole=True)}
 MLX |= dict.fromkeys(
     ("repetition_context_size", "presence_context_size", "frequency_context_size"), number(0, whole=True)
 )

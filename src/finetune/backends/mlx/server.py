@@ -38,7 +38,8 @@ class Generator(server.ResponseGenerator):
 
     def __init__(self, provider: OneModel) -> None:
         super().__init__(provider, server.LRUPromptCache(provider.cli_args.prompt_cache_size))
-        self.context = MlxBackend().constants(Path(provider.cli_args.model)).get("max_position_embeddings")
+        constants = MlxBackend().constants(Path(provider.cli_args.model))
+        self.context, self.vocab_size = constants.get("max_position_embeddings"), constants.get("vocab_size")
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         found = super()._tokenize(tokenizer, request, args)
@@ -72,6 +73,13 @@ def _until_stop(context: Any, responses: Iterable[Any], stops: Sequence[str]) ->
 
 
 class Handler(server.APIHandler):
+    def validate_model_parameters(self) -> None:
+        """mlx-lm's own, and that a bias is of a token: of another it fails while it answers."""
+        super().validate_model_parameters()
+        size, beyond = self.response_generator.vocab_size, max(self.logit_bias or [0])
+        if size is not None and beyond >= int(size):
+            raise ValueError(f"'logit_bias' names token {beyond}; the model has {size} of them, from 0")
+
     def _set_completion_headers(self, status_code: int = 200) -> None:
         # The server says 404 to whatever its generator refuses, and there is no other model to be asked for.
         refused = status_code == 404 and self.command == "POST"

@@ -12,7 +12,7 @@ import inspect
 import json
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from finetune.backends.torch.loading import Handle, load_for_inference
 from finetune.errors import StageError, first_line
 
 STOP_SECONDS = 10.0
+COLDEST = 1e-6  # a temperature below is none: what is divided by it is beyond float32
 
 
 @contextmanager
@@ -112,11 +113,15 @@ class Handler(BaseHandler):
 
     def _build_generation_config(self, body: dict[str, Any], *arguments: Any, **more: Any) -> Any:
         """Without a temperature and a `top_p`, as the model's own generation config says: greedy where it says nothing."""
+        if (body.get("temperature") or 1) < COLDEST:
+            body = {**body, "temperature": 0}
         own = {**body, "seed": None, "logit_bias": None}
         config = super()._build_generation_config(own, *arguments, **more)
         config.seed = body.get("seed")  # transformers would seed at once, while another request is being computed
         if body.get("logit_bias"):  # transformers hears it in chats only, and wants no whole numbers
-            config.sequence_bias = {(int(token),): float(bias) for token, bias in body["logit_bias"].items()}
+            biases = {int(token): float(bias) for token, bias in body["logit_bias"].items()}
+            self._check_tokens(biases)
+            config.sequence_bias = {(token,): bias for token, bias in biases.items()}
         if body.get("temperature") is not None or body.get("top_p") is not None:
             config.do_sample = body.get("temperature") != 0
             config.top_k = config.top_k or 0
@@ -125,6 +130,11 @@ class Handler(BaseHandler):
         if isinstance(config.stop_strings, str):
             config.stop_strings = [config.stop_strings]
         return config
+
+    def _check_tokens(self, tokens: Iterable[int]) -> None:
+        size = self.model_manager.handle.model.config.get_text_config().vocab_size
+        if max(tokens) >= size:
+            raise HTTPException(400, f"'logit_bias' names token {max(tokens)}; the model has {size} of them, from 0")
 
     async def _non_streaming(self, *arguments: Any, **more: Any) -> Any:
         response = await super()._non_streaming(*arguments, **more)
