@@ -89,10 +89,13 @@ def nested(depth: int, inner: Any = 1) -> Any:
 
 MESSAGES: list[Any] = [
     {"messages": []}, {"messages": [None]}, {"messages": [[]]}, {"messages": ["Hello"]}, {"messages": [{}]}, {"messages": None},
-    {"messages": [{"role": "user"}]}, {"messages": [{"content": "Hello"}]}, {}, {"messages": {"role": "user"}}, {"messages": [1]},
-    with_message(role="wizard"), with_message(role=None), with_message(role=1), with_message(role=["user"]), with_message(role={}),
+    {"messages": [{"role": "user"}]}, {"messages": [{"content": "Hello"}]}, {}, {"messages": {"role": "user"}},
+    {"messages": [1]},
+    with_message(role="wizard"), with_message(role=None), with_message(role=1), with_message(role=["user"]),
+    with_message(role={}),
     with_message(content=None), with_message(content=1), with_message(content={}), with_message(content=[]),
-    with_message(content=[1]), with_message(content=[{}]), with_message(content=[{"type": "text"}]), with_message(content=["a"]),
+    with_message(content=[1]), with_message(content=[{}]), with_message(content=[{"type": "text"}]),
+    with_message(content=["a"]),
     with_message(content=[{"type": "text", "text": 1}]), with_message(content=[{"type": "image_url", "image_url": {}}]),
     with_message(content=[{"text": "a"}]), with_message(content=True), with_message(content="\ud800"),
     with_message(content="a\udfffb"), with_message(content=[{"type": "text", "text": "\udc80"}]), with_message(name=1),

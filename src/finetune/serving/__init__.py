@@ -197,17 +197,20 @@ def serving(
     host: str = "127.0.0.1",
     port: int = 0,
     timeout: float = 120.0,
+    api_key_file: str | Path | None = None,
     proof: bool = False,
     anyway: bool = False,
 ) -> Iterator[str]:
     """The base URL of `finetune serve RUN`, which runs in a process of its own while the block does.
 
-    `checkpoint` is what --from-checkpoint takes: a directory, its name, or `last`. With `proof` the run needs no verdicts:
+    `checkpoint` is what --from-checkpoint takes: a directory, its name, or `last`; `api_key_file` holds the
+    keys of clients, and is needed where other machines reach `host`. With `proof` the run needs no verdicts:
     what the server answers is to become one; its files have to be as they were made all the same, unless `anyway`. Raises
     StageError, with what the command said, where it is not ready after `timeout` seconds.
     """
     arguments = ["serve", os.fspath(run), "--backend", backend, "--host", host, "--port", str(port)]
     arguments += [] if checkpoint is None else ["--from-checkpoint", str(checkpoint)]
+    arguments += [] if api_key_file is None else ["--api-key-file", os.fspath(api_key_file)]
     arguments += [*(["--proof"] if proof else []), *(["--anyway"] if anyway else [])]
     with child.serving("finetune", arguments, what=f"the server of {os.fspath(run)}", timeout=timeout) as address:
         yield address

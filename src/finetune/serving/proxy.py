@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from finetune.serving.keeper import Keeper
 
 HEALTH_SECONDS = 5.0  # after which a server that does not say how it is is not well
-STREAM = b"text/event-stream"
+STREAM, DONE = b"text/event-stream", b"[DONE]"
 
 
 def application(keeper: Keeper) -> App:
@@ -38,8 +38,12 @@ def application(keeper: Keeper) -> App:
                 begun = found.headers.get("Content-Type", "application/json").encode()
                 headers = [(b"content-type", begun)]
                 await send({"type": "http.response.start", "status": found.status_code, "headers": headers})
+                last = b""
                 async for chunk in found.aiter_bytes():
+                    last = (last + chunk)[-2 * len(DONE) :]
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if begun.startswith(STREAM) and DONE not in last:  # mlx-lm's has no length: cut off looks like over
+                    raise httpx2.RemoteProtocolError("it ended before its answer did")
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except httpx2.TransportError as error:
             why = f"the model's own server does not answer: {error or type(error).__name__}"

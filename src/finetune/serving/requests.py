@@ -96,25 +96,26 @@ def _require(where: str, kind: Kind, value: Any) -> None:
 
 def _check_values(value: Any, where: str) -> None:
     """Refuse what JSON's grammar lets through and no server can work with, however deep in a field it is."""
-    left = [(value, 1)]
-    for seen in range(MOST_PARTS + 1):
-        if not left:
-            return
+    left, seen = [(value, 1)], 0
+    while left:
         part, depth = left.pop()
+        seen += 1
+        wrong = None
         if isinstance(part, str):
             wrong = None if _is_unicode(part) else "a lone surrogate, which is no text"
         elif isinstance(part, float):
             wrong = None if math.isfinite(part) else f"{_shown(part)}, which is no number"
         elif isinstance(part, int):
             wrong = None if -(2**63) <= part < 2**64 else "a whole number of more than 64 bits"
-        elif depth > DEEPEST:
+        elif part is not None and depth > DEEPEST:
             wrong = f"lists and objects nested more than {DEEPEST} deep"
-        else:
-            wrong = None
-            inner = [*part, *part.values()] if isinstance(part, dict) else part or ()
+        elif part is not None and seen + len(left) + len(part) > MOST_PARTS:
+            wrong = f"more than {MOST_PARTS} values"
+        elif part is not None:
+            inner = [*part, *part.values()] if isinstance(part, dict) else part
             left += [(each, depth + 1) for each in inner]
-        if wrong or seen == MOST_PARTS or len(left) > MOST_PARTS:
-            raise Refused(f"'{where}' holds {wrong or f'more than {MOST_PARTS} values'}", param=where)
+        if wrong:
+            raise Refused(f"'{where}' holds {wrong}", param=where)
 
 
 def _is_unicode(text: str) -> bool:
