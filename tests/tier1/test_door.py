@@ -18,6 +18,7 @@ from finetune.serving import connections, door
 from finetune.serving.access import Access, access, check_reach
 from support.door import ASKED, HELLO, Door, Fake, listening, read_all
 
+CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(json.dumps(ASKED)), json.dumps(ASKED).encode())
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 
 
@@ -352,7 +353,7 @@ BROKEN = {
     "a length that is no number": HEAD + b"Content-Length: many\r\n\r\n",
     "a negative length": HEAD + b"Content-Length: -1\r\n\r\n",
     "two lengths": HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
-    "a length and chunks": HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    "a length and chunks": HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKS,
     "a chunk's length that is none": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
     "an encoding that is none": HEAD + b"Transfer-Encoding: gzip\r\n\r\n{}",
     "a header of 100 kB": HEAD + b"X: " + b"a" * 100_000,
