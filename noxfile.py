@@ -62,7 +62,7 @@ CELLS = {
             name="tier1",
             tier=1,
             backend="fake",
-            extras=("hub", "parquet"),
+            extras=("hub", "parquet", "serve"),
             groups=("test",),
             tags=("check", "quick", "e2e"),
             paths=("tests/tier1",),
@@ -139,7 +139,7 @@ CELLS = {
         Cell(
             name="unit",
             backend="fake",
-            extras=("hub", "parquet"),
+            extras=("hub", "parquet", "serve"),
             groups=("test",),
             paths=("tests", "--ignore=tests/tier2", "--ignore=tests/tier3", "--ignore=tests/browser"),
             workers=4,

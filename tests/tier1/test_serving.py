@@ -588,6 +588,53 @@ def test_a_host_that_is_not_this_machine_is_told(torch_run: Run, monkeypatch: py
     assert (done.exit_code, "--host example.test is no address: Name or" in done.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--host", "0.0.0.0"], 2, "--host 0.0.0.0 would open the model to everyone who reaches this machine"),
+        (
+            ["--host", "0.0.0.0", "--api-key-env", "NO_SUCH_KEY"],
+            3,
+            "--api-key-env NO_SUCH_KEY: there is no such variable",
+        ),
+        (["--api-key-file", "no/such/file"], 3, "--api-key-file no/such/file cannot be read"),
+        (["--allowed-host", "http://llm.test/"], 2, "is no host"),
+        (["--allowed-origin", "*"], 2, "is no origin"),
+        (["--api-key", "secret"], 2, "No such option"),
+    ],
+)
+def test_who_may_ask_is_settled_before_a_model_is_loaded(
+    torch_run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, words: str
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", resolving_to("0.0.0.0" if "0.0.0.0" in arguments else "127.0.0.1"))
+    done = call(torch_run.path, "--port", 0, *arguments)
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert words in done.stderr
+
+
+def test_what_the_options_say_reaches_the_server(
+    torch_run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+
+    def serve(backend: str, model: Path, run: Run, recipe: Recipe, held: Any, asked: Any, ready: Any) -> None:
+        seen.append(asked)
+        ready()
+
+    monkeypatch.setattr("finetune.serving.models.whole", lambda found, run, recipe: found.path)
+    monkeypatch.setattr("finetune.serving.serve", serve)
+    monkeypatch.setattr(socket, "getaddrinfo", resolving_to("0.0.0.0"))
+    monkeypatch.setenv("TOWN_KEY", "secret-of-the-town")
+    names = ["--allowed-host", "llm.test", "--allowed-host", "b.test:90", "--allowed-origin", "https://app.test"]
+    done = call(torch_run.path, "--port", 0, "--host", "0.0.0.0", "--api-key-env", "TOWN_KEY", *names)
+    assert done.exit_code == 0
+    (asked,) = seen
+    assert (asked.host, asked.hosts) == ("0.0.0.0", [("llm.test", None), ("b.test", 90)])
+    assert (asked.origins, asked.keys) == (["https://app.test"], ["secret-of-the-town"])
+    assert "secret-of-the-town" not in done.output and "Authorization: Bearer KEY" in done.stderr
+    assert "keys and answers cross the network unencrypted" in done.stderr
+
+
 def test_a_server_that_does_not_start_says_the_last_that_it_said(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"(?s)ended with exit code 3.*no run at"), serving(tmp_path):
         raise AssertionError("it started")

@@ -36,6 +36,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '# assistant: ' }}{% endif %}"
 )
 CROWD = 8
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_eight_clients_get_what_one_gets(server, facts):
 def urlopen(url: str, path: str, body: object) -> http.client.HTTPResponse:
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", path, data)  # without a Content-Type, as from a client in a hurry
+    connection.request("POST", path, data, JSON)
     return connection.getresponse()
 
 
@@ -256,7 +257,7 @@ def test_a_request_that_cannot_be_answered_gets_a_clear_error(server):
         assert answer["error"]["type"] == "invalid_request_error"
     for method, path, status in (("POST", "/v1/embeddings", 404), ("GET", "/v1/chat/completions", 405)):
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
-        connection.request(method, path, b"{}" if method == "POST" else None)
+        connection.request(method, path, b"{}" if method == "POST" else None, JSON)
         with connection.getresponse() as answer:
             assert (answer.status, "There are GET /health" in json.load(answer)["error"]["message"]) == (status, True)
     assert get_json(server.url, "/health")[0] == 200
@@ -343,7 +344,7 @@ def test_torch_stops_computing_for_a_client_that_has_left(server, run):
     long = min(seconds("/v1/chat/completions", body) for _ in range(3))
     for stream in (False, True):
         left = http.client.HTTPConnection(server.url.removeprefix("http://"))
-        left.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": stream}))
+        left.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": stream}), JSON)
         time.sleep(long / 10)
         left.close()
         assert seconds("/v1/completions", {"prompt": "Hello", "max_tokens": 1}) < long / 2, stream
@@ -368,7 +369,8 @@ def test_a_signal_ends_it_and_leaves_nothing(kind, number, run, need):
         assert get_json(url, "/health")[0] == 200
         family = psutil.Process(process.pid).children(recursive=True)
         asking = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
-        asking.request("POST", "/v1/completions", json.dumps({"prompt": "Hello", "max_tokens": 450, "stream": True}))
+        asked = {"prompt": "Hello", "max_tokens": 450, "stream": True}
+        asking.request("POST", "/v1/completions", json.dumps(asked), JSON)
         asking.getresponse().read(20)
         process.send_signal(getattr(signal, number))
         out, said = process.communicate(timeout=30)

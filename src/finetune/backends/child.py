@@ -9,8 +9,9 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,18 +20,45 @@ from finetune.errors import StageError, first_line
 
 READY_SECONDS = 120.0
 STOP_SECONDS = 20.0
-POLL_SECONDS = 0.02
 LAST_LINES = 5
+LOOK_SECONDS = 0.02
 ADDRESS = "FT_ADDRESS_FILE"  # names the file that a server puts its address into
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A server that is up: its address (`http://HOST:PORT`, or `unix://PATH` of a socket), and its process."""
+
+    address: str
+    process: subprocess.Popen[str]
+    said: IO[bytes]
+
+    def last_words(self) -> list[str]:
+        """The last lines that it wrote."""
+        return _last_lines(self.said)
 
 
 @contextmanager
 def serving(module: str, arguments: Sequence[str], *, what: str, timeout: float = READY_SECONDS) -> Iterator[str]:
-    """The base URL that `python -m module` tells (see `tell`) once it is ready; the process runs while the block does.
+    """The address alone; see `running`."""
+    with running(module, arguments, what=what, timeout=timeout) as server:
+        yield server.address
+
+
+@contextmanager
+def running(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    what: str,
+    timeout: float = READY_SECONDS,
+    called_off: Callable[[], bool] = lambda: False,
+) -> Iterator[Running]:
+    """`python -m module` once it has told its address (see `tell`), while the block runs.
 
     It tells it in a file: what a library, or a model's own code, prints is not its word. It ends when its standard input
     closes, so it never outlives this process, or at SIGTERM; it is killed where it heeds neither. Raises StageError, with
-    the last lines it wrote, where it does not come up in `timeout` seconds.
+    the last lines it wrote, where it does not come up in `timeout` seconds, or where it is called off before.
     """
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder, tempfile.TemporaryFile() as said:
         told = Path(folder) / "address"
@@ -44,7 +72,8 @@ def serving(module: str, arguments: Sequence[str], *, what: str, timeout: float 
             start_new_session=True,  # Ctrl-C on a terminal is for this process, which then stops the other in order
         )
         try:
-            yield _address(process, told, said, what, timeout)
+            address = _address(process, told, said, what, timeout, called_off)
+            yield Running(address=address, process=process, said=said)
         finally:
             _stop(process)
 
@@ -104,18 +133,29 @@ def answer_of(
     raise StageError(f"{what} (exit code {done.returncode}): {next(iter(written[-1:]), why or 'it said nothing')}")
 
 
-def _address(process: subprocess.Popen[str], told: Path, said: IO[bytes], what: str, timeout: float) -> str:
+def _address(
+    process: subprocess.Popen[str],
+    told: Path,
+    said: IO[bytes],
+    what: str,
+    timeout: float,
+    called_off: Callable[[], bool],
+) -> str:
     end = time.monotonic() + timeout
-    while not told.is_file() and process.poll() is None and time.monotonic() < end:
-        time.sleep(POLL_SECONDS)
+    while not (told.is_file() or called_off()) and process.poll() is None and time.monotonic() < end:
+        time.sleep(LOOK_SECONDS)
     if told.is_file():
         return told.read_text(encoding="utf-8")
     late = process.poll() is None
     _stop(process)
+    why = f"it was not ready after {timeout:.0f} s" if late else f"it ended with exit code {process.returncode}"
+    raise StageError("\n  ".join([f"{what} does not start: {why}", *_last_lines(said)]))
+
+
+def _last_lines(said: IO[bytes]) -> list[str]:
     said.seek(0)
     written = [line.strip() for line in said.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    why = f"it was not ready after {timeout:.0f} s" if late else f"it ended with exit code {process.returncode}"
-    raise StageError("\n  ".join([f"{what} does not start: {why}", *written[-LAST_LINES:]]))
+    return written[-LAST_LINES:]
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

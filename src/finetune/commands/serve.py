@@ -17,9 +17,11 @@ from finetune.errors import MissingError, UsageError
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
     from finetune.run import Run
+    from finetune.serving.access import Access
     from finetune.serving.models import Found
 
 NEWEST = "last"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _HELP = """\b
 Backends:
   torch     transformers' server on the model as it was trained.
@@ -43,6 +45,20 @@ Backends:
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0: any free one."
 )
 @click.option(
+    "--allowed-host", "allowed_hosts", multiple=True, metavar="NAME[:PORT]",
+    help="Another name that clients know this server by, as behind a proxy; repeatable. Loopback names and --host are.",
+)  # fmt: skip
+@click.option(
+    "--allowed-origin", "allowed_origins", multiple=True, metavar="URL",
+    help="Web pages that may ask, such as http://localhost:3000; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--api-key-env",
+    metavar="VARIABLE",
+    help="Ask for the key that this environment variable holds (as a Bearer token).",
+)
+@click.option("--api-key-file", type=FILE, help="Ask for one of the keys in a file, one a line.")
+@click.option(
     "--export", "export", metavar="FORMAT[:VARIANT]",
     help="For llamacpp and mlx: which export [default: the one nearest to the model].",
 )  # fmt: skip
@@ -56,6 +72,10 @@ def command(
     backend: str,
     host: str,
     port: int,
+    allowed_hosts: tuple[str, ...],
+    allowed_origins: tuple[str, ...],
+    api_key_env: str | None,
+    api_key_file: str | None,
     export: str | None,
     anyway: bool,
     proof: bool,
@@ -66,7 +86,11 @@ def command(
     on stdout; a client finds /v1/models, /v1/completions, /v1/chat/completions and /health there. The model's name is the
     recipe's.
 
-    Ends with 1 where a verdict on the run is refuted or missing, or a file to be loaded is not the one that was made.
+    It answers to this machine's own names and to no web page, unless others are allowed. On an address that other machines
+    reach it asks for a key.
+
+    Ends with 1 where a verdict on the run is refuted or missing, or a file to be loaded is not the one that was made; with
+    4 where the model's own server dies again and again.
     """
     from finetune.backends import child
     from finetune.serving import base_url, bind, check_installed, serve, until_stopped
@@ -78,17 +102,22 @@ def command(
         raise UsageError(f"{stored.path} was made with the backend 'fake', which has no weights that could be served")
     found = _found(stored, recipe, backend, checkpoint, export)
     check_installed(backend)
+    from finetune.serving.access import access, check_reach
+
+    key_file = None if api_key_file is None else Path(api_key_file)
+    asked = access(host, allowed_hosts, allowed_origins, key_env=api_key_env, key_file=key_file)
     with until_stopped(), bind(host, port) as held:
+        check_reach(held.getsockname()[0], asked)
         address, stdout = base_url(held), sys.stdout
 
         def ready() -> None:
-            _tell(address, recipe.name, found.what, backend, host)
+            _tell(address, recipe.name, found.what, backend, asked)
             with redirect_stdout(stdout):
                 child.tell(address)
 
         _check(found, stored, recipe, proof=proof, anyway=anyway)
         with redirect_stdout(sys.stderr):  # stdout has the address, and nothing else
-            serve(backend, whole(found, stored, recipe), stored, recipe, held, ready)
+            serve(backend, whole(found, stored, recipe), stored, recipe, held, asked, ready)
     return 0
 
 
@@ -151,11 +180,12 @@ def _checkpoint(run: Run, recipe: Recipe, wanted: str) -> Path:
     raise MissingError(f"no checkpoint at {wanted}. Those of {run.path}: {known}.")
 
 
-def _tell(address: str, name: str, what: str, backend: str, host: str) -> None:
+def _tell(address: str, name: str, what: str, backend: str, asked: Access) -> None:
     """How to use the server, on stderr."""
     question = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+    key = " -H 'Authorization: Bearer KEY'" if asked.keys else ""
     console.say(f"serving {what} of '{name}' with {backend}. Ask it with:")
-    console.say(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'")
+    console.say(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'")
     console.say("Stop it with Ctrl-C.")
-    if host not in ("127.0.0.1", "::1", "localhost"):
-        console.say(f"note: it listens on {host} and asks for no key: whoever reaches this machine can use it")
+    if asked.keys and asked.host not in LOOPBACK:
+        console.say(f"note: it listens on {asked.host}: keys and answers cross the network unencrypted")

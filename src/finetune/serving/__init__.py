@@ -20,16 +20,20 @@ from typing import TYPE_CHECKING
 from finetune.backends import child
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.lookup import load
+from finetune.serving.fields import EXTRAS, LLAMACPP, MLX
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from finetune.recipe import Recipe
     from finetune.run import Run
+    from finetune.serving.access import Access
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """One row. `start` is `(model, run, recipe) -> context manager of an ASGI application`; `format` the export that it
-    runs (None: the model as trained); `ignored` are fields of a request that it would pass over in silence."""
+    """One row. `start` is `(model, run, recipe, ended) -> context manager of an ASGI application`; `format` the export that
+    it runs (None: the model as trained); `ignored` are fields of a request that it would pass over in silence."""
 
     start: str
     extra: str
@@ -38,6 +42,11 @@ class Server:
     ignored: tuple[str, ...] = ()
 
 
+_OTHERS = {
+    "torch": tuple(name for name in EXTRAS if name != "chat_template_kwargs"),
+    "llamacpp": tuple(MLX),
+    "mlx": tuple(LLAMACPP),
+}
 _PROXY = ("starlette", "uvicorn", "httpx2")
 _UNSUNG = ("n", "best_of", "echo", "response_format", "suffix")
 SERVERS: dict[str, Server] = {
@@ -46,21 +55,21 @@ SERVERS: dict[str, Server] = {
         extra="torch",
         packages=("torch", "transformers", "fastapi", "uvicorn", "openai"),
         # transformers makes a repetition penalty of `frequency_penalty`, which is something else.
-        ignored=(*_UNSUNG, "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty"),
+        ignored=(*_UNSUNG, *_OTHERS["torch"], "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty"),
     ),
     "llamacpp": Server(
         start="finetune.serving.engines:llamacpp",
         extra="gguf",
         packages=("xllamacpp", "cyllama", *_PROXY),
         format="gguf",
-        ignored=("best_of", "echo", "suffix"),
+        ignored=("best_of", "echo", "suffix", *_OTHERS["llamacpp"]),
     ),
     "mlx": Server(
         start="finetune.serving.engines:mlx",
         extra="mlx",
         packages=("mlx", "mlx_lm", *_PROXY),
         format="mlx",
-        ignored=_UNSUNG,
+        ignored=(*_UNSUNG, *_OTHERS["mlx"]),
     ),
 }
 
@@ -108,23 +117,38 @@ def base_url(held: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(backend: str, model: Path, run: Run, recipe: Recipe, held: socket.socket, ready: Callable[[], None]) -> None:
+def serve(
+    backend: str,
+    model: Path,
+    run: Run,
+    recipe: Recipe,
+    held: socket.socket,
+    asked: Access,
+    ready: Callable[[], None],
+) -> None:
     """Answer on a bound socket until SIGTERM or SIGINT, which end the process's other work too; `ready` is called once
-    the first request can come. A model is loaded from its whole directory or file (see `models.whole`)."""
-    import uvicorn
+    the first request can come. A model is loaded from its whole directory or file (see `models.whole`).
 
-    from finetune.serving import door
+    Raises StageError where the model's own server died and could not be kept.
+    """
+    from finetune.serving import access, connections, door
 
     row = SERVERS[backend]
     told: list[bool] = []
+    ends: list[str] = []
+    servers: list[uvicorn.Server] = []
 
     async def tell() -> None:
         if not told:
             told.append(True)
             ready()
 
-    with load(row.start)(model, run, recipe) as app:
-        servers: list[uvicorn.Server] = []
+    def ended(why: str) -> None:
+        ends.append(why)
+        for server in servers:
+            server.should_exit = True
+
+    with load(row.start)(model, run, recipe, ended) as app:
         guarded = door.application(
             app,
             name=recipe.name,
@@ -132,19 +156,12 @@ def serve(backend: str, model: Path, run: Run, recipe: Recipe, held: socket.sock
             ignored=row.ignored,
             stopping=lambda: servers[0].should_exit,
         )
-        config = uvicorn.Config(
-            guarded,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            loop="asyncio",
-            http="h11",
-            ws="none",
-            timeout_graceful_shutdown=2 * door.GRACE_SECONDS,
-            callback_notify=tell,
-        )
-        servers.append(uvicorn.Server(config))
-        servers[0].run(sockets=[held])
+        server = connections.server(access.application(guarded, asked), tell, grace=2 * door.GRACE_SECONDS)
+        servers.append(server)
+        server.should_exit = bool(ends)
+        server.run(sockets=[held])
+    if ends:
+        raise StageError(f"the server ends, since the model's own cannot be kept:\n{ends[0]}")
 
 
 class _Stopped(BaseException):
@@ -180,17 +197,20 @@ def serving(
     host: str = "127.0.0.1",
     port: int = 0,
     timeout: float = 120.0,
+    api_key_file: str | Path | None = None,
     proof: bool = False,
     anyway: bool = False,
 ) -> Iterator[str]:
     """The base URL of `finetune serve RUN`, which runs in a process of its own while the block does.
 
-    `checkpoint` is what --from-checkpoint takes: a directory, its name, or `last`. With `proof` the run needs no verdicts:
+    `checkpoint` is what --from-checkpoint takes: a directory, its name, or `last`; `api_key_file` holds the
+    keys of clients, and is needed where other machines reach `host`. With `proof` the run needs no verdicts:
     what the server answers is to become one; its files have to be as they were made all the same, unless `anyway`. Raises
     StageError, with what the command said, where it is not ready after `timeout` seconds.
     """
     arguments = ["serve", os.fspath(run), "--backend", backend, "--host", host, "--port", str(port)]
     arguments += [] if checkpoint is None else ["--from-checkpoint", str(checkpoint)]
+    arguments += [] if api_key_file is None else ["--api-key-file", os.fspath(api_key_file)]
     arguments += [*(["--proof"] if proof else []), *(["--anyway"] if anyway else [])]
     with child.serving("finetune", arguments, what=f"the server of {os.fspath(run)}", timeout=timeout) as address:
         yield address

@@ -27,8 +27,12 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LONGEST = 8 * 2**20  # bytes of a request: more than any context holds
+HELD = 16 * LONGEST  # bytes of all requests that are being read at a time
+BODY_SECONDS = 20.0  # for a body to arrive, all in all
 GRACE_SECONDS = 3  # for an answer that is being written when the server is told to stop
 JSON = [(b"content-type", b"application/json")]  # whatever the client called its body, it was read as that
+TOO_LONG = f"the request is longer than {LONGEST // 2**20} MiB"
+UNREAD = (408, 413, 503)
 FAILED = "the server failed at this request; what it wrote on stderr says why"
 logger = logging.getLogger("finetune.serving")
 
@@ -58,16 +62,25 @@ def application(
     async def health(request: Request) -> Answer:
         return Answer(app, b"", stopping)
 
+    bodies = Bodies()
+
     async def answer(request: Request) -> Answer:
         chat = request.url.path == "/v1/chat/completions"
-        body = checked(await _body(request), chat=chat, name=name, system=system, ignored=ignored)
+        body = checked(await bodies.read(request), chat=chat, name=name, system=system, ignored=ignored)
         return Answer(app, json.dumps(body).encode(), stopping)
 
     async def refused(request: Request, problem: Any) -> Response:
-        return JSONResponse(problem.error, problem.status)
+        # What is left of a body that was given up on is not read as the next request.
+        headers = {"Connection": "close"} if problem.status in UNREAD else {}
+        return JSONResponse(problem.error, problem.status, headers)
+
+    async def failed(request: Request, problem: Any) -> Response:
+        return JSONResponse(error(FAILED, status=500), 500)
 
     async def no_route(request: Request, problem: Any) -> Response:
-        message = f"{request.method} {request.url.path}: {problem.detail}. There are GET /health, GET /v1/models, "
+        message = (
+            f"{request.method} {request.url.path[:200]}: {problem.detail}. There are GET /health, GET /v1/models, "
+        )
         message += "POST /v1/completions, POST /v1/chat/completions"
         return JSONResponse(error(message, status=problem.status_code), problem.status_code, problem.headers)
 
@@ -81,7 +94,7 @@ def application(
         Route("/v1/completions", answer, methods=["POST"]),
         Route("/v1/chat/completions", answer, methods=["POST"]),
     ]
-    handlers: dict[Any, Any] = {Refused: refused, HTTPException: no_route, ClientDisconnect: left}
+    handlers: dict[Any, Any] = {Refused: refused, HTTPException: no_route, ClientDisconnect: left, Exception: failed}
     guarded: App = Starlette(routes=routes, exception_handlers=handlers)
     return guarded
 
@@ -97,13 +110,34 @@ async def _until_over(stopping: Callable[[], bool]) -> None:
     await asyncio.sleep(GRACE_SECONDS)
 
 
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LONGEST:
-            raise Refused(f"the request is longer than {LONGEST // 2**20} MiB", status=413)
-    return bytes(body)
+class Bodies:
+    """The bodies that are being read: each in bounded time, all together in bounded memory."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    async def read(self, request: Request) -> bytes:
+        """A request's body. Raises Refused."""
+        length = request.headers.get("content-length", "0")
+        if "transfer-encoding" in request.headers and "content-length" in request.headers:
+            raise Refused("a request has a Content-Length or a Transfer-Encoding, not both")
+        if not length.isdecimal() or int(length[:20]) > LONGEST:
+            raise Refused(TOO_LONG, status=413)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    self.held += len(chunk)
+                    if len(body) > LONGEST:
+                        raise Refused(TOO_LONG, status=413)
+                    if self.held > HELD:
+                        raise Refused("this server is reading too many long requests at once; try again", status=503)
+        except TimeoutError:
+            raise Refused(f"the body did not come within {BODY_SECONDS:.0f} s", status=408) from None
+        finally:
+            self.held -= len(body)
+        return bytes(body)
 
 
 class Answer:
@@ -164,5 +198,6 @@ def _as_openai(body: bytes, status: int) -> dict[str, Any]:
     message = found.get("message") if isinstance(found, dict) else found
     if not message:
         return error(FAILED, status=status)
-    code = "context_length_exceeded" if "context size" in str(message) else None
-    return error(str(message), status=status, code=code)
+    text = str(message).encode("utf-8", "replace").decode("utf-8")
+    code = "context_length_exceeded" if "context size" in text else None
+    return error(text, status=status, code=code)

@@ -6,14 +6,15 @@ https://platform.openai.com/docs/api-reference/chat and .../completions
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.data.templates import with_system
+from finetune.serving.fields import FIELDS, LARGEST, NAME, ROLES, TEXT, Kind, one_of
 
-ROLES = ("system", "user", "assistant", "tool")
-STOPS = 4
-SEEDS = 2**32
+# Deeper, or of more parts, is no honest request; and what reads or renders it would run out of stack, or of time.
+DEEPEST, MOST_PARTS = 64, 200_000
 # They would let a request load other files, or go round these checks.
 FORBIDDEN = ("adapters", "draft_model", "generation_config")
 # Values that ask for nothing, besides null, false, 0 and what is empty.
@@ -36,7 +37,7 @@ def error(message: str, *, status: int, param: str | None = None, code: str | No
 
 
 def unknown_model(asked: object, name: str) -> Refused:
-    message = f"there is no model '{asked}' here. This server has '{name}'; name it, or leave 'model' out"
+    message = f"there is no model '{_short(str(asked))}' here. This server has '{name}'; name it, or leave 'model' out"
     return Refused(message, status=404, param="model", code="model_not_found")
 
 
@@ -49,98 +50,133 @@ def checked(
     Raises Refused.
     """
     try:
-        found = json.loads(body)
+        found = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as problem:
-        raise Refused(f"the body is not JSON: {problem}") from None
+        raise Refused(f"the body is not JSON: {_short(str(problem), 200)}") from None
     if not isinstance(found, dict):
         raise Refused(f"the body must be a JSON object, not {type(found).__name__}")
     given: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
+    _check_fields(given, ignored)
+    for key, value in given.items():
+        _check_values(value, key)
     if given.setdefault("model", name) != name:
         raise unknown_model(given["model"], name)
-    for key in FORBIDDEN:
-        if key in given:
-            raise Refused(f"'{key}' cannot be chosen by a request: this server has one model", param=key)
-    for key in ignored:
-        if given.get(key) and given[key] != NEUTRAL.get(key):
-            raise Refused(f"'{key}' is not supported by this server; leave it out", param=key, code="unsupported")
-    _check_numbers(given)
-    _check_stop(given)
-    _check_bias(given)
-    if not isinstance(given.get("stream", False), bool):
-        raise Refused(f"'stream' must be true or false, not {_shown(given['stream'])}", param="stream")
     if chat:
-        messages = [_message(number, message) for number, message in enumerate(_list(given, "messages"))]
+        messages = [_message(number, message) for number, message in enumerate(given.get("messages") or [])]
+        if not messages:
+            raise Refused("'messages' must be a list of at least one message", param="messages")
         given["messages"] = list(with_system(messages, system))
     else:
         given["prompt"] = _prompt(given)
     return given
 
 
-def _check_numbers(given: Mapping[str, Any]) -> None:
+def _check_fields(given: Mapping[str, Any], ignored: Sequence[str]) -> None:
+    for key in FORBIDDEN:
+        if key in given:
+            raise Refused(f"'{key}' cannot be chosen by a request: this server has one model", param=key)
+    for key, value in given.items():
+        if key not in FIELDS:
+            raise Refused(f"{_shown(key)} is not a field of a request to this server; leave it out", code="unsupported")
+        _require(key, FIELDS[key], value)
+    for key in ignored:
+        if given.get(key) and given[key] != NEUTRAL.get(key):
+            raise Refused(f"'{key}' is not supported by this server; leave it out", param=key, code="unsupported")
     for key in ("max_tokens", "max_completion_tokens"):
-        _number(given, key, at_least=1, whole=True)
-    _number(given, "seed", at_least=0, at_most=SEEDS - 1, whole=True)
-    _number(given, "temperature", at_least=0, at_most=2)
-    _number(given, "top_p", at_least=0, at_most=1)
+        if given.get(key, 0) > LARGEST:
+            raise Refused(f"'{key}' must be a whole number of {LARGEST} or less", param=key)
     if given.get("top_p") == 0:
         raise Refused("'top_p' must be above 0; for the likeliest token set 'temperature' to 0", param="top_p")
-    for key in ("presence_penalty", "frequency_penalty"):
-        _number(given, key, at_least=-2, at_most=2)
 
 
-def _number(
-    given: Mapping[str, Any], key: str, *, at_least: int, at_most: int | None = None, whole: bool = False
-) -> None:
-    value = given.get(key, at_least)
-    kind = "a whole number" if whole else "a number"
-    bounds = f"of {at_least} or more" if at_most is None else f"from {at_least} to {at_most}"
-    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right or not at_least <= value <= (value if at_most is None else at_most):
-        raise Refused(f"'{key}' must be {kind} {bounds}, not {_shown(value)}", param=key)
+def _require(where: str, kind: Kind, value: Any) -> None:
+    if not kind.fits(value):
+        raise Refused(f"'{where}' must be {kind.words}, not {_shown(value)}", param=where)
 
 
-def _check_stop(given: Mapping[str, Any]) -> None:
-    stop = given.get("stop", [])
-    texts = [stop] if isinstance(stop, str) else stop
-    if not isinstance(texts, list) or len(texts) > STOPS or not all(isinstance(each, str) and each for each in texts):
-        raise Refused(f"'stop' must be a text, or a list of up to {STOPS} texts, none of them empty", param="stop")
+def _check_values(value: Any, where: str) -> None:
+    """Refuse what JSON's grammar lets through and no server can work with, however deep in a field it is."""
+    left, seen = [(value, 1)], 0
+    while left:
+        part, depth = left.pop()
+        seen += 1
+        wrong = None
+        if isinstance(part, str):
+            wrong = None if _is_unicode(part) else "a lone surrogate, which is no text"
+        elif isinstance(part, float):
+            wrong = None if math.isfinite(part) else f"{_shown(part)}, which is no number"
+        elif isinstance(part, int):
+            wrong = None if -(2**63) <= part < 2**64 else "a whole number of more than 64 bits"
+        elif part is not None and depth > DEEPEST:
+            wrong = f"lists and objects nested more than {DEEPEST} deep"
+        elif part is not None and seen + len(left) + len(part) > MOST_PARTS:
+            wrong = f"more than {MOST_PARTS} values"
+        elif part is not None:
+            inner = [*part, *part.values()] if isinstance(part, dict) else part
+            left += [(each, depth + 1) for each in inner]
+        if wrong:
+            raise Refused(f"'{where}' holds {wrong}", param=where)
 
 
-def _check_bias(given: Mapping[str, Any]) -> None:
-    bias = given.get("logit_bias", {})
-    if not isinstance(bias, dict) or not all(
-        token.isdecimal() and type(value) in (int, float) and -100 <= value <= 100 for token, value in bias.items()
-    ):
-        raise Refused("'logit_bias' must map ids of tokens to numbers from -100 to 100", param="logit_bias")
-
-
-def _list(given: Mapping[str, Any], key: str) -> list[Any]:
-    found = given.get(key)
-    if not isinstance(found, list) or not found:
-        raise Refused(f"'{key}' must be a list of at least one message", param=key)
-    return found
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _message(number: int, message: Any) -> dict[str, Any]:
     where = f"messages[{number}]"
     if not isinstance(message, dict):
         raise Refused(f"'{where}' must be an object with 'role' and 'content'", param=where)
-    if message.get("role") not in ROLES:
-        known = ", ".join(ROLES)
-        raise Refused(
-            f"'{where}.role' must be one of {known}, not {_shown(message.get('role'))}", param=f"{where}.role"
-        )
+    message = {key: value for key, value in message.items() if value is not None}
+    _require(f"{where}.role", one_of(*ROLES), message.get("role"))
+    for key in ("name", "tool_call_id", "reasoning_content", "refusal"):
+        if key in message:
+            _require(f"{where}.{key}", TEXT, message[key])
+    if "tool_calls" in message:
+        message["tool_calls"] = _tool_calls(message, f"{where}.tool_calls")
     content = message.get("content")
     if isinstance(content, list):
         parts = [
             part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
         ]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None  # type: ignore[arg-type]
-    if not isinstance(content, str) and not message.get("tool_calls"):
+        content = "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None  # type: ignore[arg-type]
+    if not isinstance(content, str) and not (content is None and "content" not in message and "tool_calls" in message):
         raise Refused(
             f"'{where}.content' must be a text, or a list of parts of the type 'text'", param=f"{where}.content"
         )
     return {**message, "content": content or ""}
+
+
+def _tool_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """An assistant's calls; their arguments are JSON written as a text, or in the words of some clients the object itself."""
+    calls = message["tool_calls"]
+    if message["role"] != "assistant" or not isinstance(calls, list) or not calls:
+        raise Refused(f"'{where}' must be a list of at least one call, in a message of an assistant", param=where)
+    return [_tool_call(call, f"{where}[{number}]") for number, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise Refused(f"'{where}' must be an object with 'function', an object", param=where)
+    _require(f"{where}.type", one_of("function"), call.get("type", "function"))
+    _require(f"{where}.function.name", NAME, function.get("name"))
+    if call.get("id") is not None:
+        _require(f"{where}.id", TEXT, call["id"])
+    param = f"{where}.function.arguments"
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise Refused(f"'{param}' must be a JSON object written as a text, such as \"{{}}\"", param=param)
+    _check_values(arguments, param)
+    return {key: value for key, value in call.items() if value is not None}
 
 
 def _prompt(given: Mapping[str, Any]) -> str:
@@ -153,5 +189,11 @@ def _prompt(given: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    try:
+        return _short(json.dumps(value))
+    except (ValueError, RecursionError):  # nested deeper than can be written down
+        return f"a {type(value).__name__} that is nested too deep"
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -1,6 +1,7 @@
 """llama.cpp's OpenAI-compatible server on a GGUF file, in a process of its own.
 
-    python -m finetune.backends.llamacpp.server MODEL [--port 0] [--n-ctx N] [--threads N] [--parallel N] [--name NAME]
+    python -m finetune.backends.llamacpp.server MODEL [--port 0 | --socket PATH] [--n-ctx N] [--threads N] [--parallel N]
+        [--name NAME]
 
 It prints its address once it is ready, and ends when its standard input closes: so it never outlives who started it.
 A process of its own, since `xllamacpp` cannot be imported where another library has made its C++ symbols everybody's.
@@ -10,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,18 @@ HOST = "127.0.0.1"
 
 
 def start(
-    gguf: Path, *, n_ctx: int = 0, threads: int | None = None, parallel: int = 1, port: int = 0, name: str | None = None
+    gguf: Path,
+    *,
+    n_ctx: int = 0,
+    threads: int | None = None,
+    parallel: int = 1,
+    port: int = 0,
+    socket: Path | None = None,
+    name: str | None = None,
 ) -> Any:
     """A running server inside this process; it has `listening_address`, and stops when it is deleted. `n_ctx` is the
-    context of each of the `parallel` requests (0: the model's own), `port` 0 any free one, `name` what it calls the
-    model (the file's path without one)."""
+    context of each of the `parallel` requests (0: the model's own), `port` 0 any free one, `socket` a Unix socket in its
+    place (its name ends with `.sock`), `name` what it calls the model (the file's path without one)."""
     try:
         import xllamacpp
     except ImportError as error:
@@ -37,7 +45,8 @@ def start(
         ) from None
     options = xllamacpp.CommonParams()
     options.model.path = str(gguf)
-    options.hostnames, options.port = [HOST], port
+    options.hostnames, options.port = [HOST if socket is None else str(socket)], port
+    options.endpoint_slots = False  # what others are asking is nobody's business
     options.n_ctx, options.n_parallel = n_ctx * parallel, parallel
     options.warmup, options.ui = False, False
     options.verbosity = -1
@@ -59,19 +68,36 @@ def serve(
 
     Raises StageError, with the last lines the server wrote, where it does not come up.
     """
-    if not gguf.is_file():
-        raise MissingError(f"no GGUF file at {gguf}")
     arguments = [str(gguf), "--port", str(port), "--n-ctx", str(n_ctx), "--parallel", str(parallel)]
     arguments += ["--threads", str(threads)] if threads else []
     arguments += ["--name", name] if name is not None else []
-    with child.serving("finetune.backends.llamacpp.server", arguments, what=f"llama.cpp's server on {gguf}") as address:
-        yield address
+    with _running(gguf, arguments) as server:
+        yield server.address
+
+
+@contextmanager
+def behind_a_door(
+    gguf: Path, socket: Path, *, n_ctx: int, parallel: int, name: str, called_off: Callable[[], bool]
+) -> Iterator[child.Running]:
+    """The server on a Unix socket, and on no port: whoever may open the folder that the socket lies in can ask it, and
+    nobody else. By itself it tells any program on this machine, and any web page, what it is being asked."""
+    arguments = [str(gguf), "--socket", str(socket), "--n-ctx", str(n_ctx), "--parallel", str(parallel), "--name", name]
+    with _running(gguf, arguments, called_off=called_off) as server:
+        yield server
+
+
+def _running(gguf: Path, arguments: Sequence[str], **more: Any) -> AbstractContextManager[child.Running]:
+    if not gguf.is_file():
+        raise MissingError(f"no GGUF file at {gguf}")
+    module = "finetune.backends.llamacpp.server"
+    return child.running(module, arguments, what=f"llama.cpp's server on {gguf}", **more)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m finetune.backends.llamacpp.server", description=__doc__)
     parser.add_argument("model", type=Path, help="a GGUF file")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
+    parser.add_argument("--socket", type=Path, help="a Unix socket to listen on, and no port")
     parser.add_argument("--n-ctx", type=int, default=0, help="context of each request; 0: the model's own")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--parallel", type=int, default=1, help="requests answered at the same time")
@@ -86,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             threads=chosen.threads,
             parallel=chosen.parallel,
             port=chosen.port,
+            socket=chosen.socket,
             name=chosen.name,
         )
     except FinetuneError as error:

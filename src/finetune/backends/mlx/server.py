@@ -1,9 +1,10 @@
 """`mlx_lm.server` with one model, in a process of its own.
 
-    python -m finetune.backends.mlx.server MODEL [--trust-remote-code]
+    python -m finetune.backends.mlx.server MODEL SOCKET [--trust-remote-code]
 
-It prints its address once the model is loaded, and ends when its standard input closes. By itself that server loads
-whatever model, adapter or draft a request names, and computes on beyond the end of the context.
+It prints its address once the model is loaded, and ends when its standard input closes. It listens on a Unix socket: only
+who may open the folder that it lies in can ask it. By itself that server is open to every program on this machine and to
+any web page, loads whatever model, adapter or draft a request names, and computes on beyond the end of the context.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from http.server import ThreadingHTTPServer
 from pathlib import Path
+from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 from finetune.backends import child
@@ -24,8 +25,6 @@ from finetune.errors import FinetuneError, StageError
 
 # isort: split
 from mlx_lm import server
-
-HOST = "127.0.0.1"
 
 
 class OneModel(server.ModelProvider):
@@ -41,7 +40,8 @@ class Generator(server.ResponseGenerator):
     def __init__(self, provider: OneModel) -> None:
         super().__init__(provider, server.LRUPromptCache(provider.cli_args.prompt_cache_size))
         model, trust = Path(provider.cli_args.model), provider.cli_args.trust_remote_code
-        self.context = MlxBackend().constants(model, trust_remote_code=trust).get("max_position_embeddings")
+        constants = MlxBackend().constants(model, trust_remote_code=trust)
+        self.context, self.vocab_size = constants.get("max_position_embeddings"), constants.get("vocab_size")
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         found = super()._tokenize(tokenizer, request, args)
@@ -75,6 +75,13 @@ def _until_stop(context: Any, responses: Iterable[Any], stops: Sequence[str]) ->
 
 
 class Handler(server.APIHandler):
+    def validate_model_parameters(self) -> None:
+        """mlx-lm's own, and that a bias is of a token: of another it fails while it answers."""
+        super().validate_model_parameters()
+        size, beyond = self.response_generator.vocab_size, max(self.logit_bias or [0])
+        if size is not None and beyond >= int(size):
+            raise ValueError(f"'logit_bias' names token {beyond}; the model has {size} of them, from 0")
+
     def _set_completion_headers(self, status_code: int = 200) -> None:
         # The server says 404 to whatever its generator refuses, and there is no other model to be asked for.
         refused = status_code == 404 and self.command == "POST"
@@ -84,11 +91,12 @@ class Handler(server.APIHandler):
         """No line for every request."""
 
 
-class Server(ThreadingHTTPServer):
+class Server(ThreadingMixIn, UnixStreamServer):
+    daemon_threads = True
     request_queue_size = 128  # five would leave the rest of a crowd waiting for a second
 
     def serve_forever(self, *arguments: Any) -> None:
-        child.tell(f"http://{HOST}:{self.server_port}")
+        child.tell(f"unix://{self.server_address}")
         threading.Thread(target=self._until_left, daemon=True).start()
         super().serve_forever(*arguments)
 
@@ -98,21 +106,27 @@ class Server(ThreadingHTTPServer):
 
 
 def run(host: str, port: int, provider: OneModel) -> None:
-    """In place of mlx-lm's own, with the classes above; ready means that the model is loaded."""
+    """In place of mlx-lm's own, with the classes above; `host` is the socket's path. Ready means that the model is loaded."""
     generator = Generator(provider)
     while provider.model is None:
         if not generator.generation_available():
             raise StageError(f"mlx-lm's server cannot load the model in {provider.cli_args.model}")
         time.sleep(0.02)
+    fingerprint = server.get_system_fingerprint()
+
+    def handle(*arguments: Any) -> Handler:
+        return Handler(generator, *arguments, system_fingerprint=fingerprint)
+
     try:
-        server._run_http_server(host, port, generator, server_class=Server, handler_class=Handler)
+        Server(host, handle).serve_forever()
     finally:
         generator.stop_and_join()
 
 
 def main() -> int:
     server.ModelProvider, server.run = OneModel, run
-    sys.argv[1:] = ["--model", *sys.argv[1:], "--host", HOST, "--port", "0", "--log-level", "ERROR"]
+    model, socket, *trusted = sys.argv[1:]
+    sys.argv[1:] = ["--model", model, "--host", socket, "--log-level", "ERROR", *trusted]
     try:
         server.main()
     except FinetuneError as error:

@@ -8,10 +8,11 @@ the context, a request whose client has left stops computing, a stream ends with
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
-from jinja2 import TemplateError
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -32,6 +32,7 @@ from finetune.backends.torch.loading import Handle, load_for_inference
 from finetune.errors import StageError, first_line
 
 STOP_SECONDS = 10.0
+COLDEST = 1e-6  # a temperature below is none: what is divided by it is beyond float32
 
 
 @contextmanager
@@ -44,6 +45,7 @@ def application(model: Path, name: str, *, chat_template: str | None = None, **s
         raise StageError(f"the tokenizer in {model} is a slow one, with which transformers' server cannot stream")
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    tokenizer.apply_chat_template = _Rendering(tokenizer.apply_chat_template)
     tokenizer.clean_up_tokenization_spaces = False  # a stream is not cleaned up either
     config = handle.model.generation_config
     config.eos_token_id, config.pad_token_id = list(handle.tokenizer.eos_ids), tokenizer.pad_token_id
@@ -56,6 +58,27 @@ def application(model: Path, name: str, *, chat_template: str | None = None, **s
         yield build_server(models, *handlers, nothing, nothing, nothing, generation_state=state)
     finally:
         state.manager.stop()
+
+
+class _Rendering:
+    """A tokenizer's `apply_chat_template`, as a request may use it. A template is a program: messages and variables that it
+    was not written for end it with any error there is, and that is the request's fault."""
+
+    def __init__(self, render: Callable[..., Any]) -> None:
+        self.render = render
+        self.settings = {*inspect.signature(render).parameters, "messages"}
+
+    def __call__(self, messages: Any, **given: Any) -> Any:
+        try:
+            return self.render(messages, **given)
+        except Exception as error:
+            raise HTTPException(400, f"the chat template refuses these messages: {first_line(error)}") from None
+
+    def check(self, variables: dict[str, Any]) -> None:
+        """Raise an error of status 400 for what is no variable of the template: another template, or how it is tokenized."""
+        taken = sorted(self.settings & variables.keys())
+        if taken:
+            raise HTTPException(400, f"'chat_template_kwargs' may not set {', '.join(taken)}")
 
 
 class OneModel(ModelManager):
@@ -81,22 +104,24 @@ class State(GenerationState):
 class Handler(BaseHandler):
     """What both handlers share, before transformers' own."""
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        try:
-            return await super().handle_request(body, request_id)
-        except TemplateError as error:
-            raise HTTPException(400, f"the chat template refuses these messages: {first_line(error)}") from None
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        """The door has looked at every field but these, which transformers would take for its own settings."""
+        self.model_manager.handle.tokenizer.hf.apply_chat_template.check(body.get("chat_template_kwargs", {}))
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         return self.model_manager.name, *self.model_manager.load_model_and_processor()
 
     def _build_generation_config(self, body: dict[str, Any], *arguments: Any, **more: Any) -> Any:
         """Without a temperature and a `top_p`, as the model's own generation config says: greedy where it says nothing."""
+        if (body.get("temperature") or 1) < COLDEST:
+            body = {**body, "temperature": 0}
         own = {**body, "seed": None, "logit_bias": None}
         config = super()._build_generation_config(own, *arguments, **more)
         config.seed = body.get("seed")  # transformers would seed at once, while another request is being computed
         if body.get("logit_bias"):  # transformers hears it in chats only, and wants no whole numbers
-            config.sequence_bias = {(int(token),): float(bias) for token, bias in body["logit_bias"].items()}
+            biases = {int(token): float(bias) for token, bias in body["logit_bias"].items()}
+            self._check_tokens(biases)
+            config.sequence_bias = {(token,): bias for token, bias in biases.items()}
         if body.get("temperature") is not None or body.get("top_p") is not None:
             config.do_sample = body.get("temperature") != 0
             config.top_k = config.top_k or 0
@@ -105,6 +130,11 @@ class Handler(BaseHandler):
         if isinstance(config.stop_strings, str):
             config.stop_strings = [config.stop_strings]
         return config
+
+    def _check_tokens(self, tokens: Iterable[int]) -> None:
+        size = self.model_manager.handle.model.config.get_text_config().vocab_size
+        if max(tokens) >= size:
+            raise HTTPException(400, f"'logit_bias' names token {max(tokens)}; the model has {size} of them, from 0")
 
     async def _non_streaming(self, *arguments: Any, **more: Any) -> Any:
         response = await super()._non_streaming(*arguments, **more)
