@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from finetune import console
-from finetune.errors import FinetuneError, MissingError, RecipeError, StageError, UsageError, first_line
+from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.lookup import did_you_mean
 from finetune.secrets import redact
 
@@ -131,14 +131,11 @@ def load_recipe(
     if (recipe, config, shipped) == (None, None, None):
         console.say(f"using {path}")
     with shown_warnings():
-        try:
-            if shipped is None:
-                return load(path, overrides)
-            mapping, lines = read_mapping(path)
-            source = f"the example {shipped}"
-            return load_mapping(mapping, overrides, source=source, lines=lines, base=Path.cwd())
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path} is not a recipe:", [f"{path}: not UTF-8 text (byte {error.start})"]) from None
+        if shipped is None:
+            return load(path, overrides)
+        mapping, lines = read_mapping(path)
+        source = f"the example {shipped}"
+        return load_mapping(mapping, overrides, source=source, lines=lines, base=Path.cwd())
 
 
 @contextmanager
