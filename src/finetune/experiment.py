@@ -31,7 +31,8 @@ def in_fresh_process(request: dict[str, Any], file: Path) -> dict[str, Any]:
         child.command("finetune.experiment", str(file)),
         env=child.environment(),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode != 0:

@@ -24,7 +24,7 @@ from finetune.recipe.sections import Align, Data, Evaluate, Expect, Model, Secti
 TRICKY = [
     "no", "yes", "on", "true", "null", "~", "", "3e-4", "1e5", "1:30", "0o17", "0x1F", "1_000", ".5", "-", "---", "...",
     "2024-01-01", "=", "<<", "- a", "a: b", "a #b", "# c", "'", '"', "%x", "@x", "`x`", "|", ">", "&a", "*a", "!t", "?",
-    "{a}", "[a]", " lead", "trail ", "\ttab", "multi\nline", "ends\n\n", "\r\n", "\u2028", "\x85", "\ufeff", "\x00", "\x7f",
+    "{a}", "[a]", " lead", "trail ", "\ttab", "multi\nline", "ends\n\n", "\r\n", "\u2028", "\x85", "\ufeff", "\x1b", "\x7f",
     "${HOME}", "$${HOME}", "${NO_SUCH_THING:-x}", "$$$", "\\n", "é", "中文", "😀", "{{ jinja }} {% if x %}",
 ]  # fmt: skip
 TEXTS = st.one_of(st.sampled_from(TRICKY), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20))

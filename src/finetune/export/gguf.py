@@ -151,7 +151,7 @@ def _work(command: str, **options: Any) -> dict[str, Any]:
         encoding="utf-8",
         errors="replace",
         check=False,
-        env={**child.environment(), "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
+        env={**child.environment(), "HF_HUB_OFFLINE": "1"},
     )
     try:
         result: dict[str, Any] = json.loads(ended.stdout.strip().rpartition("\n")[2])

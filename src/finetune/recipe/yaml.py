@@ -13,11 +13,12 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 
+from finetune.core.text import HIDDEN
 from finetune.errors import RecipeError, UsageError, first_line
 from finetune.recipe import limits
 
 Keys = tuple[str | int, ...]
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
+_UNSAFE = re.compile(f"[\x09\x0a\x0d{HIDDEN}]")
 
 
 def read(file: Path, what: str = "recipe") -> tuple[Any, dict[Keys, int]]:
