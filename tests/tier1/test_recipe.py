@@ -27,7 +27,8 @@ TRICKY = [
     "{a}", "[a]", " lead", "trail ", "\ttab", "multi\nline", "ends\n\n", "\r\n", "\u2028", "\x85", "\ufeff", "\x1b", "\x7f",
     "${HOME}", "$${HOME}", "${NO_SUCH_THING:-x}", "$$$", "\\n", "é", "中文", "😀", "{{ jinja }} {% if x %}",
 ]  # fmt: skip
-TEXTS = st.one_of(st.sampled_from(TRICKY), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20))
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+TEXTS = st.one_of(st.sampled_from(TRICKY), st.text(CHARACTERS, max_size=20))
 MINIMAL = "data:\n  path: rows.jsonl\n"
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 from transformers.utils import logging as transformers_logging
 
+from finetune.data.sandbox import BoundedEnvironment
 from finetune.errors import MissingError, StageError, UsageError, first_line
 
 TOKENIZER_FILES = (
@@ -20,6 +22,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 LIBRARIES = r"(transformers|peft|trl|accelerate|datasets|torch)(\.|$)"
 
+# transformers renders with jinja2's own sandbox, in which a model's template may take all memory and time.
+chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
 transformers_logging.disable_progress_bar()
 if "TRANSFORMERS_VERBOSITY" not in os.environ:
     transformers_logging.set_verbosity_error()
