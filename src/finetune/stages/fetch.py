@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 from finetune import hub, licenses, models
 from finetune.console import say
 from finetune.core.files import digest, read_object, write_text
+from finetune.core.parsing import loads
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
@@ -91,7 +91,7 @@ def _header_parameters(file: Path) -> int:
     with file.open("rb") as stream:
         try:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, file.stat().st_size)))
+            header = loads(stream.read(min(length, file.stat().st_size)))
             tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
             end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
         except (struct.error, ValueError, KeyError, TypeError, AttributeError):
