@@ -141,7 +141,7 @@ def guarded(call: Callable[[], Any]) -> int:
     try:
         with streams.doors():
             code = _exit_code(call)
-            return _exit_code(sys.stdout.flush) or code
+            return code if code == OutputError.exit_code else _exit_code(sys.stdout.flush) or code
     except OutputError as error:
         return _fail(visible(str(error)), error.exit_code)
 

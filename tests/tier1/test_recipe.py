@@ -29,6 +29,7 @@ TRICKY = [
 ]  # fmt: skip
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 TEXTS = st.one_of(st.sampled_from(TRICKY), st.text(CHARACTERS, max_size=20))
+INTEGERS = st.integers(-(2**63) + 1, 2**63 - 1)
 MINIMAL = "data:\n  path: rows.jsonl\n"
 
 
@@ -185,7 +186,12 @@ def test_a_recipe_means_the_same_after_a_round_trip(recipe, defaults):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.dictionaries(TEXTS, st.one_of(TEXTS, st.floats(allow_nan=False), st.integers(), st.booleans(), st.none())))
+@given(
+    st.dictionaries(
+        TEXTS,
+        st.one_of(TEXTS, st.floats(allow_nan=False), st.integers(-(2**63) + 1, 2**63 - 1), st.booleans(), st.none()),
+    )
+)
 def test_yaml_gives_back_every_value_and_its_type(value):
     back, _ = our_yaml.parse(our_yaml.write({"v": value}), "written")
     assert back == {"v": value}

@@ -26,9 +26,11 @@ class Door:
     def __init__(self, stream: TextIO, *, needed: bool, styled: bool = False) -> None:
         """`needed`: an error to write is raised; `styled`: what is written has been through `visible`, then coloured."""
         self.stream, self.needed, self.styled = stream, needed, styled
+        self._failure = ""  # once told, told again: whoever writes may try first whether it can, and pass over an error
 
     def write(self, text: str) -> int:
         shown = text if self.styled else self._visible(text)
+        self._raise()
         try:
             self.stream.write(shown)
         except OSError as error:
@@ -45,6 +47,7 @@ class Door:
             self.write(line)
 
     def flush(self) -> None:
+        self._raise()
         try:
             self.stream.flush()
         except OSError as error:
@@ -53,8 +56,14 @@ class Door:
     def _broken(self, error: OSError) -> None:
         _lead_nowhere(self.stream)
         if self.needed:
-            why = "whoever read it has closed it" if isinstance(error, BrokenPipeError) else error.strerror or error
-            raise OutputError(f"standard output could not be written to the end: {why}") from None
+            self._failure = (
+                "whoever read it has closed it" if isinstance(error, BrokenPipeError) else str(error.strerror)
+            )
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._failure:
+            raise OutputError(f"standard output could not be written to the end: {self._failure}")
 
     def __getattr__(self, name: str) -> Any:
         # Click writes UTF-8 into the buffer of a stream that is ASCII, past this door.
