@@ -49,7 +49,6 @@ CALLS: dict[str, list[str]] = {
     "runs json": ["runs", "ls", ".", "--json"],
     "prepare": ["prepare", "рецепт.yaml", "--run", "ラン", "--force"],
     "evaluate": ["evaluate", "рецепт.yaml", "--run", "ラン"],
-    "export": ["export", "ラン", "--out", "наружу", "--anyway", "--force"],
     "serve": ["serve", "ラン"],
     "spec validate": ["spec", "validate", "тест.yaml"],
     "bad data": ["run", "рецепт.yaml", "--set", "data.path=плохо.jsonl", "--run", "два"],
@@ -86,11 +85,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     probes = [{"id": f"п{n}", "prompt": row["prompt"], "answer": row["completion"]} for n, row in enumerate(rows[:2])]
     write_jsonl(folder / "вопросы.jsonl", probes)
     write_text(folder / "плохо.jsonl", json.dumps({HOSTILE: "日本"}) + "\n")
-    asked = {"probes": str(folder / "вопросы.jsonl"), "max_new_tokens": 4}
     recipe = town.only_training(
-        folder, folder / "runs", data={"path": str(folder / "данные.jsonl")}, evaluate=asked, export=["bundle"],
-        train={"max_length": 1024, "max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 1}, template={"system": f"Система {HOSTILE.replace(chr(13), '')}"},
-    )  # fmt: skip
+        folder,
+        folder / "runs",
+        data={"path": str(folder / "данные.jsonl")},
+        train={"max_length": 1024, "max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 1},
+        evaluate={"probes": str(folder / "вопросы.jsonl"), "max_new_tokens": 4},
+        template={"system": f"Система {HOSTILE.replace(chr(13), '')}"},
+    )
     write_text(folder / "рецепт.yaml", dump(recipe))
     write_text(folder / "тест.yaml", "test_id: т\nproject_dir: .\nconfig: рецепт.yaml\n")
     return folder
@@ -151,9 +153,9 @@ def test_every_command_is_shown_in_every_encoding(project: Path) -> None:
                 json.loads(said.out.decode(encoding))
             swept += 1
 
-    assert swept == len(ENCODINGS) * len(CALLS) == 144
+    assert swept == len(ENCODINGS) * len(CALLS) == 138
     assert {arguments[0] for arguments in CALLS.values()} >= {
-        "init", "validate", "estimate", "completion", "run", "verify", "report", "runs", "spec", "export", "serve", "prepare",
+        "init", "validate", "estimate", "completion", "run", "verify", "report", "runs", "spec", "serve", "prepare",
         "evaluate",
     }  # fmt: skip
     assert {arguments[0] for arguments in CALLS.values()} - {"команда"} <= set(COMMANDS)
