@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import importlib
 import os
@@ -16,7 +17,9 @@ from typing import Any
 import click
 
 from finetune import __version__, console
-from finetune.errors import FinetuneError
+from finetune.core import streams
+from finetune.core.text import visible
+from finetune.errors import FinetuneError, OutputError
 from finetune.lookup import did_you_mean
 from finetune.secrets import redact
 from finetune.stages import BY_NAME, STAGES
@@ -118,14 +121,35 @@ def main() -> None:
     from finetune.interruption import heed
 
     heed()
+    _start_in_utf8()
     name = os.path.basename(sys.argv[0])
     cli.main(prog_name=name if name in ("finetune", "ft") else "finetune")
+
+
+def _start_in_utf8() -> None:
+    """Start this command again in UTF-8 mode, where file names are to be ASCII or Latin-1 (`LC_ALL=C PYTHONUTF8=0`): such a
+    Python can name no file with another letter, and reads no text of other programs. What it prints stays as it was."""
+    if codecs.lookup(sys.getfilesystemencoding()).name == "utf-8" or sys.flags.utf8_mode:
+        return
+    kept = getattr(sys.stdout, "encoding", None) or "ascii"
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", f"{kept}:backslashreplace")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def guarded(call: Callable[[], Any]) -> int:
     """Run a command and return its exit code; whatever it raises becomes a message on stderr."""
     set_debug(False)
     console.set_mode("auto")
+    try:
+        with streams.doors():
+            code = _exit_code(call)
+            return code if code == OutputError.exit_code else _exit_code(sys.stdout.flush) or code
+    except OutputError as error:
+        return _fail(visible(str(error)), error.exit_code)
+
+
+def _exit_code(call: Callable[[], Any]) -> int:
     try:
         code = call()
         return code if isinstance(code, int) else 0

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
+from finetune.core.streams import styled
+from finetune.core.text import visible
 from finetune.secrets import redact
 
 Mode = Literal["auto", "terminal", "plain", "silent"]
@@ -34,7 +36,7 @@ def mode() -> Literal["terminal", "plain", "silent"]:
 def say(text: str) -> None:
     """A note on stderr; nothing when silent."""
     if mode() != "silent":
-        print(redact(text), file=sys.stderr, flush=True)
+        print(visible(redact(text)), file=sys.stderr, flush=True)
 
 
 class Progress(Protocol):
@@ -115,8 +117,8 @@ def _bar(total: int, label: str) -> Iterator[_Bar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
-        yield _Bar(bars, bars.add_task(label, total=total, numbers=""))
+    with Bars(*columns, console=Console(file=styled(sys.stderr)), refresh_per_second=4) as bars:
+        yield _Bar(bars, bars.add_task(visible(label), total=total, numbers=""))
 
 
 def numbers_text(numbers: dict[str, float | None]) -> str:

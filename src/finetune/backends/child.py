@@ -67,7 +67,8 @@ def running(
             stdin=subprocess.PIPE,
             stdout=said,
             stderr=said,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env={**environment(), ADDRESS: str(told)},
             start_new_session=True,  # Ctrl-C on a terminal is for this process, which then stops the other in order
         )
@@ -84,11 +85,13 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's, in which a child finds this very package, whatever folder it starts in."""
+    """This process's, in which a child finds this very package, whatever folder it starts in, and writes UTF-8, whatever
+    this process's own terminal takes."""
     root = str(Path(__file__).parents[2])
     found = [] if root == sysconfig.get_path("purelib") else [root]
     others = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*found, *others]))}
+    path = os.pathsep.join(dict.fromkeys([*found, *others]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
 
 
 def tell(address: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from finetune.commands.options import load_recipe, output_options, print_json, recipe_options
+from finetune.core.files import read_object
 from finetune.errors import FinetuneError, UsageError
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def _obtained(recipe: Recipe) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise UsageError(f"{path} holds no config.json, so its memory cannot be estimated")
-    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return value
+    return read_object(file)
 
 
 def _show(recipe: Recipe, facts: dict[str, Any], length: int | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from finetune import console
-from finetune.errors import FinetuneError, MissingError, RecipeError, StageError, UsageError, first_line
+from finetune.core.streams import is_unicode
+from finetune.core.text import json_text
+from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.lookup import did_you_mean
 from finetune.secrets import redact
 
@@ -131,14 +132,11 @@ def load_recipe(
     if (recipe, config, shipped) == (None, None, None):
         console.say(f"using {path}")
     with shown_warnings():
-        try:
-            if shipped is None:
-                return load(path, overrides)
-            mapping, lines = read_mapping(path)
-            source = f"the example {shipped}"
-            return load_mapping(mapping, overrides, source=source, lines=lines, base=Path.cwd())
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path} is not a recipe:", [f"{path}: not UTF-8 text (byte {error.start})"]) from None
+        if shipped is None:
+            return load(path, overrides)
+        mapping, lines = read_mapping(path)
+        source = f"the example {shipped}"
+        return load_mapping(mapping, overrides, source=source, lines=lines, base=Path.cwd())
 
 
 @contextmanager
@@ -259,7 +257,7 @@ def not_stored(run: Run, what: str, why: str, instead: str) -> None:
 
 def print_json(value: Any) -> None:
     """A result, as JSON, on stdout (see `finite`)."""
-    click.echo(redact(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str)))
+    click.echo(redact(json_text(finite(value), ascii_only=not is_unicode(sys.stdout), indent=2, default=str)))
 
 
 def finite(value: Any) -> Any:

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import StageError
+from finetune.core.parsing import loads
+from finetune.errors import StageError, first_line
 from finetune.secrets import redact
 
 RACY = 2_000_000_000  # nanoseconds: the grain of the coarsest clock of a file system in use (FAT)
@@ -152,8 +153,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file that others wrote (a model's config). Raises StageError where it holds none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = loads(path.read_bytes())
+    except ValueError as error:
         raise StageError(f"{path} is not JSON ({error}); get the model again") from None
     if not isinstance(value, dict):
         raise StageError(f"{path} holds no JSON object; get the model again")
@@ -167,9 +168,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line.decode("utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            rows.append(loads(line))
+        except ValueError as error:
             if number != len(lines):
-                why = error.msg if isinstance(error, json.JSONDecodeError) else error.reason
-                raise StageError(f"{path}:{number}: not JSON ({why}); the file was changed by hand") from None
+                raise StageError(
+                    f"{path}:{number}: not JSON ({_reason(error)}); the file was changed by hand"
+                ) from None
     return rows
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return error.reason if isinstance(error, UnicodeDecodeError) else first_line(error)

@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import tiny
+from finetune.core import parsing
 from finetune.data.faults import plural, raise_all
 from finetune.errors import DataError, MissingError, UsageError
 from finetune.lookup import did_you_mean, missing_package
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "shipped"
 _SHIPPED_PREFIX, _HUB_PREFIX = "shipped:", "hub:"
 _SPACE = re.compile(r"[ \t\r\n]*")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_COLUMNS = 1_000  # of a row; each is looked for among the names of every format
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _read_jsonl(text: str, name: str, limit: int | None) -> _Read:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parsing.DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             faults.append(f"{name}:{number}: {_json_problem(error)}")
             continue
@@ -160,13 +162,18 @@ def _read_jsonl(text: str, name: str, limit: int | None) -> _Read:
 
 def _read_json(text: str, name: str, limit: int | None) -> _Read:
     try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        whole = parsing.DECODER.decode(text)
+    except RecursionError as error:
+        line = text.count("\n", 0, parsing.too_deep(text) or 0) + 1
+        return [], [f"{name}:{line}: {_json_problem(error)}"]
+    except ValueError as error:
         first = text.lstrip().split("\n", 1)[0]
         if getattr(error, "msg", "") == "Extra data" and _is_object(first):
             return _read_jsonl(text, name, limit)  # a .json file with one object a line is common
         return [], [f"{name}:{getattr(error, 'lineno', 1)}: {_json_problem(error)}"]
     start = 0
+    if isinstance(whole, parsing.Odd):
+        return [], [f"{name}:1: {whole.why}"]
     if isinstance(whole, dict):
         if not isinstance(whole.get("data"), list):
             found = ", ".join(f"'{key}'" for key in list(whole)[:10]) or "nothing"
@@ -188,7 +195,7 @@ def _read_json(text: str, name: str, limit: int | None) -> _Read:
 
 def _elements(text: str, start: int) -> list[tuple[Any, int]]:
     """The elements of the array at `start` (text known to be valid JSON), each with its offset."""
-    decoder, found = json.JSONDecoder(), []
+    decoder, found = parsing.DECODER, []
     at = _skip(text, _skip(text, start) + 1)
     while text[at] != "]":
         value, end = decoder.raw_decode(text, at)
@@ -201,7 +208,7 @@ def _elements(text: str, start: int) -> list[tuple[Any, int]]:
 
 def _value_at(text: str, key: str) -> int:
     """Offset of the last value under `key` in the object that `text` (valid JSON) is."""
-    decoder, place = json.JSONDecoder(), 0
+    decoder, place = parsing.DECODER, 0
     at = _skip(text, _skip(text, 0) + 1)
     while text[at] != "}":
         name, end = decoder.raw_decode(text, at)
@@ -220,27 +227,27 @@ def _skip(text: str, at: int) -> int:
 
 
 def _take(value: Any, name: str, line: int, rows: list[Row], faults: list[str]) -> None:
-    if not isinstance(value, dict):
+    if isinstance(value, parsing.Odd):
+        faults.append(f"{name}:{line}: {value.why}")
+    elif not isinstance(value, dict):
         faults.append(f"{name}:{line}: expected an object, found {_type(value)}")
     elif not value:
         faults.append(f"{name}:{line}: the object is empty")
-    elif _has_surrogate(value):
-        faults.append(f"{name}:{line}: half of a surrogate pair (\\ud800 to \\udfff) is not valid Unicode")
+    elif len(value) > _COLUMNS:
+        faults.append(f"{name}:{line}: {_too_many(value)}")
+    elif problem := parsing.odd(value):
+        faults.append(f"{name}:{line}: {problem}")
     else:
         rows.append(Row(values=value, file=name, line=line))
 
 
-def _has_surrogate(value: Any) -> bool:
-    if isinstance(value, str):
-        return not value.isascii() and bool(_SURROGATE.search(value))
-    if isinstance(value, dict):
-        return any(_has_surrogate(key) or _has_surrogate(inner) for key, inner in value.items())
-    return isinstance(value, list) and any(_has_surrogate(inner) for inner in value)
+def _too_many(columns: Collection[str]) -> str:
+    return f"{len(columns):,} columns, and at most {_COLUMNS:,} are read"
 
 
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        return isinstance(parsing.DECODER.decode(text), dict | parsing.Odd)
     except (ValueError, RecursionError):
         return False
 
@@ -281,7 +288,9 @@ def _read_csv(text: str, name: str, limit: int | None, delimiter: str = ",") -> 
                 continue
             if not header:
                 header = [cell.strip() for cell in cells]
-                twice = sorted({column for column in header if header.count(column) > 1})
+                twice = sorted(column for column, times in Counter(header).items() if times > 1)
+                if len(header) > _COLUMNS:
+                    return [], [f"{name}:{start}: {_too_many(header)}"]
                 if twice or not all(header):
                     problem = f"column '{twice[0]}' is named twice" if twice else "a column has no name"
                     return [], [f"{name}:{start}: {problem}; the first line names the columns"]
@@ -291,7 +300,7 @@ def _read_csv(text: str, name: str, limit: int | None, delimiter: str = ",") -> 
                     f"({', '.join(header)}). Put text that holds a delimiter between double quotes."
                 )
             else:
-                rows.append(Row(values=dict(zip(header, cells, strict=True)), file=name, line=start))
+                _take(dict(zip(header, cells, strict=True)), name, start, rows, faults)
     except csv.Error as error:
         faults.append(f"{name}:{end + 1}: not valid CSV: {error}")
     return rows, faults
@@ -317,16 +326,17 @@ def _read_parquet(file: Path, name: str, limit: int | None) -> _Read:
     except ModuleNotFoundError as error:
         raise MissingError(missing_package(error.name or "pyarrow")) from error
     rows: list[Row] = []
+    faults: list[str] = []
     try:
         with parquet.ParquetFile(file) as table:
             for batch in table.iter_batches():
                 for values in batch.to_pylist():
                     if limit is not None and len(rows) >= limit:
-                        return rows, []
-                    rows.append(Row(values=values, file=name, line=len(rows) + 1))
+                        return rows, faults
+                    _take(values, name, len(rows) + len(faults) + 1, rows, faults)
     except (pyarrow.ArrowException, OSError) as error:
         return [], [f"{name}: not a readable parquet file: {str(error).splitlines()[0]}"]
-    return rows, [] if rows else [f"{name}: the file holds no rows"]
+    return rows, faults or ([] if rows else [f"{name}: the file holds no rows"])
 
 
 def _read_hub(path: str, data: Data, token: str | None, limit: int | None) -> _Read:
@@ -348,8 +358,9 @@ def _read_hub(path: str, data: Data, token: str | None, limit: int | None) -> _R
     except Exception as error:  # the library has many kinds of its own
         raise DataError("the data cannot be read:", [f"{path}: {redact(str(error))}"]) from error
     rows: list[Row] = []
+    faults: list[str] = []
     for number, values in enumerate(table, 1):
         if limit is not None and number > limit:
             break
-        rows.append(Row(values=dict(values), file=path, line=number))
-    return rows, [] if rows else [f"{path}: the split '{data.split}' holds no rows"]
+        _take(dict(values), path, number, rows, faults)
+    return rows, faults or ([] if rows else [f"{path}: the split '{data.split}' holds no rows"])

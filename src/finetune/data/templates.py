@@ -16,10 +16,11 @@ from jinja2 import nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from finetune.data.budget import TooMuch
+from finetune.data.sandbox import BoundedEnvironment
 from finetune.data.sources import resolve
-from finetune.errors import RecipeError, UsageError
+from finetune.errors import RecipeError, StageError, UsageError
 
 if TYPE_CHECKING:
     from jinja2 import Template as JinjaTemplate
@@ -32,6 +33,7 @@ BUILTIN: dict[str, str] = {
     name: (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
     for name in ("alpaca", "chatml", "llama", "llama3")
 }
+_TOLD = 500  # characters of what a template says, which may be as long as it likes
 _SPECIAL = re.compile(r"<\|[a-z0-9_]+\|>|<(?:start|end)_of_turn>")
 
 
@@ -62,7 +64,7 @@ def _tojson(
 
 @lru_cache(maxsize=32)
 def _compile(source: str) -> JinjaTemplate:
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
@@ -92,7 +94,8 @@ class ChatTemplate:
         bos_token: str | None,
         eos_token: str,
     ) -> str:
-        """The conversation as text. Raises UsageError where the template refuses it (or fails on it)."""
+        """The conversation as text. Raises UsageError where the template refuses it (or fails on it), StageError where it
+        does more than a chat template has to: it would do so for the next conversation too."""
         try:
             return _compile(self.source).render(
                 messages=[dict(message) for message in messages],
@@ -102,8 +105,11 @@ class ChatTemplate:
                 bos_token=bos_token or "",
                 eos_token=eos_token,
             )
+        except TooMuch as error:
+            hint = "choose another with template.name"
+            raise StageError(f"the template '{self.name}' is not rendered: {error.message}; {hint}") from None
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise UsageError(f"the template '{self.name}' refuses this conversation: {error}") from error
+            raise UsageError(f"the template '{self.name}' refuses this conversation: {str(error)[:_TOLD]}") from error
 
 
 def choose(template: Template, tokenizer: Tokenizer) -> ChatTemplate:

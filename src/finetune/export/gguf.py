@@ -154,7 +154,7 @@ def _work(command: str, **options: Any) -> dict[str, Any]:
         "finetune.export.gguf_convert",
         [command, json.dumps(options)],
         what=f"the GGUF {command} of the model ended without a result",
-        more={"PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
+        more={"HF_HUB_OFFLINE": "1"},
     )
     if "error" in result:
         raise getattr(errors, result["kind"], StageError)(result["error"])

@@ -13,6 +13,7 @@ from finetune.secrets import redact
 # The line of every path in the file; for a path given on the command line, the option instead.
 Lines = dict[tuple[str | int, ...], int | str]
 TOKEN_PATH = ("model", "token")
+LISTED = 100  # faults; a reader mends no more at once, and each costs a search for the nearest key
 
 
 def place(source: str, path: tuple[str | int, ...], lines: Lines) -> str:
@@ -25,10 +26,14 @@ def place(source: str, path: tuple[str | int, ...], lines: Lines) -> str:
 
 
 def describe(error: ValidationError, source: str, lines: Lines, root: type[BaseModel]) -> list[str]:
-    """One line for every path at fault; the alternatives of a key that takes several types are joined."""
+    """One line for every path at fault, up to `LISTED`; the alternatives of a key that takes several types are joined."""
     found: dict[tuple[str | int, ...], list[str]] = {}
-    for fault in error.errors(include_url=False):
+    every = error.errors(include_url=False)
+    for count, fault in enumerate(every):
         path = _real_path(fault["loc"], root)
+        if path not in found and len(found) == LISTED:
+            found[()] = [f"and {len(every) - count} more faults like these"]
+            break
         messages = found.setdefault(path, [])
         if (message := _message(fault, path, root)) not in messages:
             messages.append(message)

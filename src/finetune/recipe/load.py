@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from finetune.errors import MissingError, RecipeError, UsageError
 from finetune.recipe import legacy, profiles, yaml
 from finetune.recipe.faults import TOKEN_PATH, Lines, describe, place
+from finetune.recipe.limits import DEPTH
 from finetune.recipe.model import Recipe
 from finetune.secrets import is_secret_name, redact, remember
 
@@ -39,12 +40,7 @@ def read_mapping(path: str | Path) -> tuple[dict[str, Any], Lines]:
     file = Path(path)
     if not file.is_file():
         raise MissingError(f"no recipe at {file}. Write one with: finetune init {file.name}")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"{file} is not a recipe:", [f"{file}:{line}: not UTF-8 text"]) from None
-    value, lines = yaml.parse(text, str(file))
+    value, lines = yaml.read(file)
     if not isinstance(value, dict):
         raise RecipeError(f"{file} is not a recipe:", [f"{file}:1: expected 'key: value' lines"])
     return value, {**lines}
@@ -130,7 +126,7 @@ def _override(mapping: dict[str, Any], overrides: Iterable[str], lines: Lines) -
     for text in overrides:
         dotted, equals, value = text.partition("=")
         keys = tuple(dotted.strip().split("."))
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(keys) > DEPTH:
             raise UsageError(f"--set {redact(text)}: expected section.key=value, as in --set train.max_steps=1")
         layer: Any = yaml.scalar(value, f"--set {dotted}")
         if keys == TOKEN_PATH:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from finetune.core.files import write_text
+from finetune.core.text import json_text
 from finetune.report import html, junit, markdown, summary
 from finetune.run import Run
 
@@ -16,7 +16,7 @@ def render(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """What report.json holds, and the text of every file by its name, of a report (see `summary.document`)."""
     plain: dict[str, Any] = summary.portable(document)
     return plain, {
-        "report.json": json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.json": json_text(plain, indent=2, allow_nan=False) + "\n",
         "junit.xml": junit.render(document),
         "report.md": markdown.render(document),
         HTML: html.render(document),

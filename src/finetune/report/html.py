@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import duration
+from finetune.core.text import visible
 from finetune.memory import human
 from finetune.report import charts, wording
 from finetune.report.facts import facts
@@ -68,7 +69,12 @@ def page(template: str, **values: Any) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
     )
     environment.filters |= {"shown": shown, "number": wording.number, "moment": moment, "sentence": wording.sentence}
     environment.filters["capital"] = lambda text: text[:1].upper() + text[1:]
@@ -78,16 +84,21 @@ def page(template: str, **values: Any) -> str:
     )
 
 
+def _visible(value: Any) -> Any:
+    """What a page is given, visible wherever it stands: in text, attributes, links. Our own markup is as it is."""
+    return visible(value) if type(value) is str else value
+
+
 def _hash(text: str) -> str:
     """What a content security policy names an inline style or script by."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
 def shown(text: Any) -> str:
-    """Text as `wording.visible`, and not longer than a reader follows."""
+    """Text as `core.text.visible`, and not longer than a reader follows."""
     whole = str(text)
     cut = whole if len(whole) <= LONG else f"{whole[:LONG]} … ({len(whole) - LONG:,} characters more)"
-    return wording.visible(cut)
+    return visible(cut)
 
 
 def moment(time: str) -> str:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 from xml.etree import ElementTree
 
+from finetune.core.text import visible
 from finetune.report import wording
 from finetune.run import outcome
 
@@ -28,7 +29,7 @@ def render(document: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    return _NOT_XML.sub("\ufffd", str(value))
+    return _NOT_XML.sub("\ufffd", visible(str(value)))
 
 
 def _suite(root: ElementTree.Element, name: str, time: str) -> ElementTree.Element:

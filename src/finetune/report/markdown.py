@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from finetune.console import duration
+from finetune.core.text import visible
 from finetune.memory import human
 from finetune.report import wording
 from finetune.report.facts import facts
@@ -30,12 +31,12 @@ def render(document: dict[str, Any]) -> str:
         f"{len(document['stages'])} stages in {duration(document['seconds'])}. The whole report: report.html beside this "
         f"file. Check again: `finetune verify {document['run'].replace('`', '')}`"
     )
-    return "\n\n".join(parts) + "\n"
+    return visible("\n\n".join(parts)) + "\n"
 
 
 def escape(text: str) -> str:
     """Text as it is: nothing in it is markup, and it stays on one line."""
-    return _SPECIAL.sub(r"\\\1", wording.visible(" ".join(text.split())))
+    return _SPECIAL.sub(r"\\\1", visible(" ".join(text.split())))
 
 
 def _failures(document: dict[str, Any]) -> list[str]:

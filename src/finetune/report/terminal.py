@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from finetune.console import duration
+from finetune.core.streams import styled
+from finetune.core.text import visible
 from finetune.memory import human
 from finetune.report import summary
 from finetune.report.wording import SETS, ended, held, ordered, result, sentence, small
@@ -77,7 +79,7 @@ def _console(stream: TextIO, width: int | None = None) -> Console:
 
     # A reader at a terminal gets lines that fit; what is read by something else (grep, a log) is not wrapped or cut.
     elsewhere = width is None and not stream.isatty()
-    return Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=elsewhere)
+    return Console(file=styled(stream), width=width, highlight=False, emoji=False, soft_wrap=elsewhere)
 
 
 def _table(headings: list[str], title: str | None = None, *, tight: bool = False, wrapped: bool = False) -> Table:
@@ -96,10 +98,10 @@ def _table(headings: list[str], title: str | None = None, *, tight: bool = False
 
 
 def _plain(text: str, style: str = "") -> Any:
-    """Text as it is: square brackets in a model's answer are no markup."""
+    """Text as it is: square brackets in a model's answer are no markup, and its control characters no orders."""
     from rich.text import Text
 
-    return Text(redact(text), style=style)
+    return Text(visible(redact(text)), style=style)
 
 
 def _write(console: Console, document: dict[str, Any]) -> None:

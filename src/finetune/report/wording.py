@@ -19,7 +19,6 @@ SETS = {
     "unseen": "What it was never told (it should not know)",
 }
 KINDS = {"trained": "asked as trained", "paraphrase": "asked in other words"}
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _WRITTEN = {"lora": "LoRA", "dpo": "DPO", "b": "B", "kl": "KL"}
 COMPARED = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than", "==": "exactly"}
 NOTHING = {outcome.NOT_EXAMINED: "not examined", outcome.REFUTED: "no evidence", outcome.PROVED: "nothing"}
@@ -121,11 +120,6 @@ def number(found: float) -> str:
 
 def plural(count: int, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
-def visible(text: str) -> str:
-    """Text with control characters as pictures of them, and without those that turn the reading direction around."""
-    return _CONTROL.sub(lambda match: chr(0x2400 + ord(match.group())) if ord(match.group()) < 0x20 else "\ufffd", text)
 
 
 def sentence(text: str) -> str:

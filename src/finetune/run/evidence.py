@@ -4,12 +4,12 @@ schema is named, with what to do: nothing else in the package opens these files.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.core.files import remove, write_json, write_jsonl
+from finetune.core.parsing import loads
 from finetune.errors import MissingError, StageError, first_line
 from finetune.run.layout import (
     CHAT_TEMPLATE,
@@ -137,8 +137,8 @@ def _bytes(path: Path, file: File) -> bytes:
 def _parse(path: Path, file: File, content: bytes, line: int | None = None) -> Any:
     place = f"line {line} " if line else "it "
     try:
-        return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        return loads(content.decode("utf-8"))
+    except ValueError as error:
         what = "is empty" if not content.strip() else f"is not JSON ({error})"
         raise EvidenceError(path, file.stage, place + what) from None
 

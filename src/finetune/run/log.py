@@ -18,6 +18,7 @@ from typing import Any
 
 from finetune.core.clock import now
 from finetune.core.files import encode
+from finetune.core.parsing import loads
 from finetune.errors import StageError
 from finetune.secrets import redact
 
@@ -94,8 +95,8 @@ class Log:
         *whole, _ = content.split(b"\n")
         for number, line in enumerate(whole, len(self._lines) + 1):
             try:
-                event = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
+                event = loads(line.decode("utf-8"))
+            except ValueError as error:
                 raise StageError(f"{self.path}:{number}: not JSON ({error}); {RESTORE}") from None
             if not isinstance(event, dict) or not all(isinstance(event.get(key), str) for key in ("event", "time")):
                 raise StageError(f"{self.path}:{number}: no event of a run; {RESTORE}")

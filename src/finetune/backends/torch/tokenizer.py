@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
+from transformers.utils import chat_template_utils
 from transformers.utils import logging as transformers_logging
 
 from finetune import modelfiles
 from finetune.core.files import read_object
+from finetune.data.sandbox import BoundedEnvironment
 from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 
 TOKENIZER_FILES = (
@@ -22,6 +24,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 LIBRARIES = r"(transformers|peft|trl|accelerate|datasets|torch)(\.|$)"
 
+# transformers renders with jinja2's own sandbox, in which a model's template may take all memory and time.
+chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
 transformers_logging.disable_progress_bar()
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # a library that says nothing of trust would ask on a terminal, and wait
 if "TRANSFORMERS_VERBOSITY" not in os.environ:

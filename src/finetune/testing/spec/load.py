@@ -41,11 +41,9 @@ class Case:
 def load(file: Path) -> list[Case]:
     """The cases of a spec file, in its order. Raises SpecError with every fault."""
     try:
-        value, lines = yaml.parse(file.read_text(encoding="utf-8"), str(file))
-    except UnicodeDecodeError:
-        raise SpecError(f"{file} is not a spec:", [f"{file}:1: not UTF-8 text"]) from None
+        value, lines = yaml.read(file, "spec")
     except Faults as error:
-        raise SpecError(error.headline.replace("recipe", "spec"), error.faults) from None
+        raise SpecError(error.headline, error.faults) from None
     if not isinstance(value, dict):
         raise SpecError(f"{file} is not a spec:", [f"{file}:1: expected 'key: value' lines"])
     known: Lines = {**lines}
