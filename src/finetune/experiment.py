@@ -93,6 +93,7 @@ WORK = {
 def main() -> None:
     # Ended from outside, it still does what stands in `finally`: a model that was handed to a server is taken back.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    child.end_with_parent()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with PeakMemory() as memory:
         answer = _do(request)

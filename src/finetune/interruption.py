@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from finetune.console import say
 
@@ -22,6 +23,17 @@ def heed() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _interrupt)
+
+
+def heeded_by(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Have these signals call a handler; returns the handlers before, by signal.
+
+    A hangup that is ignored stays so. A shell has what it starts in the background ignore Ctrl-C, too; who sends one by hand
+    means it.
+    """
+    hangup = getattr(signal, "SIGHUP", None)
+    heeded = [number for number in SIGNALS if number != hangup or signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heeded}
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -45,10 +57,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         asked.set()
         say("stopping after this step, to save a checkpoint (again to stop at once, losing it)")
 
-    # A shell has what it starts in the background ignore Ctrl-C; who sends one by hand means it.
-    hangup = getattr(signal, "SIGHUP", None)
-    heeded = [number for number in SIGNALS if number != hangup or signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, ask) for number in heeded}
+    before = heeded_by(ask)
     try:
         yield asked.is_set
     finally:

@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import finetune
 from finetune.backends import get
 from finetune.backends.fake_model import FakeTokenizer
 from finetune.checks import CHECKS, results, verify
@@ -657,3 +661,47 @@ def test_a_run_that_is_done_anew_begins_its_log_anew(done, capsys):
     assert run.events("log_restored") == []
     assert [event["stage"] for event in run.events("stage_started")] == PLAIN
     assert seal.faults(Run(run.path)) == []
+
+
+PARENT = """
+import sys
+from finetune.backends import child
+child.answer_of("endless", [], what="it", more={"PYTHONPATH": sys.argv[1]})
+"""
+ENDLESS = """
+import os, sys, time
+from finetune.backends import child
+child.end_with_parent()
+open(sys.argv[1] + ".pid", "w").write(str(os.getpid()))
+os.replace(sys.argv[1] + ".pid", {place!r})
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe's end is passed on there alone")
+def test_a_child_ends_when_its_parent_is_killed(tmp_path):
+    told = tmp_path / "pid"
+    (tmp_path / "endless.py").write_text(ENDLESS.format(place=str(told)))
+    path = os.pathsep.join([str(Path(finetune.__file__).parents[1]), str(tmp_path)])
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, path], stderr=subprocess.DEVNULL)
+    wait_for(told.is_file)
+    child = int(told.read_text())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not _lives(child))
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{process}/stat")
+    return not status.is_file() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ READY_SECONDS = 120.0
 STOP_SECONDS = 20.0
 LAST_LINES = 5
 LOOK_SECONDS = 0.02
+LIFELINE = "FT_LIFELINE"  # the number of a pipe's end that closes when the parent is gone
 ADDRESS = "FT_ADDRESS_FILE"  # names the file that a server puts its address into
 
 
@@ -114,11 +117,12 @@ def answer_of(
     Standard output is anybody's, and there is nobody to answer on standard input. Raises StageError, with the last line
     that the process wrote, where it ends without an answer.
     """
-    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder, _lifeline() as (lifeline, passed):
         file = Path(folder) / "answer.json"
         done = subprocess.run(
             command(module, *arguments, str(file)),
-            env={**environment(), **(more or {})},
+            env={**environment(), **lifeline, **(more or {})},
+            pass_fds=passed,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -134,6 +138,36 @@ def answer_of(
             why = f"it left no answer: {first_line(error)}"
     written = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     raise StageError(f"{what} (exit code {done.returncode}): {next(iter(written[-1:]), why or 'it said nothing')}")
+
+
+@contextmanager
+def _lifeline() -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
+    """A pipe whose one end a child is given: it closes when this process is gone, however that ended."""
+    if os.name != "posix":
+        yield {}, ()
+        return
+    ours, theirs = os.pipe()[::-1]
+    try:
+        yield {LIFELINE: str(theirs)}, (theirs,)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def end_with_parent() -> None:
+    """Have this process told to end, as by SIGTERM, when the one that waits for its answer is gone; it is ended where it does
+    not heed that."""
+    given = os.environ.pop(LIFELINE, None)
+    if given is None:
+        return
+
+    def watch() -> None:
+        os.read(int(given), 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _address(

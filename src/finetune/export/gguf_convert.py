@@ -325,6 +325,7 @@ def quantize(
 
 def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.ERROR)
+    child.end_with_parent()
     command, options = arguments[0], json.loads(arguments[1])
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "rehearse": rehearse, "convert": convert, "quantize": quantize,

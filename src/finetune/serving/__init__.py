@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from finetune.backends import child
 from finetune.errors import MissingError, StageError, UsageError
+from finetune.interruption import heeded_by
 from finetune.lookup import load
 from finetune.serving.fields import EXTRAS, LLAMACPP, MLX
 
@@ -165,20 +166,20 @@ def serve(
 
 
 class _Stopped(BaseException):
-    """SIGTERM or SIGINT."""
+    """A signal that asks to end."""
 
 
 @contextmanager
 def until_stopped() -> Iterator[None]:
-    """A block that SIGTERM and SIGINT end without an error, whatever it is doing; what it opened is closed first."""
+    """A block that a signal to end (`interruption.SIGNALS`) ends without an error, whatever it is doing; what it opened is
+    closed first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in signals:  # closing is not to be cut short
+        for each in before:  # closing is not to be cut short
             signal.signal(each, signal.SIG_IGN)
         raise _Stopped
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, stop) for number in signals}
+    before = heeded_by(stop)
     try:
         yield
     except _Stopped:
