@@ -10,6 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,7 +35,8 @@ REMEDY = (
 
 def check(directory: Path, what: str = "model") -> None:
     """Raise UsageError for the first thing in a directory that is not to be read: `what` names it in the sentence."""
-    for fault in (*_foreign(directory, what), *_irregular(directory), *_named(directory), *_disguised(directory)):
+    # One after the other: what reads files comes after what knows that there is no pipe among them.
+    for fault in chain(_foreign(directory, what), _irregular(directory), _named(directory), _disguised(directory)):
         raise UsageError(fault)
 
 

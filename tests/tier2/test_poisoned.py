@@ -157,7 +157,7 @@ STATES = [
     ("finetune.json", "torch zip"),
     ("adapter_model.safetensors", "torch zip"),
 ]
-IGNORED = ("training_args.bin",)
+UNREAD_STATES = ("training_args.bin",)  # refused all the same: it is not the file that was written
 
 
 @pytest.mark.parametrize(("name", "form"), STATES)
@@ -171,10 +171,9 @@ def test_a_poisoned_checkpoint_is_refused_and_none_of_it_run(copy, tmp_path, nam
 
     assert not mark.exists()
     assert said.in_order, said.text
-    assert (said.code == 0) == (name in IGNORED), said.text
-    if name not in IGNORED:
-        assert name in said.text
-        assert "pickle" in said.text
+    assert said.code != 0, said.text
+    assert name in said.text
+    assert "pickle" in said.text or name in UNREAD_STATES
 
 
 # -- a run --------------------------------------------------------------------------------------------------------------
