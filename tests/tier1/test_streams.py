@@ -25,6 +25,7 @@ from finetune.errors import OutputError
 from finetune.recipe import dump
 from support import town
 
+pytestmark = pytest.mark.timeout(300)  # many commands in one test, some in processes of their own
 # A cleared screen, a title, a link, a color in C1, text turned around, a hidden space; and names in three scripts.
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x1b]8;;http://evil.example\x1b\\\x9b31m\u202egnp.exe\u2066\u200b\x7f\x08\r"
 FOLDER = "проект 日本 é"
