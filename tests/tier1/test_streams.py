@@ -89,7 +89,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         folder / "runs",
         data={"path": str(folder / "данные.jsonl")},
-        train={"max_length": 1024, "max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 1},
+        train={"max_length": 1024, "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1},
         evaluate={"probes": str(folder / "вопросы.jsonl"), "max_new_tokens": 4},
         template={"system": f"Система {HOSTILE.replace(chr(13), '')}"},
     )
