@@ -25,6 +25,7 @@ from finetune.errors import OutputError
 from finetune.recipe import dump
 from support import town
 
+pytestmark = pytest.mark.timeout(300)  # many commands in one test, some in processes of their own
 # A cleared screen, a title, a link, a color in C1, text turned around, a hidden space; and names in three scripts.
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x1b]8;;http://evil.example\x1b\\\x9b31m\u202egnp.exe\u2066\u200b\x7f\x08\r"
 FOLDER = "проект 日本 é"
@@ -37,7 +38,6 @@ CALLS: dict[str, list[str]] = {
     "estimate": ["estimate", "рецепт.yaml"],
     "completion": ["completion", "bash"],
     "run": ["run", "рецепт.yaml", "--run", "ラン"],
-    "run again": ["run", "рецепт.yaml", "--run", "ラン", "--force"],
     "plan": ["run", "рецепт.yaml", "--run", "ラン", "--dry-run"],
     "verify": ["verify", "ラン"],
     "verify json": ["verify", "ラン", "--json"],
@@ -89,7 +89,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         folder / "runs",
         data={"path": str(folder / "данные.jsonl")},
-        train={"max_length": 1024, "max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 1},
+        train={"max_length": 1024, "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1},
         evaluate={"probes": str(folder / "вопросы.jsonl"), "max_new_tokens": 4},
         template={"system": f"Система {HOSTILE.replace(chr(13), '')}"},
     )
@@ -142,22 +142,19 @@ def _hold(said: Said, encoding: str, what: str) -> None:
         assert not RAW.search(text), (what, RAW.search(text), text)
 
 
-def test_every_command_is_shown_in_every_encoding(project: Path) -> None:
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_command_is_shown_in_every_encoding(project: Path, encoding: str) -> None:
     swept = 0
-    for encoding in ENCODINGS:
-        for name, arguments in CALLS.items():
-            said = _called(arguments, project, encoding)
-            _hold(said, encoding, f"{name} in {encoding}")
-            assert said.code in (REFUSED.get(name, 0), 1 if name in JUDGED else 0), (name, said)
-            if name in JSON:
-                json.loads(said.out.decode(encoding))
-            swept += 1
+    for name, arguments in CALLS.items():
+        said = _called(arguments, project, encoding)
+        _hold(said, encoding, f"{name} in {encoding}")
+        assert said.code in (REFUSED.get(name, 0), 1 if name in JUDGED else 0), (name, said)
+        if name in JSON:
+            json.loads(said.out.decode(encoding))
+        swept += 1
 
-    assert swept == len(ENCODINGS) * len(CALLS) == 138
-    assert {arguments[0] for arguments in CALLS.values()} >= {
-        "init", "validate", "estimate", "completion", "run", "verify", "report", "runs", "spec", "serve", "prepare",
-        "evaluate",
-    }  # fmt: skip
+    assert swept == len(CALLS) == 22
+    assert len(ENCODINGS) == 6
     assert {arguments[0] for arguments in CALLS.values()} - {"команда"} <= set(COMMANDS)
 
 
