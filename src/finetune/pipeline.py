@@ -17,6 +17,7 @@ from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.base import base_changed
 from finetune.run.directory import RECIPE
 from finetune.run.restore import restore
+from finetune.secrets import redact
 from finetune.stages import (
     BY_NAME,
     TRAININGS,
@@ -161,13 +162,13 @@ def _one(
             stage, recipe, run, force=force, retrain=retrain, on_start=lambda stage: listener("start", stage, None)
         )
     except KeyboardInterrupt as error:
-        run.event("stage_interrupted", stage=stage.name, message=str(error))
+        run.event("stage_interrupted", stage=stage.name, message=redact(str(error)))
         raise
     except EOFError as error:  # left as it is, the command line would take it for Ctrl-D
         run.event("stage_failed", stage=stage.name, error="EOFError", message=str(error))
         raise StageError(f"a file that '{stage.name}' reads ends too early ({first_line(error)})") from error
     except Exception as error:
-        run.event("stage_failed", stage=stage.name, error=type(error).__name__, message=str(error))
+        run.event("stage_failed", stage=stage.name, error=type(error).__name__, message=redact(str(error)))
         raise
     finally:
         run.resume = None
