@@ -231,10 +231,12 @@ def refuse_another(stage: Stage, recipe: Recipe, run: Run, checkpoint: Path, *, 
 
 def store(recipe: Recipe, run: Run) -> None:
     """Write the recipe and the manifest into the run; a recipe that replaces another one is an event."""
+    from finetune.data import secrecy
     from finetune.manifest import collect
 
-    seal.update_manifest(run, **collect(recipe))
     path, text = run.path / RECIPE, dump(recipe)
+    secrecy.refuse_text(text, "the recipe")
+    seal.update_manifest(run, **collect(recipe))
     if not path.is_file() or path.read_bytes().decode("utf-8", "replace") != text:
         replaced = path.is_file()
         write_text(path, text)

@@ -296,6 +296,8 @@ def test_a_known_shape_is_found_and_hidden_wherever_it_stands(kind, around):
         "100% of %20 and %zz",
         "disk-usage-of-the-whole-machine-1",
         "smollm2-135m-instruct-v0.1-2026-11-30",
+        "sk-learn-contrib-package-extras",
+        "see pypi-mirror-of-the-company",
         "c29tZSBiYXNlNjQgdGV4dCB0aGF0IGlzIG5vIHNlY3JldA==",
     ],
 )

@@ -116,8 +116,9 @@ _HEADER = re.compile(
 _RUN = re.compile(r"[A-Za-z0-9_.~+/=-]{15}")
 _WORD_BEFORE, _ESCAPE_BEFORE = re.compile(r"[A-Za-z0-9]$"), re.compile(r"(?:\\[nrt]|%[0-9A-Fa-f]{2})$")
 _ENCODED = re.compile(rf"[^/{_NO}]+")
-# What manuals write instead: hf_xxxx, your_password, ${PASSWORD}, and words like `pass`.
+# What manuals write instead: hf_xxxx, your_password, ${PASSWORD}, and words like `pass`; names: sk-learn-contrib-extras.
 _MASKED = re.compile(r"([xX0*.])\1{9}$")
+_NAME = re.compile(r"[a-z]{1,15}(?:[-_.][a-z]{1,15})+")
 _STAND_IN = re.compile(r"your|example|change.?me|placeholder|password|\$\{|\{\{|[<{*]|^[^\W\d_]{1,15}$", re.IGNORECASE)
 
 
@@ -133,7 +134,7 @@ def find(text: str) -> str | None:
     """
     for spelled in (text, unquote(text)) if "%" in text else (text,):
         for shape, token in _tokens(spelled):
-            if not _MASKED.search(token):
+            if not _MASKED.search(token) and not _NAME.fullmatch(token):
                 return f"what looks like {shape.name}"
         if any(not _STAND_IN.search(each) for each in _in_addresses(spelled)):
             return "an address with a password"
