@@ -171,7 +171,8 @@ def _copy(place: Path, to: Path) -> Path:
 
 def test_a_models_path_with_a_secret_is_refused(town: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PASSWORD", "l0velace!")
-    wanted = town_recipe(_copy(town, tmp_path / "l0velace!"), tmp_path, {})
+    (tmp_path / "link").symlink_to(_copy(town, tmp_path / "l0velace!"))
+    wanted = town_recipe(tmp_path / "link", tmp_path, {})
     with pytest.raises(UsageError, match="the path of the model holds the value of MY_PASSWORD"):
         run_stages(wanted, run_directory(wanted), ["fetch"])
 
@@ -197,7 +198,7 @@ def test_every_secret_of_a_recipe_is_told_with_its_line_and_key(
         "template:\n  system: Say l0velace! to all\nexport: [l0velace!]\n",
         "output_dir=runs/l0velace!",
     )
-    said = [re.sub(r", which only.*", "", fault) for fault in found if ", which only" in fault]
+    said = [re.sub(r", and would be stored.*", "", fault) for fault in found if ", and would be stored" in fault]
     assert sorted(said) == [
         "--set output_dir: output_dir: holds the value of MY_PASSWORD",
         "3: data.fields.prompt: holds what looks like an npm token",

@@ -84,6 +84,9 @@ def load_mapping(
         for keys in _PATH_KEYS:
             _resolve(mapping, keys, base)
         _resolve_model(mapping, base)
+    model = mapping.get("model")
+    if isinstance(model, dict) and isinstance(model.get("token"), str):
+        _remember(model["token"], place(source, TOKEN_PATH, lines))
     faults += _secrets_in(mapping, (), source, lines)
     try:
         recipe = Recipe.model_validate(mapping)
@@ -133,7 +136,6 @@ def _override(mapping: dict[str, Any], overrides: Iterable[str], lines: Lines) -
             raise UsageError(f"--set {redact(text)}: expected section.key=value, as in --set train.max_steps=1")
         layer: Any = yaml.scalar(value, f"--set {dotted}")
         if keys == TOKEN_PATH:
-            _remember(value, f"--set {dotted}")
             layer = value or None
         if keys == ("model",) and isinstance(layer, str):
             keys = ("model", "path")
@@ -186,7 +188,7 @@ def _expand(value: Any, path: tuple[str | int, ...], source: str, lines: Lines, 
 
     expanded = _REFERENCE.sub(replace, value)
     if path == TOKEN_PATH:
-        _remember(expanded, place(source, path, lines))
+        remember(expanded)
         if expanded == value and value and not value.startswith("<"):
             warnings.warn(f"{place(source, path, lines)}: a literal token; write '${{HF_TOKEN}}' instead", stacklevel=2)
         return expanded if expanded and not expanded.startswith("<") else None
@@ -196,7 +198,7 @@ def _expand(value: Any, path: tuple[str | int, ...], source: str, lines: Lines, 
 def _remember(token: str, where: str) -> None:
     """Have a token hidden from now on, and say so where it cannot be told from other text."""
     remember(token)
-    if token and not token.startswith("<") and not looks_secret(token):
+    if token and not looks_secret(token):
         why = "it is short, or an ordinary word, so it is hidden in messages only, where it stands alone"
         warnings.warn(f"{where}: this token cannot be told from other text: {why}", stacklevel=3)
 
@@ -216,8 +218,8 @@ def _secrets_in(value: Any, path: tuple[str | int, ...], source: str, lines: Lin
             what = found(value) or ("an address with a password" if has_password(value) else None)
             if what:
                 yield (
-                    f"{place(source, path, lines)}: holds {what}, which only model.token may; take it out, or unset the "
-                    "variable where it is no secret"
+                    f"{place(source, path, lines)}: holds {what}, and would be stored in the run; take it out, or unset "
+                    "the variable where it is no secret"
                 )
 
     return list(look(value, path))
