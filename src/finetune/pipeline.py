@@ -165,7 +165,7 @@ def _one(
         run.event("stage_interrupted", stage=stage.name, message=redact(str(error)))
         raise
     except EOFError as error:  # left as it is, the command line would take it for Ctrl-D
-        run.event("stage_failed", stage=stage.name, error="EOFError", message=str(error))
+        run.event("stage_failed", stage=stage.name, error="EOFError", message=redact(str(error)))
         raise StageError(f"a file that '{stage.name}' reads ends too early ({first_line(error)})") from error
     except Exception as error:
         run.event("stage_failed", stage=stage.name, error=type(error).__name__, message=redact(str(error)))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from finetune import experiment, secrets
-from finetune.checks import verify
+from finetune.checks import judge, judged, store, verify
 from finetune.core.files import digest, read_jsonl, write_jsonl
 from finetune.errors import DataError, RecipeError, StageError, UsageError
 from finetune.pipeline import preview, run_directory, run_stages
@@ -30,6 +30,9 @@ DATA = (
 )
 
 
+pytestmark = pytest.mark.timeout(240)  # whole runs
+
+
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "_known", set())
@@ -38,7 +41,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 def ran(place: Path, runs: Path, **changes: Any) -> Run:
     wanted = town_of.recipe(place, runs, expect={"resume": False}, **changes)
     run = run_directory(wanted)
-    run_stages(wanted, run)
+    run_stages(wanted, run, ["evaluate"])
     verify(wanted, run)
     return run
 
@@ -146,14 +149,13 @@ def test_there_is_a_way_on(
     monkeypatch.setenv("MY_PASSWORD", "What is the capital of")
     kept = load_mapping(leaking("What is the capital of", where, on_secret="keep"))
     run = run_directory(kept)
-    run_stages(kept, run)
-    verify(kept, run)
+    run_stages(kept, run, ["evaluate"])
     assert seal.faults(run) == []
     assert "What is the capital of" in (run.path / "evaluate/answers.jsonl").read_text()
 
     monkeypatch.delenv("MY_PASSWORD")
     refusing = load_mapping(leaking("What is the capital of", where))
-    assert [step.stage for step in preview(refusing, run) if step.runs] == []
+    assert [step.stage for step in preview(refusing, run) if step.runs and step.stage not in ("merge", "measure")] == []
 
 
 def test_the_base_models_own_files_are_looked_through(town: Path, tmp_path: Path) -> None:
@@ -175,6 +177,18 @@ def test_a_models_path_with_a_secret_is_refused(town: Path, tmp_path: Path, monk
     wanted = town_recipe(tmp_path / "link", tmp_path, {})
     with pytest.raises(UsageError, match="the path of the model holds the value of MY_PASSWORD"):
         run_stages(wanted, run_directory(wanted), ["fetch"])
+
+
+def test_a_verdict_that_quotes_a_secret_is_stored_without_it(
+    honest: town_of.Ran, copied: town_of.Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "l0velace!")
+    found = judge("loss_convergence", 0.5, ">=", 0.05, "share", "train/l0velace!", "it is l0velace!, is it?")
+    store(copied.run, judged(copied.recipe, copied.run, [found]))
+
+    (stored,) = evidence.read(copied.run, layout.VERDICTS)["verdicts"]
+    assert (stored["evidence"], stored["why"]) == ("train/***", "it is ***, is it?")
+    assert seal.faults(copied.run) == []
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ evaluate: {probes: probes.jsonl, max_new_tokens: 4, score_rows: 2}
 # Every secret by the variable that it stands in while it is looked for; a shape is known without one.
 KINDS = {**SHAPED, **NAMED, **ADDRESSES}
 VARIABLE = "OTHER_THING"
+pytestmark = pytest.mark.timeout(240)  # dozens of commands each
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _source(project: Path, secret: str) -> list[str]:
 def _row(project: Path, secret: str) -> list[str]:
     with (project / "train.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"prompt": "What is it?", "completion": f"It is {secret}, of course."}) + "\n")
-    return ["run", "recipe.yaml"]
+    return ["prepare", "recipe.yaml"]
 
 
 def _question(project: Path, secret: str) -> list[str]:
@@ -200,6 +201,20 @@ def test_a_variable_with_a_secret_may_be_named_by_the_token_alone(
     assert not shown(value, told)
 
 
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["lines", "json"])
+def test_what_is_printed_of_a_path_with_a_secret_shows_none(
+    here: Path, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", NAMED["DB_PASSWORD"])
+    for secret in (NAMED["DB_PASSWORD"], SHAPED["github classic"]):
+        shutil.copy("recipe.yaml", f"{secret}.yaml")
+        for arguments in (("validate", f"{secret}.yaml"), ("init", secret), ("run", f"{secret}.yaml", "--dry-run")):
+            told = call(*arguments, *more)
+            assert told.code == 0
+            assert not shown(secret, told), arguments
+            assert "***" in told.out or arguments[0] == "run"
+
+
 # -- ways in that are hidden -------------------------------------------------------------------------------------------
 
 
@@ -216,7 +231,7 @@ def test_a_whole_run_with_every_secret_in_its_environment_leaves_none(here: Path
         environment.pop(name, None)
     environment["HTTPS_PROXY"] = secret_kinds.address("HTTPS_PROXY")
     command = [sys.executable, "-m", "finetune", "run", "recipe.yaml", "--set", "export=[bundle]"]
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=200)
     told = Told(done.returncode, done.stdout + done.stderr)
     left = {kind: places(secret, here / "runs") for kind, secret in every()}
 
