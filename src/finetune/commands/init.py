@@ -46,5 +46,5 @@ def command(target: str, name: str, force: bool, as_json: bool) -> None:
     for file in (recipe, *sources):
         echo(f"wrote {file}")
     default = recipe == Path("recipe.yaml")
-    click.echo(f"Edit them, then: finetune run{'' if default else f' {recipe}'}")
+    echo(f"Edit them, then: finetune run{'' if default else f' {recipe}'}")
     click.echo(f"Other examples: {', '.join(each for each in examples() if each != name)}", err=True)
