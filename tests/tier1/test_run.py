@@ -264,7 +264,7 @@ def test_the_manifest_is_sealed_as_it_is_written_without_secrets(run, monkeypatc
     seal.update_manifest(run, **{**town.MANIFEST, "command": "finetune --key s3cret-of-mine"})
     seal.close(run)
     assert run.manifest()["command"] == "finetune --key ***"
-    assert seal.own(run.manifest(), run.log())
+    assert seal.own(run, run.manifest(), run.log())
 
 
 def test_a_run_directory_with_a_secret_in_its_path_is_refused_by_the_variables_name(tmp_path, monkeypatch):
