@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from finetune import experiment, secrets
+from finetune import secrets
+from finetune.backends import child
 from finetune.checks import judge, judged, store, verify
 from finetune.core.files import digest, read_jsonl, write_jsonl
 from finetune.errors import DataError, RecipeError, StageError, UsageError
@@ -243,7 +244,7 @@ def test_no_secret_is_in_what_a_child_is_asked_nor_in_what_its_end_leaves(
     def ended(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", f"boom\nValueError: {last}")
 
-    monkeypatch.setattr(experiment, "subprocess", SimpleNamespace(run=ended))
+    monkeypatch.setattr(child, "subprocess", SimpleNamespace(run=ended, DEVNULL=subprocess.DEVNULL))
     mapping = town_recipe(town, tmp_path, {"expect": {"resume": True}}).model_dump(mode="json", exclude_unset=True)
     mapping["model"]["token"] = SHAPED["hugging face"]
     recipe = load_mapping(mapping)
