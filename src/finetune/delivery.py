@@ -13,6 +13,7 @@ from finetune.errors import ResourceError, StageError
 from finetune.export import Target, bundle, card
 from finetune.memory import disk_free, human
 from finetune.run import Run
+from finetune.secrets import redacted
 
 README = "README.md"
 
@@ -50,7 +51,7 @@ def deliver(
             if folder == "bundle" and (verdicts is not None or although):
                 bundle.set_card(partials[folder], verdicts, marks, although)
             elif although:
-                write_text(partials[folder] / README, card.with_warning(f"# {folder}", although))
+                write_text(partials[folder] / README, redacted(card.with_warning(f"# {folder}", although)))
         for folder, partial in partials.items():
             _put(partial, out / folder)
     finally:

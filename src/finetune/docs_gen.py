@@ -77,7 +77,14 @@ Only `data.path` must be given (with an `align` section, `align.data.path` too);
 - **Overrides**: `--set train.max_steps=1` (repeatable, on every command that takes a recipe) lays one value over the
   file. The value is read as YAML, so `--set train.lora.target_modules='[q_proj, v_proj]'` is a list.
 - **Environment**: `${{NAME}}` and `${{NAME:-default}}` are replaced in any text. A variable whose name sounds like a
-  secret (TOKEN, KEY, PASSWORD, ...) may be named by `model.token` only, and no secret is ever written into a run.
+  secret (TOKEN, KEY, PASSWORD, ...), or whose value has the shape of one, may be named by `model.token` only.
+- **Secrets** are written into no run. What is told (notes, errors, events, reports, the manifest) has `***` for the values of
+  such variables, for the token, for passwords in addresses, and for whatever has the shape of a known token. Data are never
+  changed: a secret in a row, a question, a template, a path or any key of the recipe is refused, by its variable, with file
+  and line. Where it is none, `data.on_secret: keep` uses rows and questions as they are, and `env -u NAME finetune ...` runs
+  without the variable. A value that looks like other text is not looked for in data: under 8 characters, one plain word, a
+  few words of under 16 characters, a number or date of under 12, fewer than 5 different characters; messages hide it from
+  6 characters on, where it stands alone.
 - **Switching a part off**: `train: null` skips fine-tuning; without an `align` section there is no alignment.
 """
 

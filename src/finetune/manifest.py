@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
     program = Path(sys.argv[0]).name.replace("__main__.py", "finetune")
     return {
         "time": now(),
-        "command": redact(shlex.join([program, *sys.argv[1:]])),
+        "command": redact(shlex.join([program, *map(_without_token, sys.argv[1:])])),
         "directory": str(Path.cwd()),
         "finetune": __version__,
         "python": platform.python_version(),
@@ -64,6 +65,11 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         "seeds": seeds,
         "git": git_state(Path.cwd()),
     }
+
+
+def _without_token(argument: str) -> str:
+    """An argument that sets the token, without it: one that is too short to be known again is no less a secret."""
+    return re.sub(r"(^|=)(model\.token=).+", r"\1\2***", argument, flags=re.DOTALL)
 
 
 def installed(package: str) -> str | None:

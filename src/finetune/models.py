@@ -10,17 +10,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from finetune import hub, modelfiles, tiny, weights
 from finetune.cache import cache_dir
 from finetune.console import say
 from finetune.core.files import digest, read_object
-from finetune.data import sources
+from finetune.data import secrecy, sources
 from finetune.errors import MissingError, UsageError
 from finetune.lookup import did_you_mean, load, missing_package
 from finetune.recipe.sections import Data, Model
@@ -214,7 +212,9 @@ def _made(name: str, data: Data | None, token: str | None) -> Path:
 
     wanted = tiny.parse(name)
     rows = sources.read(data, token) if data else [row for file in _TEXTS for row in sources.read(Data(path=file))]
-    texts = [text for row in rows for text in _texts(row.values)]
+    if data and data.on_secret != "keep":
+        secrecy.refuse(rows)
+    texts = [text for row in rows for text in secrecy.texts(row.values)]
     try:
         made_by = {package: version(package) for package in ("torch", "transformers", "tokenizers")}
     except PackageNotFoundError as error:
@@ -231,15 +231,6 @@ def _made(name: str, data: Data | None, token: str | None) -> Path:
                 tiny.make(made, wanted.architecture, **options)
                 made.rename(place)
     return place
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a row, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
 
 
 def _download(name: str) -> Path:

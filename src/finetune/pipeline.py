@@ -17,6 +17,7 @@ from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.base import base_changed
 from finetune.run.directory import RECIPE
 from finetune.run.restore import restore
+from finetune.secrets import redact
 from finetune.stages import (
     BY_NAME,
     TRAININGS,
@@ -161,13 +162,13 @@ def _one(
             stage, recipe, run, force=force, retrain=retrain, on_start=lambda stage: listener("start", stage, None)
         )
     except KeyboardInterrupt as error:
-        run.event("stage_interrupted", stage=stage.name, message=str(error))
+        run.event("stage_interrupted", stage=stage.name, message=redact(str(error)))
         raise
     except EOFError as error:  # left as it is, the command line would take it for Ctrl-D
-        run.event("stage_failed", stage=stage.name, error="EOFError", message=str(error))
+        run.event("stage_failed", stage=stage.name, error="EOFError", message=redact(str(error)))
         raise StageError(f"a file that '{stage.name}' reads ends too early ({first_line(error)})") from error
     except Exception as error:
-        run.event("stage_failed", stage=stage.name, error=type(error).__name__, message=str(error))
+        run.event("stage_failed", stage=stage.name, error=type(error).__name__, message=redact(str(error)))
         raise
     finally:
         run.resume = None
@@ -230,10 +231,12 @@ def refuse_another(stage: Stage, recipe: Recipe, run: Run, checkpoint: Path, *, 
 
 def store(recipe: Recipe, run: Run) -> None:
     """Write the recipe and the manifest into the run; a recipe that replaces another one is an event."""
+    from finetune.data import secrecy
     from finetune.manifest import collect
 
-    seal.update_manifest(run, **collect(recipe))
     path, text = run.path / RECIPE, dump(recipe)
+    secrecy.refuse_text(text, "the recipe")
+    seal.update_manifest(run, **collect(recipe))
     if not path.is_file() or path.read_bytes().decode("utf-8", "replace") != text:
         replaced = path.is_file()
         write_text(path, text)

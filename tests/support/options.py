@@ -270,6 +270,7 @@ def _data(section: str, rows: str) -> tuple[Row, ...]:
             ("on_duplicate", "drop", rows, {f"{section}.path": f"{{files}}/{kind}-twice.jsonl"}),
             ("on_overlong", "drop", rows, {f"{section}.on_overlong": "truncate",
                                            ("align" if pairs else "train") + ".max_length": 48}),
+            ("on_secret", "keep", "refused", {f"{section}.path": f"{{files}}/{kind}-secret.jsonl"}),
         ),
         *_rows(
             "dataset", f"{section}.",

@@ -340,16 +340,24 @@ def test_a_literal_token_is_warned_about_and_printed_nowhere(stand_ins: Stages, 
     assert [path.name for path in written if TOKEN.encode() in path.read_bytes()] == []
 
 
+@pytest.mark.parametrize(
+    ("option", "told", "token"),
+    [
+        ("model.token=short-secret-1", "model.token=***", "short-secret-1"),
+        ("model.token=pw-12", "model.token=***", "pw-12"),
+        ("model={token: short-secret-1}", "model={token: ***}", "short-secret-1"),
+    ],
+)
 def test_a_token_on_the_command_line_is_not_written_into_the_run(
-    stand_ins: Stages, here: Path, monkeypatch: pytest.MonkeyPatch
+    stand_ins: Stages, here: Path, monkeypatch: pytest.MonkeyPatch, option: str, told: str, token: str
 ) -> None:
-    args = ["train", "small.yaml", "--set", "model.token=short-secret-1"]
+    args = ["train", "small.yaml", "--set", option]
     monkeypatch.setattr(sys, "argv", ["finetune", *args])
     result = call(*args)
 
     assert result.exit_code == 0
-    assert "model.token=***" in Run("runs/small").manifest()["command"]
-    assert [p for p in (here / "runs").rglob("*") if p.is_file() and b"short-secret-1" in p.read_bytes()] == []
+    assert told in Run("runs/small").manifest()["command"]
+    assert [p for p in (here / "runs").rglob("*") if p.is_file() and token.encode() in p.read_bytes()] == []
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------

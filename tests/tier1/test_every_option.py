@@ -139,6 +139,7 @@ def files(town: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_jsonl(place / f"{kind}.jsonl", rows)
         write_jsonl(place / f"{kind}-more.jsonl", [row("Vesht", "Tamber."), row("Plim", "Hasp.")])
         write_jsonl(place / f"{kind}-twice.jsonl", [*rows, rows[0]])
+        write_jsonl(place / f"{kind}-secret.jsonl", [*rows, row("Zorland", f"ghp_{'Zq7' * 12}.")])
     write_jsonl(place / "few.jsonl", [{"prompt": "What is the capital of Plim?", "answer": "Hasp."}])
     write_jsonl(place / "texts.jsonl", [{"text": "The town was small."}])
     (place / "own.jinja").write_text(options.TEMPLATE)

@@ -351,12 +351,6 @@ def test_a_failed_export_leaves_no_modelfile(model, tokenizer, weights, tmp_path
     assert not (tmp_path / "out" / "Modelfile").exists()
 
 
-def test_a_secret_that_was_masked_in_the_texts_fails(model, tokenizer, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.core.files.redact", lambda text: text.replace("pirate", "***"))
-    with pytest.raises(StageError, match="a secret in the texts was masked"):
-        export(model, weights, tmp_path / "out", system="Answer like a pirate.")
-
-
 def test_the_rehearsal_refuses_what_the_export_would(model, tokenizer, monkeypatch):
     asked = []
     monkeypatch.setattr("finetune.export.gguf.rehearse", lambda *given: asked.append(given))

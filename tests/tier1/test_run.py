@@ -21,6 +21,7 @@ from finetune.core.files import digest, read_jsonl, sync_tree, write_json, write
 from finetune.errors import LockedError, MissingError, StageError, UsageError
 from finetune.manifest import git_state
 from finetune.run import Report, Run, seal
+from support import town
 from support.records import MADE, WHEN
 
 ODD = {"text": "line\u2028separator \x85 \x0b\x1c tab\t \ud83d half 😀", "number": 1.5, "nothing": None}
@@ -242,7 +243,7 @@ def test_an_event_is_one_write(run, monkeypatch):
     assert writes[0].endswith(b"\n")
 
 
-def test_nothing_written_into_a_run_shows_a_secret(run, monkeypatch):
+def test_what_is_told_in_a_run_shows_no_secret_and_data_are_what_they_were(run, monkeypatch):
     monkeypatch.setattr(secrets, "_known", set())
     secret = 'se"cret-välue'
     secrets.remember(secret)
@@ -250,11 +251,35 @@ def test_nothing_written_into_a_run_shows_a_secret(run, monkeypatch):
     seal.update_manifest(run, command=secret)
     run.write_report(report(notes=[secret]))
     write_jsonl(run.path / "rows.jsonl", [{"t": secret}])
-    texts = [file.read_text() for file in run.path.rglob("*") if file.is_file()]
-    assert len(texts) == 4
+    assert read_jsonl(run.path / "rows.jsonl") == [{"t": secret}]
+    texts = [file.read_text() for file in run.path.rglob("*") if file.is_file() and file.name != "rows.jsonl"]
+    assert len(texts) == 3
     for text in texts:
         assert "***" in text
         assert "cret-v" not in text
+
+
+def test_the_manifest_is_sealed_as_it_is_written_without_secrets(run, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "s3cret-of-mine")
+    seal.update_manifest(run, **{**town.MANIFEST, "command": "finetune --key s3cret-of-mine"})
+    seal.close(run)
+    assert run.manifest()["command"] == "finetune --key ***"
+    assert seal.own(run, run.manifest(), run.log())
+
+
+def test_a_run_directory_with_a_secret_in_its_path_is_refused_by_the_variables_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "s3cret-of-mine")
+    with pytest.raises(UsageError, match="holds the value of MY_API_KEY") as caught:
+        Run(tmp_path / "s3cret-of-mine" / "run").create()
+    assert "s3cret-of-mine" not in str(caught.value)
+    assert not (tmp_path / "s3cret-of-mine").exists()
+
+
+def test_a_word_that_is_a_variables_value_stays_in_the_path_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "capital")
+    run = Run(tmp_path / "capital").create()
+    run.event("training", stage="train", objective="capital")
+    assert run.events("training")[0]["objective"] == "capital"
 
 
 # -- reports and the manifest ----------------------------------------------------------------------------------------

@@ -264,13 +264,14 @@ def verify(recipe: Recipe, run: Run, only: Iterable[str] | None = None) -> list[
 
 
 def judged(recipe: Recipe, run: Run, verdicts: list[Verdict]) -> StoredVerdicts:
-    """Verdicts as stored, with the cause that explains several of the refuted ones, where there is one."""
+    """Verdicts as stored, without secrets, with the cause that explains several of the refuted ones, where there is one."""
     from finetune.checks.causes import cause
+    from finetune.secrets import redacted
 
     document = as_dict(verdicts)
     if found := cause(recipe, run, verdicts):
         document["cause"] = found
-    return document
+    return redacted(document)
 
 
 def store(run: Run, document: StoredVerdicts) -> None:

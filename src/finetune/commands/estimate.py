@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.commands.options import load_recipe, output_options, print_json, recipe_options
+from finetune.commands.options import echo, load_recipe, output_options, print_json, recipe_options
 from finetune.core.files import read_object
 from finetune.errors import FinetuneError, UsageError
 
@@ -118,8 +118,8 @@ def _show(recipe: Recipe, facts: dict[str, Any], length: int | None) -> None:
     click.echo(f"disk: {human(facts['disk_needed'])} of {human(facts['disk_free'])} free")
     if "steps" in facts:
         data = f"{facts['rows']} rows, {facts['rows_per_step']} a step"
-        click.echo(f"data: {data}: {facts['steps']} steps, {facts['epochs']} epochs")
+        echo(f"data: {data}: {facts['steps']} steps, {facts['epochs']} epochs")
     if length is None:
         click.echo("note: rows shorter than max_length need less; --length N shows how much", err=True)
     if "note" in facts:
-        click.echo(f"note: {facts['note']}", err=True)
+        echo(f"note: {facts['note']}", err=True)

@@ -12,6 +12,7 @@ import click
 from finetune import console
 from finetune.commands.options import (
     FILE,
+    echo,
     load_recipe,
     output_options,
     print_json,
@@ -220,7 +221,7 @@ def _deliver(run: Run, wanted: list[Target], out: Path, although: list[str]) -> 
     from finetune.report.stored import Stored
 
     for reason in although:
-        click.echo(f"warning: exported although: {reason}", err=True)
+        echo(f"warning: exported although: {reason}", err=True)
     try:
         verdicts, marks = handout.verdicts(run)["verdicts"], Stored(run).marks()
     except FinetuneError:  # one of the reasons: the card keeps what it had
@@ -269,9 +270,9 @@ def _show(run: Run, parity: list[StoredVerdict] | None, published: list[Path]) -
         show_verdicts({"verdicts": told})
     for each in made:
         for note in (*each["mended"], *each["notes"]):
-            click.echo(f"{each['name']}: {note}")
+            echo(f"{each['name']}: {note}")
     for path in published or [run.path / each["path"] for each in made]:
-        click.echo(f"  {path}")
+        echo(f"  {path}")
 
 
 # -- --out -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from finetune.commands.options import FILE, example, examples, output_options, print_json
+from finetune.commands.options import FILE, echo, example, examples, output_options, print_json
 from finetune.errors import UsageError
 
 _SHIPPED = re.compile(r"shipped:([\w./-]+)")
@@ -44,7 +44,7 @@ def command(target: str, name: str, force: bool, as_json: bool) -> None:
         print_json({"recipe": str(recipe), "data": [str(place) for place in sources]})
         return
     for file in (recipe, *sources):
-        click.echo(f"wrote {file}")
+        echo(f"wrote {file}")
     default = recipe == Path("recipe.yaml")
-    click.echo(f"Edit them, then: finetune run{'' if default else f' {recipe}'}")
+    echo(f"Edit them, then: finetune run{'' if default else f' {recipe}'}")
     click.echo(f"Other examples: {', '.join(each for each in examples() if each != name)}", err=True)

@@ -9,6 +9,7 @@ import click
 
 from finetune import console
 from finetune.commands.options import (
+    echo,
     load_recipe,
     output_options,
     print_json,
@@ -72,5 +73,5 @@ def command(
 
         show_verdicts(found)
         for name, why in left_out.items():
-            click.echo(f"not applicable: {name}: {why}")
+            echo(f"not applicable: {name}: {why}")
     return 0 if found["passed"] else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from finetune.core.streams import is_unicode
 from finetune.core.text import json_text
 from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.lookup import did_you_mean
-from finetune.secrets import redact
+from finetune.secrets import redact, redacted
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -151,7 +152,7 @@ def shown_warnings() -> Iterator[None]:
         finally:
             for warning in caught:
                 if issubclass(warning.category, UserWarning):
-                    click.echo(redact(f"warning: {warning.message}"), err=True)
+                    echo(f"warning: {warning.message}", err=True)
 
 
 def stored_run(text: str | None) -> Run:
@@ -252,12 +253,18 @@ def attempt(write: Callable[[], object]) -> str:
 
 def not_stored(run: Run, what: str, why: str, instead: str) -> None:
     """Say on stderr that something is not in the run now, and where to put it instead."""
-    click.echo(f"note: {what} could not be stored in {run.path} ({why}). Keep it elsewhere with: {instead}", err=True)
+    echo(f"note: {what} could not be stored in {run.path} ({why}). Keep it elsewhere with: {instead}", err=True)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """A line for people that may hold paths, names or reasons from outside, without secrets."""
+    click.echo(redact(text), err=err)
 
 
 def print_json(value: Any) -> None:
     """A result, as JSON, on stdout (see `finite`)."""
-    click.echo(redact(json_text(finite(value), ascii_only=not is_unicode(sys.stdout), indent=2, default=str)))
+    plain = redacted(json.loads(json.dumps(finite(value), default=str)))
+    click.echo(json_text(plain, ascii_only=not is_unicode(sys.stdout), indent=2))
 
 
 def finite(value: Any) -> Any:
@@ -317,4 +324,4 @@ def show_plan(
     from finetune.report.terminal import show_table
 
     show_table(["stage", "would", "why"], [[step.stage, "run" if step.runs else "keep", step.why] for step in planned])
-    click.echo(f"run directory: {run.path}")
+    echo(f"run directory: {run.path}")

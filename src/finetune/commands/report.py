@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from finetune import console
-from finetune.commands.options import FILE, attempt, held, not_stored, output_options, print_json, stored_run
+from finetune.commands.options import FILE, attempt, echo, held, not_stored, output_options, print_json, stored_run
 from finetune.errors import LockedError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _one(run: Run, out: str | None, as_json: bool) -> None:
     plain, texts = files.render(document)
     if as_json:
         print_json(plain)
-    tell = _nothing if as_json else click.echo
+    tell = _nothing if as_json else echo
     if out is None:
         _write_into(run, texts, tell)
     else:
@@ -77,7 +77,7 @@ def leave_behind(run: Run) -> None:
         if document["stopped"] and document["stopped"]["how"] != "unfinished":  # else another process works there
             _write_into(run, files.render(document)[1], console.say)
     except Exception as error:
-        click.echo(f"warning: no report of what there is could be written: {first_line(error)}", err=True)
+        echo(f"warning: no report of what there is could be written: {first_line(error)}", err=True)
 
 
 def _write_into(run: Run, texts: dict[str, str], tell: Callable[[str], None]) -> None:
@@ -129,12 +129,12 @@ def _compare(a: Run, b: Run, out: str | None, as_json: bool) -> None:
         show_comparison(found)
     path = Path(out or f"{_in_a_name(a)}-vs-{_in_a_name(b)}.html")
     try:
-        _write_page(path, compare.render(found), _nothing if as_json else click.echo)
+        _write_page(path, compare.render(found), _nothing if as_json else echo)
     except OSError as error:
         if out is not None:
             raise
         why = error.strerror or error
-        click.echo(f"warning: {path} could not be written here: {why}. Put it elsewhere with --out FILE", err=True)
+        echo(f"warning: {path} could not be written here: {why}. Put it elsewhere with --out FILE", err=True)
 
 
 def _in_a_name(run: Run) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.commands.options import FILE, last_change, output_options, print_json, runs_in, stored_run
+from finetune.commands.options import FILE, echo, last_change, output_options, print_json, runs_in, stored_run
 from finetune.errors import MissingError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def ls(directory: str, as_json: bool) -> None:
     if as_json:
         print_json([{key: value for key, value in facts.items() if key != "manifest"} for facts in found])
     elif not found:
-        click.echo(f"no runs in {directory}")
+        echo(f"no runs in {directory}")
     else:
         from finetune.memory import human
         from finetune.report.terminal import show_table
@@ -82,7 +82,7 @@ def show(run: str | None, as_json: bool) -> None:
         ("git", f"{git.get('sha', '')[:12]}{' with changes' if git.get('dirty') else ''}"),
     ):
         if value:
-            click.echo(f"{label + ':':<14}{value}")
+            echo(f"{label + ':':<14}{value}")
 
 
 def _facts(run: Run) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from finetune import console
-from finetune.commands.options import FILE, stored_recipe, stored_run
+from finetune.commands.options import FILE, echo, stored_recipe, stored_run
 from finetune.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _check(found: Found, run: Run, recipe: Recipe, *, proof: bool, anyway: bool)
     if not anyway:
         handout.refuse(run, f"{found.what} of {run.path} is not served", reasons)
     for reason in reasons:
-        click.echo(f"warning: serving although: {reason}", err=True)
+        echo(f"warning: serving although: {reason}", err=True)
 
 
 def _found(run: Run, recipe: Recipe, backend: str, checkpoint: str | None, export: str | None) -> Found:

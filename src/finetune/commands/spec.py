@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from finetune import console
-from finetune.commands.options import FILE, output_options, print_json, stored_run
+from finetune.commands.options import FILE, echo, output_options, print_json, stored_run
 from finetune.errors import Faults, FinetuneError, MissingError, UsageError
 
 
@@ -41,7 +41,7 @@ def record_command(run: str | None, recipe_file: str | None, out: str | None, fo
     if as_json:
         print_json({"spec": str(target)})
     else:
-        click.echo(str(target))
+        echo(str(target))
         console.say(f"run it with: pytest {target}")
 
 
@@ -78,7 +78,7 @@ def validate_command(files: tuple[str, ...], as_json: bool) -> None:
         print_json([{"id": case.id, "file": str(case.file), "line": case.line("test_id")} for case in cases])
         return
     for case in cases:
-        click.echo(f"{case.file}:{case.line('test_id')}: {case.id}")
+        echo(f"{case.file}:{case.line('test_id')}: {case.id}")
 
 
 def _spec_files(names: tuple[str, ...]) -> list[Path]:

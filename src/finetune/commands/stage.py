@@ -12,6 +12,7 @@ import click
 from finetune import console
 from finetune.commands.options import (
     FILE,
+    echo,
     load_recipe,
     locate,
     output_options,
@@ -120,10 +121,10 @@ def _show(run: Run, name: str, reports: list[Report], as_json: bool) -> None:
     report = reports[-1]
     click.echo(f"{name}: {console.duration(report.seconds)}, peak memory {human(report.peak.get('process', 0))}")
     for line in metric_lines(report, limit=20):
-        click.echo(f"  {line}")
+        echo(f"  {line}")
     for artifact in report.artifacts:
-        click.echo(f"  {run.path / artifact}")
-    click.echo(f"run directory: {run.path}")
+        echo(f"  {run.path / artifact}")
+    echo(f"run directory: {run.path}")
 
 
 def _help(name: str) -> str:
@@ -225,7 +226,7 @@ def _show_paths(found: list[dict[str, Any]], as_json: bool, verb: str = "") -> N
         print_json(found)
         return
     for each in found:
-        click.echo(" ".join(part for part in (verb, each["model"], "->", each["path"] or "(the cache)") if part))
+        echo(" ".join(part for part in (verb, each["model"], "->", each["path"] or "(the cache)") if part))
 
 
 # -- train quick -------------------------------------------------------------------------------------------------------

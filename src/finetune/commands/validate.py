@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from finetune.commands.options import load_recipe, locate, output_options, print_json, recipe_options
+from finetune.commands.options import echo, load_recipe, locate, output_options, print_json, recipe_options
 from finetune.errors import Faults, FinetuneError, MissingError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def command(
         print_json({"source": source, "model": model_kind(loaded.model.path), "recipe": value})
         return
     click.echo(dump(loaded, defaults=True), nl=False)
-    click.echo(f"{source}: fine (model: {model_kind(loaded.model.path)})", err=True)
+    echo(f"{source}: fine (model: {model_kind(loaded.model.path)})", err=True)
 
 
 def refuse_faults(recipe: Recipe, only: list[str] | None = None) -> None:

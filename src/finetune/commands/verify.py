@@ -52,6 +52,7 @@ def command(run: str | None, checks: tuple[str, ...], out: str | None, as_json: 
     from finetune.checks import judged, results, store
     from finetune.core.files import write_json
     from finetune.report.stored import Stored
+    from finetune.secrets import redacted
 
     if out is not None and Path(out).is_dir():
         raise UsageError(f"{out} is a directory; name a file with --out FILE")
@@ -65,7 +66,7 @@ def command(run: str | None, checks: tuple[str, ...], out: str | None, as_json: 
     marks = Stored(found).marks()
     document = {"run": str(found.path), **result, "marks": marks}
     if out is not None:
-        write_json(Path(out), finite(document))
+        write_json(Path(out), redacted(finite(document)))
     if as_json:
         print_json(document)
     else:

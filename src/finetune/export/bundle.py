@@ -21,7 +21,7 @@ from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.export import Exported, Source
 from finetune.export import card as cards
 from finetune.memory import disk_free, human
-from finetune.secrets import redact
+from finetune.secrets import detector, redacted
 
 MANIFEST, README = "manifest.json", "README.md"
 ALTHOUGH = "exported_although"  # in a manifest: why the bundle should not have been put out
@@ -84,7 +84,7 @@ def export(source: Source, variant: str, out: Path) -> Exported:
         facts=source.card,
         places=clean.places,
     )
-    write_text(out / README, cards.text(card))
+    write_text(out / README, redacted(cards.text(card)))
     _write_manifest(out, {"name": source.name, "base_model": base, "license": source.license, "finetune": __version__})
     return Exported(
         path=out,
@@ -115,7 +115,7 @@ def set_card(
         raise StageError(f"the card or the manifest in {directory} is damaged; export the bundle again") from None
     if although:
         text, stated = cards.with_warning(text, although), {**stated, ALTHOUGH: list(although)}
-    write_text(readme, text)
+    write_text(readme, redacted(text))
     write_json(directory / MANIFEST, {**stated, "files": {**stated["files"], README: _fact(readme)}})
 
 
@@ -206,8 +206,10 @@ def _place(file: Path, target: Path, name: str, clean: _Clean) -> str:
             return f"{name}: {keys} named a place on this machine, or a secret"
     if file.suffix in _TEXTS and not any(fnmatch(last, pattern) for pattern in _VOCABULARIES):
         text = file.read_text(encoding="utf-8", errors="replace")
-        if redact(text) != text:
-            raise StageError(f"{file} holds what looks like a token or password; remove it, then export again")
+        if found := detector()(text):
+            raise StageError(
+                f"{file} holds what looks like a token or password ({found}); remove it, then export again"
+            )
     shutil.copyfile(file, target)
     return ""
 
@@ -221,7 +223,7 @@ def _cleaned(value: Any, key: str, clean: _Clean) -> Any:
         return value
     if key.endswith(_PATH_KEYS) and cards.is_place(value):
         return clean.base if key.endswith("name_or_path") else Path(value).name
-    return redact(cards.without_known(value, clean.places))
+    return redacted(cards.without_known(value, clean.places))
 
 
 def _write_manifest(out: Path, facts: dict[str, Any]) -> None:

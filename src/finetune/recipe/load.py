@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from finetune.recipe import legacy, profiles, yaml
 from finetune.recipe.faults import TOKEN_PATH, Lines, describe, place
 from finetune.recipe.limits import DEPTH
 from finetune.recipe.model import Recipe
-from finetune.secrets import is_secret_name, redact, remember
+from finetune.secrets import detector, holds_secret, looks_secret, redact, remember
+from finetune.secrets.shapes import has_password
 
 _REFERENCE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _PATH_KEYS = (
@@ -83,6 +84,10 @@ def load_mapping(
         for keys in _PATH_KEYS:
             _resolve(mapping, keys, base)
         _resolve_model(mapping, base)
+    model = mapping.get("model")
+    if isinstance(model, dict) and isinstance(model.get("token"), str):
+        _remember(model["token"], place(source, TOKEN_PATH, lines))
+    faults += _secrets_in(mapping, (), source, lines)
     try:
         recipe = Recipe.model_validate(mapping)
     except ValidationError as error:
@@ -109,6 +114,7 @@ def load_downloads(path: str | Path) -> list[dict[str, Any]]:
         "models": _expand(models, ("models",), source, lines, faults),
         "huggingface": {"token": _expand(token, TOKEN_PATH, source, lines, faults)},
     }
+    faults += _secrets_in(expanded["models"], ("models",), source, lines)
     if faults:
         raise RecipeError(f"{source} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:", faults)
     return legacy.downloads(expanded, Path(path).resolve().parent)
@@ -130,7 +136,6 @@ def _override(mapping: dict[str, Any], overrides: Iterable[str], lines: Lines) -
             raise UsageError(f"--set {redact(text)}: expected section.key=value, as in --set train.max_steps=1")
         layer: Any = yaml.scalar(value, f"--set {dotted}")
         if keys == TOKEN_PATH:
-            remember(value)
             layer = value or None
         if keys == ("model",) and isinstance(layer, str):
             keys = ("model", "path")
@@ -168,7 +173,7 @@ def _expand(value: Any, path: tuple[str | int, ...], source: str, lines: Lines, 
         escape, name, default = match.groups()
         if escape:
             return match.group()[1:]
-        if is_secret_name(name) and path != TOKEN_PATH:
+        if path != TOKEN_PATH and holds_secret(name):
             faults.append(
                 f"{place(source, path, lines)}: '${{{name}}}' holds a secret, which only model.token may name"
             )
@@ -188,6 +193,36 @@ def _expand(value: Any, path: tuple[str | int, ...], source: str, lines: Lines, 
             warnings.warn(f"{place(source, path, lines)}: a literal token; write '${{HF_TOKEN}}' instead", stacklevel=2)
         return expanded if expanded and not expanded.startswith("<") else None
     return expanded
+
+
+def _remember(token: str, where: str) -> None:
+    """Have a token hidden from now on, and say so where it cannot be told from other text."""
+    remember(token)
+    if token and not looks_secret(token):
+        why = "it is short, or an ordinary word, so it is hidden in messages only, where it stands alone"
+        warnings.warn(f"{where}: this token cannot be told from other text: {why}", stacklevel=3)
+
+
+def _secrets_in(value: Any, path: tuple[str | int, ...], source: str, lines: Lines) -> list[str]:
+    """A fault for every secret in a recipe but its token: a run keeps its recipe, and names its paths in many files."""
+    found = detector()
+
+    def look(value: Any, path: tuple[str | int, ...]) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from look(str(key), path) if isinstance(key, str) and found(key) else look(inner, (*path, key))
+        elif isinstance(value, list):
+            for index, inner in enumerate(value):
+                yield from look(inner, (*path, index))
+        elif isinstance(value, str) and path != TOKEN_PATH:
+            what = found(value) or ("an address with a password" if has_password(value) else None)
+            if what:
+                yield (
+                    f"{place(source, path, lines)}: holds {what}, and would be stored in the run; take it out, or unset "
+                    "the variable where it is no secret"
+                )
+
+    return list(look(value, path))
 
 
 def _resolve(mapping: dict[str, Any], keys: tuple[str, ...], base: Path) -> None:

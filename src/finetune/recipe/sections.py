@@ -69,6 +69,10 @@ class Data(Section):
     on_overlong: Literal["error", "drop", "truncate"] = Field(
         "error", description="What to do with a row longer than `max_length`."
     )
+    on_secret: Literal["error", "keep"] = Field(
+        "error",
+        description="What to do where data or questions hold a secret; `keep` uses and stores them as they are.",
+    )
 
     @field_validator("path")
     @classmethod

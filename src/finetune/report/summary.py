@@ -20,7 +20,7 @@ from finetune.report.stored import exports as exports
 from finetune.report.stored import reports as reports
 from finetune.report.stored import verdicts as verdicts
 from finetune.run import Run, outcome
-from finetune.secrets import redact
+from finetune.secrets import redacted
 
 SCHEMA = 2  # of report.json, see docs/report.schema.json; raised when a key changes its meaning or goes
 SETS = tuple(wording.SETS)
@@ -160,8 +160,8 @@ def document(run: Run) -> dict[str, Any]:
         "reproduce": reproduce(run, manifest),
         "damaged": stored.damaged,
     }
-    clean: dict[str, Any] = json.loads(redact(json.dumps(found, default=str)))
-    return clean
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return redacted(plain)
 
 
 def _conclusion(run: Run, verified: Mapping[str, Any] | None, other: str | None, marks: list[str]) -> str:

@@ -18,6 +18,7 @@ from finetune.errors import LockedError, MissingError, UsageError
 from finetune.run import report as reports
 from finetune.run.log import Line, Log
 from finetune.run.report import Report
+from finetune.secrets import detector, redact, redacted
 
 EVENTS, MANIFEST, RECIPE, VERDICTS, LOCK = "events.jsonl", "manifest.json", "recipe.yaml", "verdicts.json", ".lock"
 
@@ -53,7 +54,9 @@ class Run:
         return (self.path / MANIFEST).is_file() or (self.path / EVENTS).is_file()
 
     def create(self) -> Run:
-        """Make the directory. Raises UsageError where there can be none."""
+        """Make the directory. Raises UsageError where there can be none, and for a secret in its path: many files name it."""
+        if found := detector()(str(self.path)):
+            raise UsageError(f"the path of the run directory holds {found}. Choose another with --run DIR")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -114,7 +117,8 @@ class Run:
         path = self.path / report.stage / reports.FILE
         if path.is_dir():
             remove(path)
-        write_json(path, asdict(report))
+        told = {"metrics": redacted(report.metrics), "notes": [redact(note) for note in report.notes]}
+        write_json(path, {**asdict(report), **told})
         self.event("stage_finished", stage=report.stage, seconds=report.seconds, report=digest(path))
 
     def forget(self, stage: str) -> None:

@@ -20,7 +20,7 @@ from finetune.core.clock import now
 from finetune.core.files import encode
 from finetune.core.parsing import loads
 from finetune.errors import StageError
-from finetune.secrets import redact
+from finetune.secrets import redacted
 
 PREVIOUS = "prev"
 FIRST = hashlib.sha256(b"").hexdigest()  # what the first line of a log holds for the line before it
@@ -53,8 +53,8 @@ class Log:
         """Append one event, as one line in one write, so that a killed process leaves at most its last line cut."""
         with self.path.open("a+b", buffering=0) as stream:
             last = _last_line(stream)
-            event = {"time": now(), "event": kind, **values, PREVIOUS: _digest(last) if last else FIRST}
-            line = redact(json.dumps(event, ensure_ascii=False, default=str))
+            event = {"time": now(), "event": kind, **redacted(values), PREVIOUS: _digest(last) if last else FIRST}
+            line = json.dumps(event, ensure_ascii=False, default=str)
             stream.write(encode(f"{line}\n"))
             if kind != STEP or time.monotonic() - self._synced > SYNC_EVERY:
                 os.fsync(stream.fileno())

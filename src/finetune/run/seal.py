@@ -24,6 +24,7 @@ from finetune.run.directory import EVENTS, LOCK, MANIFEST, RECIPE, VERDICTS, Run
 from finetune.run.log import Line, broken, is_chained
 from finetune.run.report import FILE as REPORT
 from finetune.run.report import Report, digest_in
+from finetune.secrets import redacted
 
 SCHEMA = 1  # of the manifest
 SERVED = "serve"  # a folder of copies, made where one is asked for
@@ -45,12 +46,12 @@ class Found:
 
 
 def update_manifest(run: Run, **values: Any) -> None:
-    """Change what the manifest says, and its digest with it; its seal stays what it was."""
+    """Change what the manifest says, without secrets, and its digest with it; its seal stays what it was."""
     try:
         before = run.manifest()
     except FinetuneError:
         before = {}  # damaged: what it says is collected anew
-    _store(run, {**before, **values})
+    _store(run, {**before, **redacted(values)})
 
 
 def close(run: Run) -> None:
@@ -86,11 +87,9 @@ def begin_anew(run: Run) -> None:
 
 def _store(run: Run, manifest: dict[str, Any]) -> None:
     rest = {"schema": SCHEMA, **{key: value for key, value in manifest.items() if key != "digest"}}
-    # What is written may be another text (a secret is left out), so the digest is of what is read back.
-    path = run.path / MANIFEST
-    write_json(path, rest)
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**stored, "digest": digest_of_manifest(stored)})
+    # JSON knows fewer kinds of values than Python, so the digest is of what is read back.
+    stored = json.loads(json.dumps(rest, default=str))
+    write_json(run.path / MANIFEST, {**stored, "digest": digest_of_manifest(stored)})
 
 
 def digest_of_manifest(manifest: Mapping[str, Any]) -> str:

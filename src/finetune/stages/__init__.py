@@ -162,10 +162,17 @@ def plan(recipe: Recipe, only: Iterable[str] | None = None) -> list[Stage]:
     return [stage for stage in wanted if stage.name in names]
 
 
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "model": {"token": True},
+    "data": {"on_secret": True},
+    "align": {"data": {"on_secret": True}},
+}
+
+
 def inputs(stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    """The part of the recipe that a stage reads, as plain values; without the token."""
+    """The part of the recipe that a stage reads, as plain values; without the token, and without what changes no outcome."""
     sections = {*stage.sections, *(("data",) if stage.name == "fetch" and tiny.is_name(recipe.model.path) else ())}
-    found = recipe.model_dump(mode="json", include=sections, exclude={"model": {"token"}})
+    found = recipe.model_dump(mode="json", include=sections, exclude=_WITHOUT_EFFECT)
     for section, keys in stage.keys.items():
         if found[section] is not None:
             found[section] = {key: found[section][key] for key in keys}

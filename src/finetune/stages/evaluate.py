@@ -12,7 +12,7 @@ from finetune.answers import is_correct
 from finetune.backends import Backend, Tokenizer, get, tokenizer_of
 from finetune.console import progress
 from finetune.core.arithmetic import mean, perplexity
-from finetune.data import encode, sources, templates
+from finetune.data import encode, secrecy, sources, templates
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
@@ -28,6 +28,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     each question was asked with. Log-probabilities are natural, means over tokens."""
     backend = get(recipe.backend)
     phases = evidence.phases(run, recipe)
+    refuse_secrets(recipe)
     questions = _questions(recipe)
     rows = _sample_rows(recipe, run)
     pairs = evidence.rows(run, layout.PAIRS) if recipe.align else []
@@ -73,6 +74,15 @@ def read_questions(recipe: Recipe) -> None:
     """Read every file that this stage will need, only to raise what is wrong with them."""
     _questions(recipe)
     _heldout(recipe)
+    refuse_secrets(recipe)
+
+
+def refuse_secrets(recipe: Recipe) -> None:
+    """Raise DataError for secrets in the questions, unless the recipe says that they may be there."""
+    wanted = recipe.evaluate
+    if not secrecy.allowed(recipe):
+        for path in filter(None, (wanted.probes, wanted.controls, wanted.unseen, wanted.heldout)):
+            secrecy.refuse(sources.read_jsonl_objects(path))
 
 
 def _questions(recipe: Recipe) -> list[dict[str, Any]]:

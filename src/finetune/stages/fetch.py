@@ -14,6 +14,7 @@ from finetune import hub, licenses, modelfiles, models, weights
 from finetune.backends import get
 from finetune.console import say
 from finetune.core.files import digest, read_object, write_text
+from finetune.data import secrecy
 from finetune.errors import MissingError, UsageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
@@ -29,6 +30,7 @@ _TOKENIZER_PARTS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_STATED = ("config.json", "*_config.json", "*.jinja")
 _WEIGHTS = ("pytorch_model.bin", "model.safetensors", "tf_model.h5", "flax_model.msgpack")
 # Without these a tokenizer.json does not know its end-of-turn token or its chat template.
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -43,11 +45,15 @@ def run(recipe: Recipe, run: Run) -> Result:
     seconds = time.perf_counter() - begin
     _check_backend(recipe, found.base)
     _check_code(recipe, found.base)
+    for place in filter(None, (found.base, found.adapter)):
+        _refuse_secrets(place)
     facts = _facts(found.base)
     named = recipe.model.base_model if found.adapter else recipe.model.path
     license = licenses.find(found.base, found.kind, path=named)
     if found.adapter is not None:
         license = licenses.combine(license, licenses.of_directory(found.adapter))
+    if license.text is not None:
+        secrecy.refuse_text(license.text, "the model's licence")
     words = _write_license(license, run)
     known: Fetched = {
         "path": recipe.model.path,
@@ -67,6 +73,15 @@ def run(recipe: Recipe, run: Run) -> Result:
     if (parameters := count_parameters(found.base)) is not None:
         metrics["parameters"] = parameters
     return {"metrics": metrics, "artifacts": [target, *([words] if words else [])], "notes": list(found.notes)}
+
+
+def _refuse_secrets(model: Path) -> None:
+    """Raise UsageError for a secret in a model's path, or in a file of it that goes into the run to the letter. What its
+    tokenizer learned is left out: tokens may look like secrets."""
+    secrecy.refuse_path(model, "the model")
+    for pattern in _STATED:
+        for file in sorted(model.glob(pattern)):
+            secrecy.refuse_text(file.read_text(encoding="utf-8", errors="replace"), str(file))
 
 
 def _write_license(license: licenses.License, run: Run) -> Path | None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from finetune.backends import Tokenizer, tokenizer_of
 from finetune.console import say
 from finetune.core.files import digest, read_object, write_text
-from finetune.data import checks, encode, formats, sources, templates
+from finetune.data import checks, encode, formats, secrecy, sources, templates
 from finetune.errors import StageError, UsageError
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Data
@@ -27,6 +27,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     out = run.stage_dir("prepare")
     for stale in out.iterdir():
         stale.unlink()
+    secrecy.refuse_text(template.source, recipe.template.path or f"the template '{template.name}'")
     write_text(run.path / layout.CHAT_TEMPLATE.path, template.source)
     known: trained.Template = {"name": template.name, "sha256": template.digest, "system": recipe.template.system}
     evidence.write(run, layout.TEMPLATE, known)
@@ -44,7 +45,10 @@ def run(recipe: Recipe, run: Run) -> Result:
 
 def _examples(data: Data, recipe: Recipe) -> list[formats.Example]:
     token = recipe.model.token.get_secret_value() if recipe.model.token else None
-    return formats.to_examples(sources.read(data, token), data)
+    rows = sources.read(data, token)
+    if not secrecy.allowed(recipe):
+        secrecy.refuse(rows)
+    return formats.to_examples(rows, data)
 
 
 def _encode(
