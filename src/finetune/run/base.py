@@ -7,6 +7,7 @@ from pathlib import Path
 from finetune.core.files import digest
 from finetune.run import evidence
 from finetune.run.directory import Run
+from finetune.run.layout import MODEL
 from finetune.run.seal import Found
 
 _NOTES = (".md", ".gitattributes", ".png", ".jpg")
@@ -17,7 +18,9 @@ def base_changed(run: Run, place: Path | None = None) -> list[Found]:
 
     Raises EvidenceError where `fetch/model.json` cannot be read.
     """
-    fetched = evidence.fetched(run)
+    fetched = evidence.maybe(run, MODEL)
+    if fetched is None:  # nobody knows what was fetched
+        return []
     listed = {path: sha256 for path, sha256 in fetched.get("converted_from", {}).items() if place is None}
     new: list[Found] = []
     for where, files in ((fetched["base"], fetched["files"]), (fetched["adapter"], fetched["adapter_files"])):
