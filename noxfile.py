@@ -144,6 +144,7 @@ CELLS = {
             paths=("tests", "--ignore=tests/tier2", "--ignore=tests/tier3", "--ignore=tests/browser"),
             workers=4,
         ),
+        Cell(name="faults", backend="fake", groups=("test",), tags=("check",)),
         Cell(name="quickstart", backend="torch", extras=("torch",), needs_model=True),
         Cell(name="exports", extras=("torch", "gguf", "mlx"), needs_model=True),
         Cell(name="bench", backend="torch", extras=("torch",), needs_model=True),
@@ -240,6 +241,12 @@ def browser(session: nox.Session, row: Cell) -> None:
 def unit(session: nox.Session, row: Cell) -> None:
     """Every test that needs neither torch nor the network: tier 1 and whatever is outside the tiers."""
     pytest(session, row)
+
+
+@cell
+def faults(session: nox.Session, row: Cell) -> None:
+    """Break what is under a run by the real command line; a few of each kind, `-- --all` for all and docs/faults.md."""
+    session.run("python", "-m", "faults", *session.posargs, env={**offline(), "PYTHONPATH": str(ROOT / "tests")})
 
 
 @cell

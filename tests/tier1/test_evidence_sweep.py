@@ -32,6 +32,7 @@ INFORMATIVE: tuple[tuple[str, str, str, str], ...] = (
     ("events.jsonl", "recipe[[]].replaced", "changed", "for a reader"),
     ("events.jsonl", "recipe[[]].sha256", "deleted emptied changed", "made again by `as_if_written_so`; test_seal breaks it"),
     ("events.jsonl", "stage_finished[[]*].report", "deleted emptied changed", "made again by `as_if_written_so` too"),
+    ("events.jsonl", "stage_started[[]*].of.*", "emptied changed", "made again by `as_if_written_so`; test_tampered breaks it"),
     ("events.jsonl", "exported[[]].sha256", "deleted emptied changed", "made again by `as_if_written_so` too"),
     ("fetch/model.json", "kind", "emptied changed", "how the model was found, for a reader"),
     ("fetch/model.json", "license_source", "emptied changed", "for a reader"),

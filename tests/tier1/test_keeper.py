@@ -29,6 +29,7 @@ from support.door import ASKED, JSON, Door, listening
 # It answers after `pause` seconds, sends a stream in ten parts, and says which process it is.
 PLAYED = """
 import json, os, socketserver, sys, threading, time
+from finetune.backends import child
 from http.server import BaseHTTPRequestHandler
 
 class Handler(BaseHTTPRequestHandler):
@@ -60,7 +61,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 if os.path.exists(sys.argv[2]):
     sys.exit("cannot load it again")
 server = Server(sys.argv[1], Handler)
-print("unix://" + sys.argv[1], flush=True)
+child.tell("unix://" + sys.argv[1])
 threading.Thread(target=server.serve_forever, daemon=True).start()
 print("about to wait", file=sys.stderr, flush=True)
 sys.stdin.read()

@@ -80,7 +80,7 @@ def test_the_checks_of_make_test_are_lint_the_browser_and_every_tier_that_has_te
     tiers = {path.parent.name for path in (ROOT / "tests").glob("tier*/test_*.py")}
     tagged = {tag: {session["name"] for session in sessions if tag in session["tags"]} for tag in ("check", "e2e")}
     assert tiers <= tagged["e2e"]
-    assert tagged["check"] == {"lint", "browser", *tagged["e2e"]}
+    assert tagged["check"] == {"lint", "browser", "faults", *tagged["e2e"]}
 
 
 def test_every_supported_python_is_in_the_matrix_of_ci(

@@ -257,7 +257,7 @@ def model(tmp_path) -> Path:
 @pytest.fixture
 def tokenizer(monkeypatch) -> Letters:
     made = Letters(template=LIKE["smollm2-like"][0])
-    monkeypatch.setattr(ollama, "_tokenizer", lambda model: made)
+    monkeypatch.setattr(ollama, "_tokenizer", lambda model, trust_remote_code: made)
     return made
 
 
@@ -353,7 +353,7 @@ def test_a_failed_export_leaves_no_modelfile(model, tokenizer, weights, tmp_path
 
 def test_the_rehearsal_refuses_what_the_export_would(model, tokenizer, monkeypatch):
     asked = []
-    monkeypatch.setattr("finetune.export.gguf.rehearse", lambda *given: asked.append(given))
+    monkeypatch.setattr("finetune.export.gguf.rehearse", lambda *given, **more: asked.append(given))
     ollama.rehearse(model, "q8_0")
     assert asked == [(model, "q8_0")]
     tokenizer.chat_template = REFUSED["upper case"][0]

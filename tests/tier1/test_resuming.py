@@ -498,26 +498,6 @@ def begins(run: Run) -> list[int | None]:
     return [event["resumed_from"] for event in run.events("training", stage="train")]
 
 
-def test_a_training_that_failed_by_itself_does_not_go_on_from_its_checkpoint(wanted, monkeypatch):
-    event = Run.event
-
-    def broken_at_the_fifth(self: Run, kind: str, **values: Any) -> None:
-        if kind == "step" and values["step"] == 5:
-            raise RuntimeError("it broke")
-        event(self, kind, **values)
-
-    monkeypatch.setattr(Run, "event", broken_at_the_fifth)
-    run = run_directory(wanted())
-    with pytest.raises(RuntimeError, match="it broke"):
-        run_stages(wanted(), run, ["train"])
-    monkeypatch.setattr(Run, "event", event)
-    assert run.events("stage_failed")[-1]["message"] == "it broke"
-    assert (run.path / "train" / "checkpoint-3").is_dir()
-
-    run_stages(wanted(), run, ["train"])
-    assert begins(run) == [None, None]
-
-
 def test_a_checkpoint_of_an_interruption_says_what_it_is_of(stopped):
     record = identity.read(stopped.path / "train" / "checkpoint-5")
     assert record is not None

@@ -17,7 +17,7 @@ from finetune.core.files import write_text
 from finetune.recipe import dump
 from finetune.report import files, summary
 from finetune.run import Run, seal
-from support.town import as_of_0_1, build, recipe
+from support.town import as_of_0_1, build, edit_rows, recipe
 
 
 def call(*args: str | Path) -> Result:
@@ -131,6 +131,16 @@ def test_what_the_log_tells_of_and_is_gone_is_named(run, name):
     assert [str(found) for found in seal.faults(Run(run.path))] == [f"{name} is gone"]
     (run.path / name).mkdir()
     assert [str(found) for found in seal.faults(Run(run.path))] == [f"{name} is no file"]
+
+
+def test_a_stage_of_other_models_than_are_there_is_named(run):
+    def other(events):
+        for event in events:
+            if event["event"] == "stage_started" and event["stage"] == "evaluate":
+                event["of"]["train"] = "0" * 64
+
+    edit_rows(run, "events.jsonl", other)
+    assert "evaluate began with other models than are there" in refuted(run)["told_of"]
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

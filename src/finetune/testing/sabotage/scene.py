@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.core.files import digest, write_json, write_jsonl
+from finetune.core.files import digest, digest_of, write_json, write_jsonl
 from finetune.run import Run
 from finetune.run.directory import MANIFEST, RECIPE
 from finetune.run.layout import REPORTS
@@ -62,6 +62,7 @@ def as_if_written_so(run: Run, *stages: str, missed: bool = True) -> None:
         report["artifacts"] |= {name: sha for name in report["artifacts"] if (sha := digest_in(there, name))}
         write_json(file, report)
     lines = [json.loads(line) for line in run.events_path.read_text(encoding="utf-8").split("\n")[:-1]]
+    told = {name: _artifacts(run, name) for name in REPORTS if (run.path / name / REPORT).is_file()}
     written = {RECIPE: "recipe", **{f"{name}/{REPORT}": "stage_finished" for name in REPORTS}}
     before = FIRST
     for event in lines:
@@ -72,9 +73,16 @@ def as_if_written_so(run: Run, *stages: str, missed: bool = True) -> None:
                 and name in (RECIPE, f"{event.get('stage')}/{REPORT}")
             ):
                 event["sha256" if name == RECIPE else "report"] = digest(run.path / name)
+        if "of" in event:
+            event["of"] |= {name: digest_of(told[name]) for name in event["of"] if name in told}
         event[PREVIOUS] = before
         before = hashlib.sha256(json.dumps(event, ensure_ascii=False).encode()).hexdigest()
     write_jsonl(run.events_path, lines)
     manifest = json.loads((run.path / MANIFEST).read_text(encoding="utf-8"))
     manifest["seal"] = {**manifest.get("seal", {"files": {}}), "lines": len(lines), "last": before}
     write_json(run.path / MANIFEST, {**manifest, "digest": digest_of_manifest(manifest)})
+
+
+def _artifacts(run: Run, stage: str) -> dict[str, str]:
+    told: dict[str, str] = json.loads((run.path / stage / REPORT).read_text(encoding="utf-8")).get("artifacts", {})
+    return told

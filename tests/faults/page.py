@@ -1,0 +1,54 @@
+"""docs/faults.json and docs/faults.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from faults import Seen
+
+RESULTS, PAGE = Path("docs/faults.json"), Path("docs/faults.md")
+
+
+def write(root: Path, found: Sequence[Seen]) -> None:
+    document = {"machine": f"{os.cpu_count()} cores, {platform.system()}", "faults": [asdict(seen) for seen in found]}
+    (root / RESULTS).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (root / PAGE).write_text(render(document["machine"], found), encoding="utf-8")
+
+
+def render(machine: str, found: Sequence[Seen]) -> str:
+    """The page: what was seen of each fault, by kind."""
+    held = sum(seen.held for seen in found)
+    lines = [
+        "# Faults",
+        "",
+        "<!-- Written by `nox -s faults` from docs/faults.json. Do not edit. -->",
+        "",
+        f"{len(found)} faults by the real command line, {held} held: nothing was lost, nothing ended in a message that is "
+        f"none for a user, and the same command again came to the result of an undisturbed run, bit by bit. {machine}.",
+        "`nox -s faults -- NAME` carries one out again.",
+        "",
+        "*Ended*: the exit code with the fault, and that of the same command again, where the first was not 0. *Lost*: steps "
+        "that were trained again though a checkpoint had them.",
+    ]
+    for group in dict.fromkeys(seen.group for seen in found):
+        lines += [
+            "",
+            f"## {group}",
+            "",
+            "| fault | ended | said | lost | recovered |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [_row(seen) for seen in found if seen.group == group]
+    return "\n".join(lines) + "\n"
+
+
+def _row(seen: Seen) -> str:
+    ended = str(seen.first) if seen.again is None else f"{seen.first}, {seen.again}"
+    said = seen.said.replace("|", "\\|") or "nothing"
+    recovered = "yes" if seen.held else "; ".join(seen.wrong) or "no"
+    return f"| {seen.name} | {ended} | {said} | {seen.lost} | {recovered} |"

@@ -1,0 +1,190 @@
+"""All faults, by name. Those that count calls of a run need to know how many an honest one makes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from faults import Fault
+from faults.bench import Bench
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGINT twice")
+ERRORS = ("ENOSPC", "EIO", "MemoryError", "ConnectionError")
+EVERY = 5  # of the quick form, one in so many faults of a kind
+
+
+def faults(bench: Bench) -> list[Fault]:
+    """The table, in the page's order."""
+    found = [*_calls(bench, "fake"), *_disks(), *_clocks(bench), *_files(bench), *_checkpoints(bench), *_recipes()]
+    names = [fault.name for fault in found]
+    assert len(set(names)) == len(names), "two faults of one name"
+    return found
+
+
+def _calls(bench: Bench, ground: str) -> Iterator[Fault]:
+    """Killed at renames and syncs; signals and errors at syncs, which every stage makes: its events are synced."""
+    renames, syncs = (bench.count(ground, call) for call in ("rename", "sync"))
+    for number in range(1, renames + 1):
+        hook = {"calls": ["rename"], "number": number, "do": "SIGKILL"}
+        yield Fault(name=f"{ground}: killed at rename {number}", group="Killed at a rename", ground=ground, hook=hook,
+                    quick=number % (renames // 6 or 1) == 0)  # fmt: skip
+    for number in range(1, syncs + 1, 7):
+        hook = {"calls": ["sync"], "number": number, "do": "SIGKILL"}
+        yield Fault(name=f"{ground}: killed at sync {number}", group="Killed at a sync", ground=ground, hook=hook)
+    for which, signal in enumerate(SIGNALS):
+        for number in range(1 + which, syncs + 1, max(1, syncs // 12)):
+            hook = {"calls": ["sync"], "number": number, "do": signal}
+            yield Fault(name=f"{ground}: {signal} at sync {number}", group="Signals in every stage", ground=ground, hook=hook,
+                        quick=number // max(1, syncs // 12) == 3 + which)  # fmt: skip
+    for which, error in enumerate(ERRORS):
+        for number in range(2 + which, syncs + 1, max(1, syncs // 8)):
+            hook = {"calls": ["sync"], "number": number, "do": error}
+            yield Fault(name=f"{ground}: {error} at sync {number}", group="Errors of the system", ground=ground, hook=hook,
+                        quick=number // max(1, syncs // 8) == 2 + which)  # fmt: skip
+
+
+def _disks() -> Iterator[Fault]:
+    for size in (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000):
+        yield Fault(name=f"no file over {size} bytes", group="Full disks", limit=size, quick=size == 5_000)
+    if os.geteuid() == 0:
+        for size in (64, 128, 256, 384, 512, 640, 768, 1024):
+            yield Fault(name=f"a disk of {size} KiB", group="Full disks", room=size, quick=size == 384)
+
+
+def _clocks(bench: Bench) -> Iterator[Fault]:
+    for number in (5, 20, 60, 120):
+        yield Fault(name=f"the clock set back a day, reading {number}", group="Clocks", quick=number == 20,
+                    hook={"calls": [], "do": "clock", "number": number})  # fmt: skip
+
+
+# -- files of a run that has ended -------------------------------------------------------------------------------------
+
+
+def _flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "a bit flipped": _flipped,
+    "gone": lambda content: None,
+}
+
+
+def _damage(file: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], None]:
+    def do(run: Path) -> None:
+        path = run / file
+        changed = change(path.read_bytes())
+        path.unlink()
+        if changed is not None:
+            path.write_bytes(changed)
+
+    return do
+
+
+def _files(bench: Bench) -> Iterator[Fault]:
+    """Each file in a finished run, damaged one way, in turn."""
+    run = bench.ground("fake") / "run"
+    files = sorted(
+        path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file() and path.stat().st_size
+    )
+    hows = list(DAMAGES.items())
+    for number, file in enumerate(each for each in files if each != "recipe.yaml"):
+        how, change = hows[number % len(hows)]
+        yield Fault(name=f"{file} {how}", group="Files of a finished run", done=True, damage=_damage(file, change),
+                    quick=number % 20 == 0)  # fmt: skip
+
+
+def _checkpoints(bench: Bench) -> Iterator[Fault]:
+    """A run that was stopped after its third checkpoint, whose newest is damaged then."""
+    newest = "train/checkpoint-9"
+    folder = bench.ground("fake") / "run" / newest
+    for number, path in enumerate(sorted(folder.iterdir())):
+        for how, change in DAMAGES.items():
+            yield Fault(
+                name=f"stopped: {newest}/{path.name} {how}", group="The newest checkpoint, after a stop", done=True,
+                damage=_stopped_with(_damage(f"{newest}/{path.name}", change)), quick=number == 1,
+            )  # fmt: skip
+
+
+def _stopped_with(damage: Callable[[Path], None]) -> Callable[[Path], None]:
+    """As a kill between the third checkpoint and the next leaves a run: the log ends there, and nothing came after it."""
+    import shutil
+
+    def do(run: Path) -> None:
+        lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        events = [json.loads(line) for line in lines]
+        last = next(place for place, each in enumerate(events) if each["event"] == "step" and each["step"] == 10)
+        (run / "events.jsonl").write_text("\n".join(lines[:last]) + "\n", encoding="utf-8")
+        for name in (
+            "align",
+            "evaluate",
+            "merge",
+            "measure",
+            "export",
+            "compare",
+            "train/adapter",
+            "train/checkpoint-12",
+        ):
+            shutil.rmtree(run / name)
+        for name in (
+            "train/report.json",
+            "train/trainer_logs.json",
+            "verdicts.json",
+            "report.html",
+            "report.md",
+            "report.json",
+            "junit.xml",
+        ):
+            (run / name).unlink(missing_ok=True)
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        _unsealed(run, manifest)
+        damage(run)
+
+    return do
+
+
+def _unsealed(run: Path, manifest: dict[str, Any]) -> None:
+    """A run is sealed when a command ends, and this one did not."""
+    from finetune.run import seal
+
+    rest = {key: value for key, value in manifest.items() if key not in ("seal", "digest")}
+    (run / "manifest.json").write_text(json.dumps({**rest, "digest": seal.digest_of_manifest(rest)}), encoding="utf-8")
+
+
+# -- recipes and data that mean harm -----------------------------------------------------------------------------------
+
+
+def _recipes() -> Iterator[Fault]:
+    texts = {
+        "nested aliases": "a: &a [x, x]\n"
+        + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)),
+        "a list of 3,000 levels": "name: " + "[" * 3000 + "]" * 3000,
+        "no mapping": "- a\n- b\n",
+        "not UTF-8": "name: \udcff\n",
+        "a NUL": "name: a\0b\n",
+        "empty": "",
+        "keys that are no words": "? [1, 2]\n: 3\n",
+    }
+    for name, text in texts.items():
+        yield Fault(
+            name=f"recipe: {name}",
+            group="Recipes that mean harm",
+            recipe=_text(text),
+            refused=True,
+            quick=name == "nested aliases",
+        )
+
+
+def _text(text: str) -> Callable[[Path], Path]:
+    def write(place: Path) -> Path:
+        path = place / "hostile.yaml"
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        return path
+
+    return write
