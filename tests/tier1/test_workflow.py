@@ -672,8 +672,9 @@ ENDLESS = """
 import os, sys, time
 from finetune.backends import child
 child.end_with_parent()
-open(sys.argv[1] + ".pid", "w").write(str(os.getpid()))
-os.replace(sys.argv[1] + ".pid", {place!r})
+with open({place!r} + ".partial", "w") as stream:
+    stream.write(str(os.getpid()))
+os.replace({place!r} + ".partial", {place!r})
 time.sleep(600)
 """
 
