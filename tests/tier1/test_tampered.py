@@ -126,9 +126,10 @@ def test_verifying_again_puts_no_new_seal_over_a_change(run, name):
 
 
 @pytest.mark.parametrize("name", ["verdicts.json", "recipe.yaml"])
-def test_what_the_log_tells_of_and_is_gone_is_named(run, name):
+def test_what_the_log_tells_of_and_is_no_file_is_named(run, name):
     (run.path / name).unlink()
-    assert [str(found) for found in seal.faults(Run(run.path))] == [f"{name} is gone"]
+    gone = [] if name == "verdicts.json" else [f"{name} is gone"]  # verdicts are made anew by every check
+    assert [str(found) for found in seal.faults(Run(run.path))] == gone
     (run.path / name).mkdir()
     assert [str(found) for found in seal.faults(Run(run.path))] == [f"{name} is no file"]
 

@@ -242,7 +242,7 @@ def test_the_option_has_an_effect(row: Row, look: Callable[[str, dict[str, Any]]
 @pytest.mark.parametrize("row", HUB, ids=lambda row: row.key)
 def test_the_option_reaches_the_hub(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = make_model(tmp_path / "repository")
-    (repository / "model.safetensors").write_bytes(b"s" * 5000)
+    (repository / "model.safetensors").write_bytes(hub.WEIGHTS)
     monkeypatch.setenv("LEDGER_TOKEN", TOKEN)
     with hub.serve({"owner/name": repository}, token=TOKEN) as served:
         sides = options.sides(row, BASES["hub"], served.commit("owner/name"))

@@ -17,7 +17,7 @@ from finetune.backends.fake_model import make_model
 from finetune.errors import MissingError, ResourceError, UsageError
 from finetune.recipe.sections import Model
 from finetune.stages import fetch
-from support.hub import Hub, serve
+from support.hub import WEIGHTS, Hub, serve
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="install it with: pip install 'finetune[hub]'")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -28,7 +28,7 @@ TOKEN = "hf_" + "x" * 30
 def repo(tmp_path) -> Path:
     """A repository with weights in two formats, as many on the hub are."""
     place = make_model(tmp_path / "repo")
-    (place / "model.safetensors").write_bytes(b"s" * 5000)
+    (place / "model.safetensors").write_bytes(WEIGHTS)
     (place / "pytorch_model.bin").write_bytes(b"p" * 5000)
     (place / "tf_model.h5").write_bytes(b"t" * 5000)
     (place / "tokenizer.json").write_text("{}")
@@ -67,7 +67,7 @@ def test_a_repository_comes_down_whole_and_with_safetensors_only(point, repo):
     names = {file.name for file in place.iterdir()}
     assert {"config.json", "fake_model.json", "model.safetensors", "tokenizer.json"} <= names
     assert not names & {"pytorch_model.bin", "tf_model.h5", "onnx"}
-    assert (place / "model.safetensors").read_bytes() == b"s" * 5000
+    assert (place / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_without_safetensors_the_pickled_weights_are_taken(point, repo):
@@ -181,7 +181,7 @@ def test_a_full_disk_is_noticed_before_anything_is_downloaded(point, repo, monke
 def test_a_broken_download_is_taken_up_again(point, repo):
     with serve({"owner/name": repo}, cut={"model.safetensors"}) as hub:
         place = models.obtain(point(hub) and "owner/name")
-    assert (place / "model.safetensors").read_bytes() == b"s" * 5000
+    assert (place / "model.safetensors").read_bytes() == WEIGHTS
     assert len([r for r in hub.requests if r.method == "GET" and r.path.endswith("/-/model.safetensors")]) == 2
 
 
@@ -189,7 +189,7 @@ def test_an_adapter_on_the_hub_brings_its_base(point, repo, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
-    (adapter / "adapter_model.safetensors").write_bytes(b"a")
+    (adapter / "adapter_model.safetensors").write_bytes(WEIGHTS)
     with serve({"owner/tuned": adapter, "owner/base": repo}) as hub:
         found = models.resolve(Model(path=point(hub) and "owner/tuned"))
     assert found.kind == "hub"

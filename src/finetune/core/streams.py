@@ -112,7 +112,8 @@ def _as_text(door: Door) -> TextIO:
 
 def _escape_unknown(stream: TextIO | None) -> None:
     if stream is not None and (reconfigure := getattr(stream, "reconfigure", None)):
-        reconfigure(errors="backslashreplace")
+        with suppress(OSError):  # a stream whose descriptor became a pipe since cannot tell where it is
+            reconfigure(errors="backslashreplace")
 
 
 def _hold_descriptors() -> None:

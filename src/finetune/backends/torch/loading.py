@@ -144,6 +144,9 @@ def _left_out(wrapped: Any, file: Path) -> list[str]:
     if not file.is_file():
         return []
     places = {PLACE.sub("", name) for name in wrapped.state_dict()}
+    places |= {
+        name.removesuffix(".weight") for name in places if "lora_magnitude" in name
+    }  # DoRA's are stored without it
     with safe_open(str(file), framework="pt") as stored:
         return sorted(name for name in stored.keys() if ".lora_" in name and name not in places)  # noqa: SIM118
 

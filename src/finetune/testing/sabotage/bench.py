@@ -141,7 +141,10 @@ class Bench:
         failed = tuple(verdict["name"] for verdict in stored if not verdict["passed"])
         refused = "" if done.returncode in (0, 1) else _refused(name, self._without_places(done.stderr))
         if not refused and bool(failed) != (done.returncode == 1):
-            raise StageError(f"'{name}' ended with {done.returncode}, and its failed verdicts are {failed or 'none'}")
+            last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            raise StageError(
+                f"'{name}' ended with {done.returncode}, and its failed verdicts are {failed or 'none'}; it said: {last}"
+            )
         seconds = round(time.monotonic() - started, 1)
         return Found(name=name, failed=() if refused else failed, refused=refused, seconds=seconds, verdicts=stored)
 
