@@ -13,7 +13,6 @@ from faults.bench import Bench
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGINT twice")
 ERRORS = ("ENOSPC", "EIO", "MemoryError", "ConnectionError")
-EVERY = 5  # of the quick form, one in so many faults of a kind
 
 
 def faults(bench: Bench) -> list[Fault]:
@@ -27,18 +26,18 @@ def faults(bench: Bench) -> list[Fault]:
 def _calls(bench: Bench, ground: str) -> Iterator[Fault]:
     """Killed at renames and syncs; signals and errors at syncs, which every stage makes: its events are synced."""
     renames, syncs = (bench.count(ground, call) for call in ("rename", "sync"))
-    for number in range(1, renames + 1):
+    for number in range(1, renames + 1, 2):
         hook = {"calls": ["rename"], "number": number, "do": "SIGKILL"}
         yield Fault(name=f"{ground}: killed at rename {number}", group="Killed at a rename", ground=ground, hook=hook,
-                    quick=number % (renames // 6 or 1) == 0)  # fmt: skip
-    for number in range(1, syncs + 1, 7):
+                    quick=number // 2 % (renames // 12 or 1) == 3)  # fmt: skip
+    for number in range(1, syncs + 1, 12):
         hook = {"calls": ["sync"], "number": number, "do": "SIGKILL"}
         yield Fault(name=f"{ground}: killed at sync {number}", group="Killed at a sync", ground=ground, hook=hook)
     for which, signal in enumerate(SIGNALS):
-        for number in range(1 + which, syncs + 1, max(1, syncs // 12)):
+        for number in range(1 + which, syncs + 1, max(1, syncs // 10)):
             hook = {"calls": ["sync"], "number": number, "do": signal}
             yield Fault(name=f"{ground}: {signal} at sync {number}", group="Signals in every stage", ground=ground, hook=hook,
-                        quick=number // max(1, syncs // 12) == 3 + which)  # fmt: skip
+                        quick=number // max(1, syncs // 10) == 3 + which)  # fmt: skip
     for which, error in enumerate(ERRORS):
         for number in range(2 + which, syncs + 1, max(1, syncs // 8)):
             hook = {"calls": ["sync"], "number": number, "do": error}
