@@ -6,7 +6,6 @@ digests; of those it can only be told whether they can be read.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 
 from finetune import identity
 from finetune.core.files import PARTIAL, digests, sync_folder, sync_tree, write_json
+from finetune.core.parsing import loads
 from finetune.errors import StageError
 from finetune.memory import human
 
@@ -89,7 +89,7 @@ def step_of(path: Path) -> int:
 def state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state. Raises StageError where it cannot be read."""
     try:
-        found = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        found = loads((checkpoint / STATE).read_bytes())
         return {**found, "global_step": int(found["global_step"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise StageError(f"{checkpoint} is damaged: {STATE} cannot be read ({error})") from None
@@ -102,7 +102,7 @@ def faults(checkpoint: Path) -> list[str]:
         there = digests(checkpoint)
         if not file.is_file():
             return [f"{DIGESTS} is gone"] if (checkpoint / identity.FILE).is_file() else _unreadable(checkpoint)
-        written = json.loads(file.read_text(encoding="utf-8"))["files"]
+        written = loads(file.read_bytes())["files"]
         there.pop(DIGESTS)
         return [
             f"{name} {'is gone' if name not in there else 'was not there' if name not in written else 'was changed'}"

@@ -457,6 +457,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     for file in ("adapter.json", "optimizer.json", "trainer_state.json", "finetune.json", "digests.json")
     for how, change in {
         "empty": lambda path: path.write_bytes(b""),
+        "nested without end": lambda path: path.write_text("[" * 200_000),
         "flipped": flip,
         "cut": halve,
         "gone": Path.unlink,

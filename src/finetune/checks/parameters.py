@@ -102,10 +102,11 @@ def _frozen(recipe: Recipe, run: Run, training: Training) -> Verdict:
 def _base(recipe: Recipe, run: Run) -> Verdict:
     fetched = evidence.fetched(run)
     count, found = len(fetched["files"]) + len(fetched["adapter_files"]), base_changed(run)
-    why = f"{count - len(found)} of {count} files of the base model are as they were fetched"
+    intact = max(0, count - len(found))  # files that came in count against it, too
+    why = f"{intact} of {count} files of the base model are as they were fetched"
     if found:
         why += f"; {found[0]}"
-    share = (count - len(found)) / count if count else None
+    share = intact / count if count else None
     return judge("base_intact", share, "==", 1.0, "share", layout.MODEL.path, why)
 
 

@@ -135,6 +135,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_way(path: Path) -> None:
+    """Take away a folder that stands where a file belongs: it is damage, and no file can replace it."""
+    if path.is_dir():
+        remove(path)
+
+
 def clear_partials(directory: Path) -> None:
     """Remove what killed writers left below a directory. Whoever calls this is the only one who writes there."""
     for path in directory.rglob(f".*{PARTIAL}"):

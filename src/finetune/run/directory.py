@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finetune.core.files import clear_partials, digest, remove, write_json
+from finetune.core.files import clear_partials, digest, make_way, remove, write_json
 from finetune.errors import LockedError, MissingError, UsageError
 from finetune.run import report as reports
 from finetune.run.log import Line, Log
@@ -115,8 +115,7 @@ class Run:
     def write_report(self, report: Report) -> None:
         """Store a report. An event holds its digest, so that one changed later is known."""
         path = self.path / report.stage / reports.FILE
-        if path.is_dir():
-            remove(path)
+        make_way(path)
         told = {"metrics": redacted(report.metrics), "notes": [redact(note) for note in report.notes]}
         write_json(path, {**asdict(report), **told})
         self.event("stage_finished", stage=report.stage, seconds=report.seconds, report=digest(path))

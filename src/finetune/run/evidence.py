@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.core.files import remove, write_json, write_jsonl
+from finetune.core.files import make_way, write_json, write_jsonl
 from finetune.core.parsing import loads
 from finetune.errors import MissingError, StageError, first_line
 from finetune.run.layout import (
@@ -50,7 +50,7 @@ class EvidenceError(StageError):
 def write(run: Run, file: Document[R], value: R) -> Path:
     """Store a record. Raises StageError where it is none: a stage that writes what no check could read is broken."""
     _validated(run.path / file.path, file, file.record, value)
-    _make_way(run.path / file.path)
+    make_way(run.path / file.path)
     write_json(run.path / file.path, value)
     return run.path / file.path
 
@@ -59,15 +59,9 @@ def write_rows(run: Run, file: Rows[R], rows: Iterable[R]) -> Path:
     """Store records, one a line; see `write`."""
     listed = list(rows)
     _validated(run.path / file.path, file, list[file.record], listed)  # type: ignore[name-defined]
-    _make_way(run.path / file.path)
+    make_way(run.path / file.path)
     write_jsonl(run.path / file.path, listed)  # type: ignore[arg-type]
     return run.path / file.path
-
-
-def _make_way(path: Path) -> None:
-    """A folder that stands where a file belongs is damage, and no file can replace it."""
-    if path.is_dir():
-        remove(path)
 
 
 def read(run: Run, file: Document[R]) -> R:
