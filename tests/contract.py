@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from finetune import identity
 from finetune.backends import CONSTANTS, Backend, Job, Step
+from finetune.backends.failing import NotFiniteError, StepError
 from finetune.data.encode import prompt_ids
 from finetune.data.templates import ChatTemplate
 from finetune.errors import UsageError
@@ -116,6 +118,22 @@ def split(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     """An SFT row with one answer at its end, as (prompt ids, answer ids)."""
     start = next(index for index, label in enumerate(row["labels"]) if label != -100)
     return row["input_ids"][:start], row["input_ids"][start:]
+
+
+def failing(steps: Generator[Step, None, Any]) -> tuple[list[Step], StepError | None]:
+    """The steps up to a failing one, and its error."""
+    taken: list[Step] = []
+    try:
+        for step in steps:
+            taken.append(step)
+    except StepError as error:
+        return taken, error
+    return taken, None
+
+
+def assert_numbers(backend: Backend, place: Path) -> None:
+    """Infinite norms there may be: of finite weights beyond 1e19."""
+    assert not any(math.isnan(facts.norm) for facts in backend.tensors(place).values())
 
 
 class InferenceContract:
@@ -482,6 +500,43 @@ class TrainingContract(InferenceContract):
         rest = run(backend, job(out, save_strategy="no", resume=checkpoint))
         assert rest.losses == trained.losses[done:]
         assert backend.tensors(out / "adapter") == backend.tensors(trained.out / "adapter")
+
+    # -- steps that cannot be taken ---------------------------------------------------------------------------------
+
+    beyond: ClassVar[dict[str, float]] = {"learning_rate": 1e30, "max_grad_norm": 0.0}
+    last_good = 1  # the step after which that rate leaves nothing to compute with
+
+    def test_a_step_that_is_no_number_is_told_with_its_rows_and_changes_nothing(self, backend, job, tmp_path):
+        taken, error = failing(backend.train(job(tmp_path / "stopped", **self.beyond)))
+
+        assert isinstance(error, NotFiniteError)
+        assert error.what
+        assert taken[-1].step == self.last_good
+        assert (error.step, len(error.rows)) == (self.last_good + 1, 2)
+        assert set(error.rows) <= {0, 1, 2, 3}
+        assert_numbers(backend, tmp_path / "stopped" / f"checkpoint-{self.last_good}")
+
+    def test_a_step_that_is_no_number_can_be_skipped(self, backend, job, tmp_path):
+        skipping = run(backend, job(tmp_path / "skipped", on_nan="skip", save_steps=1, **self.beyond))
+
+        assert [(step.step, step.skipped) for step in skipping.steps] == [
+            (number, int(number > self.last_good)) for number in (1, 2, 3, 4)
+        ]
+        assert skipping.facts["steps_without_effect"] == 0
+        result = tmp_path / "skipped" / "adapter"
+        assert_numbers(backend, result)
+        assert backend.tensors(result) == backend.tensors(tmp_path / "skipped" / f"checkpoint-{self.last_good}")
+
+    def test_what_goes_back_keeps_no_checkpoint_so_near(self, backend, job, tmp_path):
+        _, error = failing(backend.train(job(tmp_path / "back", on_nan="rollback", save_steps=4, **self.beyond)))
+
+        assert isinstance(error, NotFiniteError)
+        assert not list((tmp_path / "back").glob("checkpoint-*"))
+
+    def test_whoever_ignores_it_trains_to_the_end(self, backend, job, tmp_path):
+        ignoring = run(backend, job(tmp_path / "on", on_nan="ignore", **self.beyond))
+
+        assert [(step.step, step.skipped) for step in ignoring.steps] == [(1, 0), (2, 0), (3, 0), (4, 0)]
 
     def test_a_checkpoint_has_the_state_that_the_backend_names_and_its_record(self, backend, job, tmp_path):
         done = run(backend, job(tmp_path, identity=IDENTITY, lr_scheduler_type="linear", warmup_steps=1))

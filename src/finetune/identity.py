@@ -25,6 +25,7 @@ WITHOUT_EFFECT = (
     "logging_steps",  # which steps are told
     "save_strategy", "save_steps", "save_total_limit",  # which steps are kept
     "report_to",  # who is told
+    "on_oom", "on_nan",  # what is done where no step can be taken; what came of it stands among the adaptations
     "dataloader_num_workers",  # the order of rows is drawn before workers share them out
     "device",  # where it is computed; another chip rounds otherwise, and `auto` chooses it by itself
 )  # fmt: skip
@@ -66,6 +67,38 @@ class Training(Part):
     chat_template: str | None  # SHA-256
 
 
+class Adaptation(Part):
+    """What a training did to go on where it could not: from `step` on, with this batch, accumulation and share of the
+    recipe's learning rate. `why` is a phrase."""
+
+    step: int
+    kind: Literal["shrink", "rollback"]
+    why: str
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate_share: float
+
+    def applied(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as the training goes on with them."""
+        batch = self.per_device_train_batch_size
+        return {
+            **options,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "per_device_eval_batch_size": min(batch, options["per_device_eval_batch_size"]),
+            "learning_rate": options["learning_rate"] * self.learning_rate_share,
+        }
+
+    def said(self) -> str:
+        """What it came to, for a person."""
+        return (
+            f"from step {self.step}: per_device_train_batch_size {self.per_device_train_batch_size}, "
+            f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            if self.kind == "shrink"
+            else f"from step {self.step}: {self.learning_rate_share:g} of the learning rate"
+        ) + f" ({self.why})"
+
+
 class Past(Part):
     """What happened before: see `finetune.backends.motion` for the measurements.
 
@@ -81,6 +114,11 @@ class Past(Part):
     plans: tuple[tuple[int, int | None], ...] = ((0, None),)
     changed: tuple[str, ...] = ()
     unexamined: tuple[int, ...] = ()
+    adaptations: tuple[Adaptation, ...] = ()
+
+    def adapted(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The recipe's options as the training goes on with them."""
+        return self.adaptations[-1].applied(options) if self.adaptations else dict(options)
 
     def grown(self, facts: Mapping[str, Any]) -> Past:
         """With what a training measured since: `steps_watched`, `planned_steps`, and its optimizer's facts."""
@@ -98,8 +136,9 @@ class Past(Part):
         )
 
     def facts(self) -> dict[str, Any]:
-        """As keys of a stage's metrics; what was never measured is left out."""
-        return {key: value for key, value in self.model_dump(mode="json").items() if value is not None}
+        """As keys of a stage's metrics; what was never measured, and adaptations where there were none, are left out."""
+        found = {key: value for key, value in self.model_dump(mode="json").items() if value is not None}
+        return {key: value for key, value in found.items() if value or key != "adaptations"}
 
 
 class Record(Part):

@@ -14,7 +14,7 @@ from finetune.backends import Job, get
 from finetune.console import say
 from finetune.core.files import digest
 from finetune.errors import Faults, FinetuneError, UsageError, first_line
-from finetune.identity import Differences, Past, Record, Training
+from finetune.identity import Adaptation, Differences, Past, Record, Training
 from finetune.run import Run, evidence, seal
 from finetune.run.log import is_chained
 
@@ -136,11 +136,11 @@ def why_anew(checkpoint: Path, job: Job, backend: str, run: Run, *, same_inputs:
     return ", ".join(found.phrases)
 
 
-def begin(job: Job, backend: str, run: Run, stage: str) -> Job:
-    """The job with the record that its checkpoints shall hold. A resumed one is said and becomes an event; checkpoints
-    after its own go, as the steps after it do."""
+def begin(job: Job, backend: str, run: Run, stage: str, adapted: tuple[Adaptation, ...] = ()) -> Job:
+    """The job with the record that its checkpoints shall hold, and adapted as that says: by `adapted`, or else as its
+    checkpoint was. A resumed one is said and becomes an event; checkpoints after its own go, as the steps after it do."""
     if job.resume is None:
-        return replace(job, identity=Record(training=describe(job, backend, run)).text())
+        return _recorded(job, describe(job, backend, run), Past(adaptations=adapted))
     found = hold(job.resume, job, backend, run)
     run.event(
         "resumed",
@@ -151,12 +151,17 @@ def begin(job: Job, backend: str, run: Run, stage: str) -> Job:
         changed=list(found.differences.changed),
         longer=found.differences.longer,
     )
-    for sentence in _sentences(found):
+    for sentence in [] if adapted else _sentences(found):  # which was said before it was tried again
         say(f"{stage}: {sentence}")
     for later in job.out.glob("checkpoint-*"):
         if checkpoints.step_of(later) > found.step:
             shutil.rmtree(later)
-    return replace(job, identity=Record(training=found.training, past=found.past()).text())
+    past = found.past()
+    return _recorded(job, found.training, past.model_copy(update={"adaptations": adapted or past.adaptations}))
+
+
+def _recorded(job: Job, training: Training, past: Past) -> Job:
+    return replace(job, identity=Record(training=training, past=past).text(), options=past.adapted(job.options))
 
 
 def conclude(job: Job, facts: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -169,6 +174,7 @@ def conclude(job: Job, facts: dict[str, Any]) -> tuple[dict[str, Any], list[str]
         f"went on from step {step} of an earlier version; whether it is the same is not known"
         for step in past.unexamined
     ]
+    notes += [f"adapted to go on, {each.said()}" for each in past.adaptations]
     if len(past.plans) > 1:
         plans = ", ".join(f"{total} from step {step} on" for step, total in past.plans)
         notes.append(f"the number of steps planned was raised on the way: {plans}")
@@ -181,9 +187,10 @@ def _sentences(found: Resumption) -> list[str]:
         return [
             f"{found.checkpoint.name} is of an earlier version; whether it is of this same training cannot be examined"
         ]
+    adapted = [f"going on as adapted {each.said()}" for each in found.past().adaptations[-1:]]
     differences = found.differences
     longer = [f"the same training goes on for longer ({differences.longer})"] if differences.longer else []
-    return [*longer, *(f"going on although this is another: {phrase}" for phrase in differences.changed)]
+    return [*adapted, *longer, *(f"going on although this is another: {phrase}" for phrase in differences.changed)]
 
 
 def _digests(directory: Path, run: Run) -> dict[str, str]:

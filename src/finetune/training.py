@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import shutil
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoints, resuming
-from finetune.backends import Job, get
+from finetune import checkpoints, recovery, resuming
+from finetune.backends import Job, Step, get
+from finetune.backends.failing import StepError, is_out_of_memory, not_finite
 from finetune.console import progress, say
 from finetune.errors import FinetuneError, Interrupted, StageError, UsageError
+from finetune.identity import Adaptation
 from finetune.interruption import stop_requests
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Lora, Optimization
@@ -36,60 +39,32 @@ def clear(directory: Path) -> None:
 def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any]:
     """Run a training to its end. Every step becomes an event; returns the stage's result.
 
-    Ctrl-C saves a checkpoint and raises Interrupted with the command that resumes.
+    Ctrl-C saves a checkpoint and raises Interrupted with the command that resumes. A step that cannot be taken ends it, or
+    it goes on otherwise, as the recipe says (see `finetune.recovery`).
     """
-    begun = checkpoints.state(job.resume)["global_step"] if job.resume else 0
     _check_publishing(recipe, stage)
-    job = resuming.begin(job, recipe.backend, run, stage)
-    run.event("training", stage=stage, resumed_from=begun or None, objective=job.objective, method=job.method)
-    facts: dict[str, Any] = {}
-    tokens, seconds = 0, 0.0
-    bar = None
-    stack = ExitStack()
-    try:
-        name = recipe.name if stage == "train" else f"{recipe.name}-{stage}"
-        stream = get(recipe.backend).train(replace(job, name=name, should_stop=stack.enter_context(stop_requests())))
-        while True:
-            try:
-                step = next(stream)
-            except StopIteration as end:
-                facts = end.value
-                break
-            tokens, seconds = tokens + step.tokens, seconds + step.seconds
-            run.event(
-                "step",
-                stage=stage,
-                step=step.step,
-                loss=step.loss,
-                learning_rate=step.learning_rate,
-                grad_norm=step.grad_norm,
-                seconds=round(step.seconds, 4),
-                tokens=step.tokens,
-                trained_tokens=step.trained_tokens,
-                epoch=step.epoch,
-                rows=list(step.rows),
-                **dict(step.extra),
-            )
-            if bar is None:
-                bar = stack.enter_context(progress(step.total, stage))
-            bar.update(step.step, loss=step.loss, tokens_per_second=step.tokens / step.seconds if step.seconds else 0.0)
-    except MemoryError:
-        raise StageError(_memory_hint()) from None
-    except Exception as error:
-        said = str(error).lower()
-        if isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said):
-            raise StageError(_memory_hint()) from error
-        if not isinstance(error, FinetuneError) and any(sign in said for sign in UNWRITTEN):
-            raise StageError(
-                f"writing a checkpoint into {job.out} failed, most likely because the disk is full. Free some space, "
-                "or choose another disk with --run DIR, or save less often (save_steps)"
-            ) from error
-        raise
-    finally:
-        stack.close()
+    job = replace(job, name=recipe.name if stage == "train" else f"{recipe.name}-{stage}")
+    adapted: tuple[Adaptation, ...] = ()
+    while True:
+        trying = resuming.begin(job, recipe.backend, run, stage, adapted)
+        begun = checkpoints.state(job.resume)["global_step"] if job.resume else 0
+        run.event("training", stage=stage, resumed_from=begun or None, objective=job.objective, method=job.method)
+        try:
+            facts, spent = _followed(trying, recipe, run, stage)
+            break
+        except StepError as error:
+            newest = checkpoints.newest_whole(checkpoints.stored(job.out), lambda folder, faults: None)
+            job = replace(job, resume=newest or job.resume)
+            adapted = recovery.adapted(error, replace(trying, resume=job.resume))
+            done = adapted[-1].kind if adapted else "stop"
+            run.event("bad_step", stage=stage, step=error.step, rows=list(error.rows), what=error.what, done=done)
+            if not adapted:
+                raise recovery.ended(error, trying, evidence.steps(run, stage)) from error
+            say(f"{stage}: {error}; going on {adapted[-1].said()}")
+        gc.collect()  # the training that failed, whose memory the next one needs
     if facts["stopped"]:
         raise Interrupted(_resume_hint(job.out, run, stage))
-    facts, notes = resuming.conclude(job, facts)
+    facts, notes = resuming.conclude(trying, facts)
     taken = evidence.steps(run, stage)
     if not taken:
         raise StageError(f"the stage '{stage}' ended without a single logged step; see {run.events_path}")
@@ -97,6 +72,10 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
     result = job.out / ("adapter" if job.method == "lora" else "model")
     _publish(job.out, result, recipe, stage)
     peak = {"device": facts.pop("device_peak_bytes")} if "device_peak_bytes" in facts else {}
+    if skipped := sum(each.get("skipped", 0) for each in taken):
+        notes.append(
+            f"{skipped} of {facts['steps']} steps were skipped, since their loss or gradient was no finite number"
+        )
     return {
         "metrics": {
             **facts,
@@ -104,12 +83,71 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
             "last_loss": taken[-1]["loss"],
             "tokens": sum(s["tokens"] for s in taken),
             "trained_tokens": sum(s["trained_tokens"] for s in taken),
-            "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
-            "seconds_per_step": round(seconds / max(1, facts["steps"] - begun), 3),
+            "tokens_per_second": round(spent.tokens / spent.seconds, 1) if spent.seconds else None,
+            "seconds_per_step": round(spent.seconds / max(1, facts["steps"] - begun), 3),
         },
         "artifacts": [result, logs, *[p for p in [job.out / "initial"] if p.is_dir()]],
         "peak": peak,
         "notes": notes,
+    }
+
+
+@dataclass
+class Spent:
+    """What steps took."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def _followed(job: Job, recipe: Recipe, run: Run, stage: str) -> tuple[dict[str, Any], Spent]:
+    """Train, every step an event as it happens; returns the backend's facts, and what its steps took."""
+    bar, spent = None, Spent()
+    with ExitStack() as stack:
+        stream = get(recipe.backend).train(replace(job, should_stop=stack.enter_context(stop_requests())))
+        try:
+            while True:
+                try:
+                    step = next(stream)
+                except StopIteration as end:
+                    return end.value, spent
+                spent.tokens, spent.seconds = spent.tokens + step.tokens, spent.seconds + step.seconds
+                run.event("step", stage=stage, **_event(step))
+                if step.skipped:
+                    what = not_finite(step.loss, step.grad_norm) or "of one of its steps loss or gradient is not finite"
+                    run.event("bad_step", stage=stage, step=step.step, rows=list(step.rows), what=what, done="skip")
+                    say(f"{stage}: step {step.step} was skipped: {what}")
+                if bar is None:
+                    bar = stack.enter_context(progress(step.total, stage))
+                speed = step.tokens / step.seconds if step.seconds else 0.0
+                bar.update(step.step, loss=step.loss, tokens_per_second=speed)
+        except FinetuneError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise StageError(f"out of memory while training. {recovery.less_memory(stage)}") from error
+            if any(sign in str(error).lower() for sign in UNWRITTEN):
+                raise StageError(
+                    f"writing a checkpoint into {job.out} failed, most likely because the disk is full. Free some space, "
+                    "or choose another disk with --run DIR, or save less often (save_steps)"
+                ) from error
+            raise
+
+
+def _event(step: Step) -> dict[str, Any]:
+    """What the log tells of a step."""
+    return {
+        "step": step.step,
+        "loss": step.loss,
+        "learning_rate": step.learning_rate,
+        "grad_norm": step.grad_norm,
+        "seconds": round(step.seconds, 4),
+        "tokens": step.tokens,
+        "trained_tokens": step.trained_tokens,
+        "epoch": step.epoch,
+        "rows": list(step.rows),
+        **({"skipped": step.skipped} if step.skipped else {}),
+        **step.extra,
     }
 
 
@@ -201,10 +239,3 @@ def _resume_hint(out: Path, run: Run, stage: str) -> str:
     here = Path(os.path.relpath(run.path)) if run.path.is_relative_to(Path.cwd()) else run.path
     again = f"finetune {stage} {shlex.quote(str(here / 'recipe.yaml'))} --run {shlex.quote(str(here))} --resume"
     return f"interrupted; saved {checkpoints.stored(out)[-1].name} in {out}. Go on with: {again}"
-
-
-def _memory_hint() -> str:
-    return (
-        "out of memory while training. Lower train.per_device_train_batch_size or train.max_length, or set "
-        "train.gradient_checkpointing: true; 'finetune estimate RECIPE' shows what each saves"
-    )

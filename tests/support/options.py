@@ -167,6 +167,15 @@ def _optimization(section: str) -> tuple[Row, ...]:
             ("report_to", "tensorboard", "trackers"),
             ("output_dir", "{files}/published", "published"),
         ),
+        Row(
+            key=f"{section}.on_oom", value="shrink", where=section, seen="refused", by="argument",
+            beside={f"{section}.per_device_train_batch_size": 6},
+            why="no test is to use up a machine's memory; the trainer's step says what PyTorch says, of more rows than fit",
+        ),
+        Row(
+            key=f"{section}.on_nan", value="ignore", where=section, seen="refused",
+            beside={f"{section}.learning_rate": 1e30, f"{section}.max_grad_norm": 0.0},
+        ),
         Row(key=f"{section}.fp16", value=True, where=section, seen="losses", by="refusal", why=cpu),
         Row(key=f"{section}.tf32", value=True, where=section, seen="losses", by="refusal", why="NVIDIA GPUs alone have it"),
         Row(

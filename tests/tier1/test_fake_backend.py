@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -38,6 +39,9 @@ def sft_row(number: int, question: str, text: str) -> dict:
 
 
 class TestFakeBackend(BackendContract):
+    beyond: ClassVar[dict[str, float]] = {"learning_rate": 1e308, "max_grad_norm": 0.0}
+    last_good = 2
+
     @pytest.fixture(scope="class")
     @classmethod
     def backend(cls):

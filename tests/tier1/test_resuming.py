@@ -124,7 +124,7 @@ def test_steps_without_effect_before_a_resume_are_not_forgotten(run, wanted):
 def test_what_makes_no_other_training_may_differ(run, wanted, tmp_path):
     weights = tensors(run)
     other = {"logging_steps": 2, "save_strategy": "epoch", "save_steps": 5, "save_total_limit": 9}
-    other |= {"dataloader_num_workers": 1, "output_dir": str(tmp_path / "out")}
+    other |= {"on_oom": "shrink", "on_nan": "skip", "dataloader_num_workers": 1, "output_dir": str(tmp_path / "out")}
     asked = wanted(train=other, model={"path": str(wanted().model.path), "device": "cpu"})
     resume(asked, run)
 

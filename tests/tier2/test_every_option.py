@@ -32,6 +32,7 @@ from support import hub, options
 from support.options import Row, of_tier
 
 SHORT = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 5e-3, "save_strategy": "no"}
+FITS = 5  # rows (pairs count twice) that a step of the machine made up here has memory for
 COMMON = {"name": "ledger", "model": {"path": "{files}/llama", "device": "cpu"}, "template": {"name": "chatml"}}
 BASES: dict[str, dict[str, Any]] = {
     "train": {**COMMON, "data": {"path": "shipped:quorra/train.jsonl", "limit": 6}, "train": SHORT},
@@ -68,6 +69,7 @@ def watched() -> Iterator[Seen]:
     seen: Seen = {"calls": Counter(), "loaders": set(), "trainer": None}
     calls: Counter[str] = seen["calls"]
     train, iterator = transformers.Trainer.train, DataLoader._get_iterator
+    step = transformers.Trainer.training_step
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def training(self: Any, *arguments: Any, **more: Any) -> Any:
@@ -76,6 +78,11 @@ def watched() -> Iterator[Seen]:
             if type(module).__name__ in ("LlamaMLP", "GPT2MLP"):  # inside of a layer, where checkpointing runs it again
                 module.register_forward_pre_hook(lambda part, _: calls.update(["train" if part.training else "eval"]))
         return train(self, *arguments, **more)
+
+    def fitting(self: Any, model: Any, inputs: dict[str, Any], *arguments: Any, **more: Any) -> Any:
+        if len(inputs["input_ids"]) > FITS:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return step(self, model, inputs, *arguments, **more)
 
     def loading(self: Any) -> Any:
         found = iterator(self)
@@ -88,6 +95,7 @@ def watched() -> Iterator[Seen]:
     environment = dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.Trainer, "train", training)
+        patch.setattr(transformers.Trainer, "training_step", fitting)
         patch.setattr(DataLoader, "_get_iterator", loading)
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted("sdpa", attention))
         patch.setattr(torch, "compile", counted("compile", lambda model, **_: model))

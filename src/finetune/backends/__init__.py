@@ -73,6 +73,7 @@ class Job:
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One optimizer step as it happened. `loss` is the mean over trained tokens (nats); `rows` the data rows in it;
+    `skipped` counts those told of here that changed nothing (`on_nan: skip`): `loss` is that of the others, if there are any;
     `extra` holds what else the trainer logged (DPO: rewards/margins, rewards/accuracies, ...)."""
 
     step: int
@@ -85,6 +86,7 @@ class Step:
     trained_tokens: int
     rows: tuple[int, ...] = ()
     epoch: float = 0.0
+    skipped: int = 0
     extra: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -127,8 +129,10 @@ class Backend(Protocol):
     def train(self, job: Job) -> Generator[Step, None, dict[str, Any]]:
         """Yield every optimizer step; when the iterator ends, the result is on disk, or, where `job.should_stop` ended it
         early, a checkpoint. A checkpoint appears once the next step is asked for, so that its own is in the log by then;
-        `close()` leaves none. `return` value: a dict of facts (trainable and frozen counts, digests, bytes, `steps`,
-        `stopped`)."""
+        `close()` leaves none. A step that fails is a StepError (backends/failing.py); a loss or gradient that is no finite
+        number is one too, before it changes a weight, unless the option `on_nan` is `skip` or `ignore`. Of the step before
+        there is a checkpoint then, but not for `rollback`, which goes back further. `return` value: a dict of facts
+        (trainable and frozen counts, digests, bytes, `steps`, `stopped`)."""
         ...
 
     def score(self, handle: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune import checkpoints, identity, schedule
 from finetune.backends import Job, Step
+from finetune.backends.failing import StepError, leaves_checkpoint, skips, taking
 from finetune.backends.fake_model import (
     GAIN,
     MOMENTUM,
@@ -125,7 +126,12 @@ class Training:
             self._save(self.job.out / "initial")
         while self.step < self.total and not self._out_of_patience:
             began = time.perf_counter()
-            step, stop = self._take_step(began)
+            try:
+                step, stop = self._take_step(began)
+            except StepError as error:
+                if leaves_checkpoint(error, self.options) and self.step > self.begun:
+                    self.checkpoint()
+                raise
             self.stopped = self.step < self.total and self.job.should_stop()
             yield step  # its event is in the log before a checkpoint knows of it
             if self._saves(stop) or self.stopped:
@@ -141,15 +147,12 @@ class Training:
         batches, rate = self._taken(self.step), self.learning_rate(self.step + 1)
         rows = [row for batch in batches for row in batch]
         gradient = Gradient()
-        loss, extra = self._loss(rows, gradient)
-        norm = self._norm(gradient, self._weight(rows))
-        limit = float(self.options.get("max_grad_norm", 1.0))
-        if limit and norm > limit:
-            gradient.scale(limit / norm)
-        if len(self.norms) < CLIPPED_STEPS:
-            self.norms.append(self._norm(gradient, self._weight(rows)))
-        self._update(gradient, rate, self._weight(rows))
-        self.motion.stepped(rate, self._sample())
+        with taking(self.step + 1, [row.number for row in rows]):
+            loss, extra = self._loss(rows, gradient)
+            norm = self._norm(gradient, self._weight(rows))
+        skipped = skips(self.options, step=self.step + 1, loss=loss, grad_norm=norm, rows=[row.number for row in rows])
+        if not skipped:
+            self._move(gradient, norm, rate, rows)
         self.step += 1
         stop = self._evaluate(extra)
         return (
@@ -164,10 +167,21 @@ class Training:
                 trained_tokens=sum(len(row.chosen) + len(row.rejected) for row in rows),
                 rows=tuple(row.number for row in rows),
                 epoch=self.step / self.steps_per_epoch,
+                skipped=int(skipped),
                 extra=extra,
             ),
             stop,
         )
+
+    def _move(self, gradient: Gradient, norm: float, rate: float, rows: list[Row]) -> None:
+        """Clip the gradient, and step the weights by it."""
+        limit = float(self.options.get("max_grad_norm", 1.0))
+        if limit and norm > limit:
+            gradient.scale(limit / norm)
+        if len(self.norms) < CLIPPED_STEPS:
+            self.norms.append(self._norm(gradient, self._weight(rows)))
+        self._update(gradient, rate, self._weight(rows))
+        self.motion.stepped(rate, self._sample())
 
     def _evaluate(self, extra: dict[str, float]) -> bool:
         """Add `eval_loss` when one is due; True when early stopping says enough."""

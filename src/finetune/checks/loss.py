@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.checks import Verdict, finite, judge, missing
-from finetune.checks.parts import SFT, several, single, trains
+from finetune.checks.parts import SFT, several, single, taken, trains, wholly_skipped
 from finetune.core.arithmetic import mean
 from finetune.core.files import read_object
 from finetune.errors import StageError
@@ -53,19 +53,20 @@ def fall(losses: Sequence[float]) -> tuple[float, float]:
 
 
 def _losses(run: Run) -> list[float]:
-    return [step["loss"] for step in SFT.steps(run)]
+    """The losses of the steps that were taken; one that was skipped changed nothing."""
+    return [step["loss"] for step in SFT.steps(run) if not wholly_skipped(step)]
 
 
 def _finite(recipe: Recipe, run: Run) -> Verdict:
-    losses = _losses(run)
-    bad = [number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)]
-    why = f"{len(losses)} logged losses" + (f"; the first bad one is number {bad[0]}" if bad else "")
+    steps = taken(SFT.asked(recipe), SFT.steps(run))
+    bad = [step["step"] for step in steps if not math.isfinite(step["loss"])]
+    why = f"{len(steps)} logged losses" + (f"; the first bad one is that of step {bad[0]}" if bad else "")
     return judge("loss_finite", len(bad), "==", 0, "NaN or infinite", EVENTS, why)
 
 
 def _finite_gradients(recipe: Recipe, run: Run) -> Verdict:
     """A step whose gradient is NaN is skipped or ruins the weights, whatever loss is shown."""
-    name, unit, steps = "gradients_finite", "NaN", SFT.steps(run)
+    name, unit, steps = "gradients_finite", "NaN", taken(SFT.asked(recipe), SFT.steps(run))
     untold = [step["step"] for step in steps if step["grad_norm"] is None]
     if untold:
         return missing(name, "==", 0, unit, EVENTS, f"step {untold[0]} logged no norm of its gradient")

@@ -11,6 +11,7 @@ from finetune.checks import Verdict, judge, missing, not_examined, worst
 from finetune.checks.parts import Training, fake_of_0_1, is_lora, lora, of_trainings, tells
 from finetune.core.files import read_object
 from finetune.recipe import Recipe
+from finetune.recipe.sections import Optimization
 from finetune.run import Run, evidence, layout
 from finetune.run.records.trained import Step
 from finetune.run.records.whole import TrainMetrics
@@ -18,6 +19,9 @@ from finetune.schedule import learning_rate
 
 EVENTS = layout.EVENTS.path
 RATE = 1e-6  # of the recipe's rate: the same schedule computed twice differs by the rounding of doubles, at 1e-15
+SKIPPED = (
+    0.05  # of the steps; where more than one in twenty cannot be taken, what was trained is not what was asked for
+)
 STEP = 0.2  # from Adam's first step, which moves every weight by the learning rate, whatever its gradient
 CLIPPED = 0.02  # of max_grad_norm beyond it: bfloat16 rounds the norm, the factor and what it scales, by 0.4 % each
 ADAM = ("adamw_torch", "adamw_torch_fused")  # others keep their moments more coarsely
@@ -58,10 +62,11 @@ def _rates(recipe: Recipe, run: Run, training: Training) -> Verdict:
     begins, totals = [begin for begin, _ in facts.get("plans") or [[0, total]]], _totals(facts, total)
     wanted = {
         number: learning_rate(
-            asked.lr_scheduler_type, peak, asked.warmup_steps, number, totals[max(0, bisect_left(begins, number) - 1)]
+            asked.lr_scheduler_type, peak * _share(asked, facts, number), asked.warmup_steps, number,
+            totals[max(0, bisect_left(begins, number) - 1)],
         )
         for number in (step["step"] for step in steps)
-    }
+    }  # fmt: skip
     off = {step["step"]: abs(step["learning_rate"] - wanted[step["step"]]) / (peak or 1.0) for step in steps}
     first = next((step for step in steps if not off[step["step"]] <= RATE), None)
     planned = ", then ".join(map(str, totals))
@@ -70,6 +75,14 @@ def _rates(recipe: Recipe, run: Run, training: Training) -> Verdict:
         why += f"; step {first['step']} had {first['learning_rate']:.3g} instead of {wanted[first['step']]:.3g}"
     name = f"{training.prefix}learning_rate_as_asked"
     return judge(name, worst(off.values()), "<=", RATE, "of the recipe's rate", EVENTS, why)
+
+
+def _share(asked: Optimization, facts: TrainMetrics, number: int) -> float:
+    """The share of the recipe's rate that a step is taken with: less where the recipe has it roll back, and it did."""
+    if asked.on_nan != "rollback":
+        return 1.0
+    back = [each["learning_rate_share"] for each in facts.get("adaptations", []) if each["step"] < number]
+    return back[-1] if back else 1.0
 
 
 def _totals(facts: TrainMetrics, total: int) -> list[int]:
@@ -138,6 +151,20 @@ def _moved(recipe: Recipe, run: Run, training: Training) -> Verdict:
     why = f"a sample of every trained tensor was compared before and after each of {taken} steps"
     found, name = facts["steps_without_effect"], f"{training.prefix}steps_move_weights"
     return judge(name, found, "==", 0, "steps without effect", training.report, why)
+
+
+def _skipped(recipe: Recipe, run: Run, training: Training) -> Verdict:
+    """How many steps were left out because their loss or gradient was no finite number (`on_nan: skip`)."""
+    steps = training.steps(run)
+    skipped, last = sum(step.get("skipped", 0) for step in steps), steps[-1]["step"]
+    why = f"{skipped} of {last} steps changed nothing, since their loss or gradient was NaN or infinite"
+    if first := next((step for step in steps if step.get("skipped")), None):
+        why += f"; first that of step {first['step']}"
+    return judge(f"{training.prefix}steps_skipped", skipped / last, "<=", SKIPPED, "share", EVENTS, why)
+
+
+def _skips(recipe: Recipe, training: Training) -> bool:
+    return training.asked(recipe).on_nan == "skip"
 
 
 def _took_none(facts: TrainMetrics) -> bool:
@@ -224,6 +251,7 @@ PARTS = (
     *of_trainings("learning_rate_as_asked", _rates, EVENTS, _has_rates),
     *of_trainings("settings_as_asked", _settings, when=_has_settings),
     *of_trainings("steps_move_weights", _moved),
+    *of_trainings("steps_skipped", _skipped, EVENTS, _skips),
     *of_trainings("step_size", _size, when=_is_adam),
     *of_trainings("gradients_clipped", _clipped, when=_clips),
 )

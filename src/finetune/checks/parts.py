@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -90,6 +91,17 @@ class Training:
         if not found:
             raise StageError(f"the stage '{self.stage}' logged no step")
         return found
+
+
+def wholly_skipped(step: Step) -> bool:
+    """Whether a logged step tells of skipped ones alone, so that its loss or gradient is none that changed anything."""
+    odd = not math.isfinite(step["loss"]) or not math.isfinite(step["grad_norm"] or 0.0)
+    return bool(step.get("skipped")) and odd
+
+
+def taken(asked: Optimization, steps: Sequence[Step]) -> list[Step]:
+    """The steps that changed the weights; all where the recipe does not ask for any to be skipped."""
+    return [step for step in steps if asked.on_nan != "skip" or not wholly_skipped(step)]
 
 
 SFT, DPO = Training("train", ""), Training("align", "dpo_")

@@ -57,6 +57,14 @@ REMEDIES: dict[str, str] = {
         "Halve train.learning_rate (1e-4 instead of 2e-4), keep train.max_grad_norm: 1.0, and use train.bf16: true or "
         "model.dtype: float32 instead of float16."
     ),
+    "steps_skipped": (
+        "Look at the rows of the skipped steps (the events bad_step name them); halve train.learning_rate, and use "
+        "model.dtype: float32 instead of float16."
+    ),
+    "dpo_steps_skipped": (
+        "Look at the pairs of the skipped steps (the events bad_step name them); halve align.learning_rate, and use "
+        "model.dtype: float32 instead of float16."
+    ),
     "loss_convergence": (
         "Train longer (train.num_train_epochs: 10) or with a higher train.learning_rate (5e-4 for LoRA, 5e-5 for "
         "full training); where the loss rises, with a lower one."

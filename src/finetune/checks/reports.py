@@ -103,6 +103,9 @@ def _report_as_logged(recipe: Recipe, run: Run, training: Training) -> Verdict:
         numbers.same("steps", facts["steps"], facts["planned_steps"])
     if not of_0_1(run, training):  # which did not tell of its parts
         _resumed(numbers, facts)
+        numbers.same(
+            "steps adapted at", [each["step"] for each in facts.get("adaptations", [])], _adapted(run, training)
+        )
         numbers.within("device", facts.get("device"), "told", bool(facts.get("device")))
     _speed(numbers, facts, [step for step in steps if step["step"] > (facts["resumed_from"] or 0)])
     return numbers.verdict(
@@ -118,6 +121,23 @@ def _resumed(numbers: Numbers, facts: TrainMetrics) -> None:
     numbers.same("the steps of the last plan", plans[-1][-1], facts["planned_steps"])
     if not facts.get("unexamined"):
         numbers.same("steps_watched", facts.get("steps_watched"), facts["steps"])
+
+
+def _adapted(run: Run, training: Training) -> list[int]:
+    """From which steps on a training went on otherwise than before, as the log has it. A checkpoint knows of what was done
+    before it, so somebody who goes back further begins without it."""
+    found: list[int] = []
+    failed = False
+    for event in run.events(stage=training.stage):
+        if event["event"] == "stage_started":
+            failed = False
+        elif event["event"] == "bad_step":
+            failed = event["done"] in ("shrink", "rollback")
+        elif event["event"] == "training":
+            begun = event["resumed_from"] or 0
+            found = [*found, begun] if failed else [step for step in found if step < begun]
+            failed = False
+    return found
 
 
 def _count(run: Run, training: Training) -> int:

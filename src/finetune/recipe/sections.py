@@ -176,6 +176,15 @@ class Optimization(Section):
     eval_steps: Positive | None = None
     dataloader_num_workers: NonNegative = 0
     report_to: str | list[str] = "none"
+    on_oom: Literal["stop", "shrink"] = Field(
+        "stop",
+        description="Out of memory: stop, or go on with half the batch and twice the accumulation (the same rows a step).",
+    )
+    on_nan: Literal["stop", "skip", "rollback", "ignore"] = Field(
+        "stop",
+        description="A loss or gradient that is NaN or infinite: stop before it changes a weight, skip the step, go back to "
+        "the last checkpoint with half the learning rate (three times at most), or train on.",
+    )
     output_dir: str | None = Field(None, description="Also publish the adapter and checkpoints into this directory.")
 
     @field_validator("report_to")

@@ -162,10 +162,12 @@ def plan(recipe: Recipe, only: Iterable[str] | None = None) -> list[Stage]:
     return [stage for stage in wanted if stage.name in names]
 
 
+_WHERE_IT_FAILS = {"on_oom": True, "on_nan": True}  # what they did to a training stands in its evidence
 _WITHOUT_EFFECT: dict[str, Any] = {
     "model": {"token": True},
     "data": {"on_secret": True},
-    "align": {"data": {"on_secret": True}},
+    "train": _WHERE_IT_FAILS,
+    "align": {"data": {"on_secret": True}, **_WHERE_IT_FAILS},
 }
 
 

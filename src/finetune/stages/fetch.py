@@ -15,7 +15,7 @@ from finetune.backends import get
 from finetune.console import say
 from finetune.core.files import digest, read_object, write_text
 from finetune.data import secrecy
-from finetune.errors import MissingError, UsageError
+from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.base import files_of
@@ -49,6 +49,7 @@ def run(recipe: Recipe, run: Run) -> Result:
         _refuse_secrets(place)
     facts = _facts(found.base)
     named = recipe.model.base_model if found.adapter else recipe.model.path
+    _refuse_not_finite(recipe, found)
     license = licenses.find(found.base, found.kind, path=named)
     if found.adapter is not None:
         license = licenses.combine(license, licenses.of_directory(found.adapter))
@@ -73,6 +74,21 @@ def run(recipe: Recipe, run: Run) -> Result:
     if (parameters := count_parameters(found.base)) is not None:
         metrics["parameters"] = parameters
     return {"metrics": metrics, "artifacts": [target, *([words] if words else [])], "notes": list(found.notes)}
+
+
+def _refuse_not_finite(recipe: Recipe, found: models.Resolved) -> None:
+    """Raise StageError where a model that is to be trained holds NaN or infinity: now, not after the first step."""
+    if all(section is None or section.on_nan == "ignore" for section in (recipe.train, recipe.align)):
+        return
+    for place in filter(None, (found.base, found.adapter)):
+        if not list(place.glob("*.safetensors")) and recipe.backend != "fake":
+            continue  # whoever loads it says what is missing
+        odd = [name for name, facts in get(recipe.backend).tensors(place).items() if not math.isfinite(facts.norm)]
+        if odd:
+            raise StageError(
+                f"{place} holds NaN or infinity in {len(odd)} of its tensors (first: {odd[0]}), and nothing can be trained on "
+                "them. Get the model again, or set on_nan: ignore in 'train' (and 'align') to see what comes of it"
+            )
 
 
 def _refuse_secrets(model: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from finetune import checkpoints, identity
 from finetune.backends import Job, Step
+from finetune.backends.failing import StepError, leaves_checkpoint, skips, taking
 from finetune.backends.mlx import layout, lora, options
 from finetune.backends.mlx.loading import device_of, load_model
 from finetune.backends.mlx.runtime import mx, nn, on, optimizers, tree_flatten, tree_map, tree_unflatten
@@ -53,7 +54,11 @@ def train(job: Job) -> Generator[Step, None, dict[str, Any]]:
     try:
         for number in range(training.done + 1, training.total + 1):
             with on(device):
-                step = training.step(number)
+                try:
+                    step = training.step(number)
+                except StepError as error:
+                    training.failed(error)
+                    raise
                 stopped = number < training.total and job.should_stop()
                 saved = stopped or training.saves(number)
                 if saved and step is None:
@@ -151,38 +156,43 @@ class Training:
         trained = sum(row.trained for batch in window for row in batch)
         total, gradients = 0.0, None
         for batch in window:
-            loss, found = self.gradients(self.model, *_padded(batch))
-            gradients = found if gradients is None else tree_map(mx.add, gradients, found)
-            mx.eval(loss, gradients)
-            total += float(loss.item())
+            with taking(number, [row.number for row in batch]):
+                loss, found = self.gradients(self.model, *_padded(batch))
+                gradients = found if gradients is None else tree_map(mx.add, gradients, found)
+                mx.eval(loss, gradients)
+                total += float(loss.item())
         gradients = tree_map(lambda each: each / max(1, trained), gradients)
         limit = self.values["max_grad_norm"]
         clipped, norm = optimizers.clip_grad_norm(gradients, limit or math.inf)
         kind, peak, warmup = (self.values[key] for key in ("lr_scheduler_type", "learning_rate", "warmup_steps"))
         rate = learning_rate(kind, peak, warmup, number, self.total)
-        taken = clipped if limit else gradients
-        if len(self.norms) < CLIPPED_STEPS:
-            self.norms.append(float(optimizers.clip_grad_norm(taken, math.inf)[1].item()))
-        self._update(taken, rate)
+        rows = tuple(row.number for batch in window for row in batch)
+        mean, size = total / max(1, trained), float(norm.item())
+        skipped = skips(self.values, step=number, loss=mean, grad_norm=size, rows=rows)
+        if not skipped:
+            self._move(clipped if limit else gradients, rate)
         self.gradient_bytes = sum(each.nbytes for _, each in tree_flatten(gradients))
         self.done = number
         self.pending.append(
             Step(
                 step=number,
                 total=self.total,
-                loss=total / max(1, trained),
+                loss=mean,
                 learning_rate=rate,
-                grad_norm=float(norm.item()),
+                grad_norm=size,
                 seconds=time.perf_counter() - began,
                 tokens=sum(len(row.ids) for batch in window for row in batch),
                 trained_tokens=trained,
-                rows=tuple(row.number for batch in window for row in batch),
+                rows=rows,
                 epoch=number / self.steps_per_epoch,
+                skipped=int(skipped),
             )
         )
         return self._logged(number)
 
-    def _update(self, gradients: Any, rate: float) -> None:
+    def _move(self, gradients: Any, rate: float) -> None:
+        if len(self.norms) < CLIPPED_STEPS:
+            self.norms.append(float(optimizers.clip_grad_norm(gradients, math.inf)[1].item()))
         self.decay = self.values["weight_decay"]
         if self.decay:
             keep = 1 - rate * self.decay
@@ -212,9 +222,11 @@ class Training:
     def told(self, extra: dict[str, float] | None = None) -> Step:
         """The steps since the last that was logged, as one."""
         parts, self.pending = self.pending, []
+        taken = [part for part in parts if not part.skipped] or parts
         return replace(
             parts[-1],
-            loss=sum(part.loss for part in parts) / len(parts),
+            loss=sum(part.loss for part in taken) / len(taken),
+            skipped=sum(part.skipped for part in parts),
             seconds=sum(part.seconds for part in parts),
             tokens=sum(part.tokens for part in parts),
             trained_tokens=sum(part.trained_tokens for part in parts),
@@ -261,6 +273,11 @@ class Training:
         strategy = self.values["save_strategy"]
         every = self.values["save_steps"] if strategy == "steps" else self.steps_per_epoch
         return strategy != "no" and (number % every == 0 or number == self.total)
+
+    def failed(self, error: StepError) -> None:
+        """Keep the step before one that failed, where the log has it."""
+        if leaves_checkpoint(error, self.values) and self.done > self.begun and not self.pending:
+            self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
         """Write `checkpoint-N`, and delete the oldest beyond `save_total_limit`."""

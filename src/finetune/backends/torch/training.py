@@ -22,6 +22,7 @@ from transformers import PrinterCallback, set_seed
 from finetune import checkpoints, modelfiles
 from finetune.backends import Job, Step
 from finetune.backends.torch import options, resuming, tracking
+from finetune.backends.torch.guarding import Guard
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.backends.torch.watching import Recorder, Reporter
@@ -144,7 +145,9 @@ def _train(job: Job, steps: _Steps) -> dict[str, Any]:
     recorder = Recorder(trainer)
     trainer.data_collator, trainer.get_batch_samples = recorder, recorder.taken
     trainer.remove_callback(PrinterCallback)
-    reporter = Reporter(trainer, recorder, job, steps.put, lambda: steps.closed.is_set() or job.should_stop())
+    guard = Guard(trainer, recorder, job)
+    trainer.add_callback(guard)
+    reporter = Reporter(trainer, recorder, guard, job, steps.put, lambda: steps.closed.is_set() or job.should_stop())
     trainer.add_callback(reporter)
     resuming.keep_whole(trainer, job, reporter.so_far, steps.logged)
     resuming.keep_own_settings(trainer)
@@ -154,7 +157,8 @@ def _train(job: Job, steps: _Steps) -> dict[str, Any]:
     # Read now: save_total_limit may delete that very checkpoint.
     begun = checkpoints.state(job.resume)["global_step"] if job.resume else None
     try:
-        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
+        with guard.saving(reporter.hand_out):
+            trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     except resuming.NothingLeftError:
         resuming.conclude(trainer)
     except UnpicklingError as error:

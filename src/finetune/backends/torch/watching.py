@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -16,6 +16,9 @@ from finetune.backends import Job, Step
 from finetune.backends.motion import CLIPPED_STEPS, SAMPLE, Motion
 from finetune.backends.torch import resuming
 from finetune.identity import unmoved
+
+if TYPE_CHECKING:
+    from finetune.backends.torch.guarding import Guard
 
 
 class Recorder:
@@ -51,9 +54,22 @@ class Reporter(TrainerCallback):
     """Turns the trainer's logs into steps, measures the training state once, and stops on request."""
 
     def __init__(
-        self, trainer: Any, recorder: Recorder, job: Job, put: Callable[[Step], None], stop: Callable[[], bool]
+        self,
+        trainer: Any,
+        recorder: Recorder,
+        guard: Guard,
+        job: Job,
+        put: Callable[[Step], None],
+        stop: Callable[[], bool],
     ) -> None:
-        self.trainer, self.recorder, self.job, self.put, self.stop = trainer, recorder, job, put, stop
+        self.trainer, self.recorder, self.guard, self.job, self.put, self.stop = (
+            trainer,
+            recorder,
+            guard,
+            job,
+            put,
+            stop,
+        )
         self.begun = 0  # steps taken before this process
         self.state_bytes: dict[str, int] = {"gradient_bytes": 0, "optimizer_bytes": 0}
         self.dropout: float | None = None  # of the adapter, as it is while training
@@ -103,7 +119,8 @@ class Reporter(TrainerCallback):
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer.accelerator.optimizer_step_was_skipped:  # fp16's gradient scaler says so openly
+        # fp16's gradient scaler says so openly
+        if not self.trainer.accelerator.optimizer_step_was_skipped and not self.guard.skipping:
             assert self.motion is not None
             rate = max(group["lr"] for group in self.trainer.optimizer.param_groups)
             self.motion.stepped(rate, _sample(self.trained))
@@ -138,11 +155,13 @@ class Reporter(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         taken = time.perf_counter()
+        loss, skipped = self.guard.logged(float(logs["loss"]))
         known = {"loss", "learning_rate", "grad_norm", "epoch"}
         self.logged = Step(
             step=state.global_step,
             total=state.max_steps,
-            loss=float(logs["loss"]),
+            loss=loss,
+            skipped=skipped,
             learning_rate=float(logs.get("learning_rate", 0.0)),
             grad_norm=None if logs.get("grad_norm") is None else float(logs["grad_norm"]),
             seconds=taken - self.began,
@@ -155,7 +174,7 @@ class Reporter(TrainerCallback):
         self.pending.clear()
         of_an_epoch = args.eval_strategy == "epoch" and math.isclose(state.epoch, round(state.epoch))
         if not control.should_evaluate and not of_an_epoch:
-            self._hand_out()  # before a checkpoint of this step can be there
+            self.hand_out()  # before a checkpoint of this step can be there
         self.began = time.perf_counter()
 
     def on_evaluate(
@@ -164,16 +183,16 @@ class Reporter(TrainerCallback):
         """The held-out loss belongs to the step that was logged just before."""
         if self.logged and metrics and "eval_loss" in metrics:
             self.logged = replace(self.logged, extra={**self.logged.extra, "eval_loss": float(metrics["eval_loss"])})
-        self._hand_out()
+        self.hand_out()
         self.began = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._hand_out()
+        self.hand_out()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._hand_out()
+        self.hand_out()
 
-    def _hand_out(self) -> None:
+    def hand_out(self) -> None:
         if self.logged:
             self.put(self.logged)
             self.logged = None

@@ -63,6 +63,17 @@ class Resumed(TypedDict):
 
 
 @record
+class BadStep(TypedDict):
+    """A step that could not be taken, and what was done about it: stopped, skipped, shrunk, rolled back."""
+
+    stage: str
+    step: int
+    rows: list[int]  # of the batch that failed, as prepared; none where that is not known
+    what: str
+    done: str
+
+
+@record
 class Verified(TypedDict):
     passed: bool
     sha256: Sha
@@ -88,6 +99,7 @@ KINDS: dict[str, type] = {
     "stage_failed": Failed,
     "training": Training,
     "resumed": Resumed,
+    "bad_step": BadStep,
     "verified": Verified,
     "exported": Exported,
     "log_restored": Restored,

@@ -81,14 +81,28 @@ Step = TypedDict(
         "trained_tokens": int,
         "epoch": float,
         "rows": list[int],
+        "skipped": NotRequired[int],
         "eval_loss": NotRequired[float],
         "rewards/chosen": NotRequired[float],
         "rewards/rejected": NotRequired[float],
         "rewards/margins": NotRequired[float],
     },
 )
-"""One logged step: loss in nats, `rows` of the prepared file by number, in the order taken."""
+"""One logged step: loss in nats, `rows` of the prepared file by number, in the order taken; `skipped` counts the steps told
+of here that changed nothing."""
 open_record(Step)
+
+
+@record
+class Adapted(TypedDict):
+    """See `finetune.identity.Adaptation`."""
+
+    step: int
+    kind: str
+    why: str
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate_share: float
 
 
 @record

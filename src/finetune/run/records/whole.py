@@ -7,6 +7,7 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from finetune.run.records import Time, record
+from finetune.run.records.trained import Adapted
 
 
 @record
@@ -171,6 +172,7 @@ class TrainMetrics(TypedDict):
     plans: NotRequired[list[list[int]]]  # [first step but one, steps planned] of each part that had a plan of its own
     changed: NotRequired[list[str]]  # what became another on the way (--resume --changed)
     unexamined: NotRequired[list[int]]  # steps of checkpoints of an earlier version that it went on from
+    adaptations: NotRequired[list[Adapted]]  # what it did to go on where it could not (on_oom, on_nan)
     optimized_parameters: NotRequired[int]
     weight_decay: NotRequired[float]  # version 0.1 on MLX told none
     adam_beta1: NotRequired[float]  # an Adam's, these three
