@@ -5,7 +5,7 @@
 # Two heavy sessions side by side on a small machine slow each other down five times.
 .NOTPARALLEL:
 .PHONY: help quickstart exports test test-unit test-e2e-workflow test-e2e-real-model test-e2e-quick test-e2e-all \
-	test-e2e-gguf test-e2e-mlx test-e2e-ollama test-browser faults \
+	test-e2e-gguf test-e2e-mlx test-e2e-ollama test-browser faults faults-all \
 	lint format docs bench sabotage nox clean
 
 pinned = $(shell sed -n 's/^$(1)==//p' constraints.txt)
@@ -47,8 +47,11 @@ test-e2e-ollama: $(TOOLS) ## Tier 3, Ollama (ARGS='--require ollama' makes a mis
 test-browser: $(TOOLS) ## The HTML report in a real browser; screenshots in reports/screenshots
 	@$(NOX) -s browser $(PASS)
 
-faults: $(TOOLS) ## Break what is under a run: kills, signals, full disks, damaged files (ARGS=--all: all, docs/faults.md)
+faults: $(TOOLS) ## Break what is under a run: kills, signals, full disks, damaged files; a few of each kind
 	@$(NOX) -s faults $(PASS)
+
+faults-all: $(TOOLS) ## All faults, those of real weights too; writes docs/faults.md (half an hour)
+	@$(NOX) -s faults-all $(PASS)
 
 test-e2e-quick: $(TOOLS) ## Tiers 1 and 2
 	@$(NOX) -t quick $(PASS)

@@ -145,6 +145,7 @@ CELLS = {
             workers=4,
         ),
         Cell(name="faults", backend="fake", groups=("test",), tags=("check",)),
+        Cell(name="faults-all", backend="torch", extras=("torch",), groups=("test",)),
         Cell(name="quickstart", backend="torch", extras=("torch",), needs_model=True),
         Cell(name="exports", extras=("torch", "gguf", "mlx"), needs_model=True),
         Cell(name="bench", backend="torch", extras=("torch",), needs_model=True),
@@ -245,8 +246,15 @@ def unit(session: nox.Session, row: Cell) -> None:
 
 @cell
 def faults(session: nox.Session, row: Cell) -> None:
-    """Break what is under a run by the real command line; a few of each kind, `-- --all` for all and docs/faults.md."""
+    """Break what is under a run by the real command line: a few faults of each kind, or those named."""
     session.run("python", "-m", "faults", *session.posargs, env={**offline(), "PYTHONPATH": str(ROOT / "tests")})
+
+
+@cell
+def faults_all(session: nox.Session, row: Cell) -> None:
+    """All faults, those of a training with real weights too, and docs/faults.md; half an hour. Or those named."""
+    names = session.posargs or ["--all"]
+    session.run("python", "-m", "faults", *names, env={**offline(), "PYTHONPATH": str(ROOT / "tests")})
 
 
 @cell

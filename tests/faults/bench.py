@@ -42,8 +42,8 @@ class Bench:
             if name not in self.honest:
                 place = self.root / f"ground-{name}"
                 place.mkdir(parents=True)
-                recipe = GROUNDS[name](place)
-                code, said = command(recipe, place / "run")
+                recipe = GROUNDS[name].make(place)
+                code, said = command(GROUNDS[name].verb, recipe, place / "run")
                 if code != 0:
                     raise RuntimeError(f"the honest run of '{name}' ended with {code}: {said}")
                 self.honest[name] = place
@@ -54,12 +54,17 @@ class Bench:
         ground, place = self.ground(name), self.root / f"count-{name}-{'-'.join(calls)}"
         place.mkdir()
         told = place / "count"
-        command(ground / "recipe.yaml", place / "run", hook={"calls": calls, "do": "count", "file": str(told)})
+        command(
+            GROUNDS[name].verb,
+            ground / "recipe.yaml",
+            place / "run",
+            hook={"calls": calls, "do": "count", "file": str(told)},
+        )
         return int(told.read_text())
 
     def carry_out(self, fault: Fault) -> Seen:
         begun = time.perf_counter()
-        ground = self.ground(fault.ground)
+        ground, verb = self.ground(fault.ground), GROUNDS[fault.ground].verb
         place = self.root / fault.name.replace("/", "-").replace(" ", "-")
         place.mkdir()
         with _disk(place, fault.room):
@@ -69,7 +74,7 @@ class Bench:
             recipe = fault.recipe(place) if fault.recipe else ground / "recipe.yaml"
             if fault.damage:
                 fault.damage(run)
-            code, said = command(recipe, run, hook=fault.hook, limit=fault.limit, environment=fault.environment)
+            code, said = command(verb, recipe, run, hook=fault.hook, limit=fault.limit, environment=fault.environment)
             wrong = [f"it said '{sign.strip()}'" for sign in STRANGE if sign in said]
             again: int | None = None
             lost = 0
@@ -79,7 +84,7 @@ class Bench:
                 if code != 0:
                     _make_room(place)
                     kept = _newest(run)
-                    again, later = command(recipe, run)
+                    again, later = command(verb, recipe, run)
                     wrong += [f"again, it said '{sign.strip()}'" for sign in STRANGE if sign in later]
                     lost = sum(_lost(run, stage, step) for stage, step in kept.items())
                     said = said if again == 0 else later
@@ -96,6 +101,7 @@ class Bench:
 
 
 def command(
+    verb: str,
     recipe: Path,
     run: Path,
     *,
@@ -103,7 +109,7 @@ def command(
     limit: int | None = None,
     environment: object = None,
 ) -> Ended:
-    """`finetune run` in a process of its own: (exit code, what it said on stderr)."""
+    """`finetune VERB` in a process of its own: (exit code, what it said on stderr)."""
     values = {**os.environ, **(environment if isinstance(environment, dict) else {}), "PYTHONDONTWRITEBYTECODE": "1"}
     if hook is not None:
         values |= {"FT_FAULT": json.dumps(hook), "PYTHONPATH": str(HOOKS)}
@@ -112,7 +118,7 @@ def command(
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    words = [sys.executable, "-m", "finetune", "run", str(recipe), "--run", str(run)]
+    words = [sys.executable, "-m", "finetune", verb, str(recipe), "--run", str(run)]
     try:
         done = subprocess.run(
             words,
@@ -182,9 +188,10 @@ def _differences(honest: Path, run: Path) -> list[str]:
             steps = [[step["step"] for step in evidence.steps(Run(place), stage)] for place in (honest, run)]
             if steps[0] != steps[1]:
                 found.append(f"the log has {len(steps[1])} steps of {stage}, not {len(steps[0])}")
-        verdicts = json.loads((run / "verdicts.json").read_text(encoding="utf-8"))
-        if not verdicts["passed"]:
-            found.append("its verdicts do not hold")
+        if (honest / "verdicts.json").is_file():
+            verdicts = json.loads((run / "verdicts.json").read_text(encoding="utf-8"))
+            if not verdicts["passed"]:
+                found.append("its verdicts do not hold")
     except (FinetuneError, OSError, ValueError) as error:
         found.append(f"it cannot be read: {error}")
     return found

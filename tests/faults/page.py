@@ -26,11 +26,11 @@ def render(machine: str, found: Sequence[Seen]) -> str:
     lines = [
         "# Faults",
         "",
-        "<!-- Written by `nox -s faults` from docs/faults.json. Do not edit. -->",
+        "<!-- Written by `nox -s faults-all` from docs/faults.json. Do not edit. -->",
         "",
         f"{len(found)} faults by the real command line, {held} held: nothing was lost, nothing ended in a message that is "
         f"none for a user, and the same command again came to the result of an undisturbed run, bit by bit. {machine}.",
-        "`nox -s faults -- NAME` carries one out again.",
+        "`nox -s faults-all -- NAME` carries one out again.",
         "",
         "*Ended*: the exit code with the fault, and that of the same command again, where the first was not 0. *Lost*: steps "
         "that were trained again though a checkpoint had them.",

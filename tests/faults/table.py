@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from faults import Fault
 from faults.bench import Bench
+from faults.grounds import GROUNDS, SAVED
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGINT twice")
 ERRORS = ("ENOSPC", "EIO", "MemoryError", "ConnectionError")
@@ -17,7 +20,10 @@ ERRORS = ("ENOSPC", "EIO", "MemoryError", "ConnectionError")
 
 def faults(bench: Bench) -> list[Fault]:
     """The table, in the page's order."""
-    found = [*_calls(bench, "fake"), *_disks(), *_clocks(bench), *_files(bench), *_checkpoints(bench), *_recipes()]
+    found = [
+        *_calls(bench, "fake"), *_disks(), *_clocks(bench), *_files(bench), *_checkpoints(bench, "fake"), *_recipes(),
+        *(_with_weights(bench, "torch") if find_spec(GROUNDS["torch"].needs) else ()),
+    ]  # fmt: skip
     names = [fault.name for fault in found]
     assert len(set(names)) == len(names), "two faults of one name"
     return found
@@ -99,16 +105,52 @@ def _files(bench: Bench) -> Iterator[Fault]:
                     quick=number % 20 == 0)  # fmt: skip
 
 
-def _checkpoints(bench: Bench) -> Iterator[Fault]:
-    """A run that was stopped after its third checkpoint, whose newest is damaged then."""
-    newest = "train/checkpoint-9"
-    folder = bench.ground("fake") / "run" / newest
+def _checkpoints(bench: Bench, ground: str, ways: int = len(DAMAGES)) -> Iterator[Fault]:
+    """A run that was stopped after its third checkpoint, whose newest is damaged then: each file in some of the ways."""
+    newest = f"train/checkpoint-{SAVED[-2]}"
+    folder = bench.ground(ground) / "run" / newest
+    of = "" if ground == "fake" else f"{ground}, "
     for number, path in enumerate(sorted(folder.iterdir())):
-        for how, change in DAMAGES.items():
+        for how in [list(DAMAGES)[(number + way) % len(DAMAGES)] for way in range(ways)]:
             yield Fault(
-                name=f"stopped: {newest}/{path.name} {how}", group="The newest checkpoint, after a stop", done=True,
-                damage=_stopped_with(_damage(f"{newest}/{path.name}", change)), quick=number == 1,
+                name=f"{of}stopped: {newest}/{path.name} {how}", group="The newest checkpoint, after a stop", ground=ground,
+                done=True, damage=_stopped_with(_damage(f"{newest}/{path.name}", DAMAGES[how])),
+                quick=ground == "fake" and number == 1,
             )  # fmt: skip
+
+
+def _with_weights(bench: Bench, ground: str) -> Iterator[Fault]:
+    """The same on a training with real weights, each of which takes ten times as long: kills at renames and syncs, two
+    Ctrl-C 20 ms apart twenty times over, errors, a disk that is full in the fourth checkpoint, and damaged checkpoints."""
+    renames, syncs = (bench.count(ground, call) for call in ("rename", "sync"))
+    group = "A training with real weights"
+
+    def at(call: str, number: int, do: str) -> Fault:
+        hook = {"calls": [call], "number": number, "do": do}
+        return Fault(name=f"{ground}: {do} at {call} {number}", group=group, ground=ground, hook=hook)
+
+    for number in range(1, renames + 1, max(1, renames // 10)):
+        yield at("rename", number, "SIGKILL")
+    for number in range(1, syncs + 1, max(1, syncs // 10)):
+        yield at("sync", number, "SIGKILL")
+    for number in range(syncs - 100, syncs, 5):
+        yield at("sync", number, "SIGINT twice")
+    for which, do in enumerate((*SIGNALS[:3], *ERRORS)):
+        yield at("sync", syncs // 3 + 7 * which, do)
+    yield Fault(name=f"{ground}: a disk that is full in the fourth checkpoint", group=group, ground=ground,
+                room=_until_the_fourth(bench.ground(ground) / "run"))  # fmt: skip
+    yield from _checkpoints(bench, ground, ways=1)
+
+
+def _until_the_fourth(run: Path) -> int:
+    """KiB of a disk that holds a run up to half of its fourth checkpoint. Files take whole pages there."""
+    last = f"checkpoint-{SAVED[-1]}"
+
+    def size(path: Path) -> float:
+        share = 0.5 if last in path.parts else 0.0 if path.parent.name == "adapter" else 1.0
+        return share * 4 * math.ceil(path.stat().st_size / 4096) if path.is_file() else 4 * share
+
+    return math.ceil(sum(size(path) for path in run.rglob("*")))
 
 
 def _stopped_with(damage: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -118,9 +160,9 @@ def _stopped_with(damage: Callable[[Path], None]) -> Callable[[Path], None]:
     def do(run: Path) -> None:
         lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
         events = [json.loads(line) for line in lines]
-        last = next(place for place, each in enumerate(events) if each["event"] == "step" and each["step"] == 10)
+        last = next(place for place, each in enumerate(events) if each["event"] == "step" and each["step"] > SAVED[-2])
         (run / "events.jsonl").write_text("\n".join(lines[:last]) + "\n", encoding="utf-8")
-        for name in (
+        later = (
             "align",
             "evaluate",
             "merge",
@@ -128,9 +170,10 @@ def _stopped_with(damage: Callable[[Path], None]) -> Callable[[Path], None]:
             "export",
             "compare",
             "train/adapter",
-            "train/checkpoint-12",
-        ):
-            shutil.rmtree(run / name)
+            f"train/checkpoint-{SAVED[-1]}",
+        )
+        for name in later:
+            shutil.rmtree(run / name, ignore_errors=True)
         for name in (
             "train/report.json",
             "train/trainer_logs.json",
