@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import random
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from support.poison import FORMS
 
 
 def test_there_are_as_many_forms_as_were_counted() -> None:
-    assert len(FORMS) == 11
+    assert len(FORMS) == 13
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -34,7 +35,8 @@ def test_what_a_pickle_would_call_is_told_and_not_called(form: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "form", ["protocol 0", "protocol 2", "protocol 5", "instance", "names from the memo", "npy", "npz"]
+    "form",
+    ["protocol 0", "protocol 2", "protocol 5", "instance", "names from the memo", "names between names", "npy", "npz"],
 )
 def test_the_payloads_of_these_tests_do_run_where_they_are_unpickled(form: str, tmp_path: Path) -> None:
     """Else no test here would prove a thing."""
@@ -48,6 +50,27 @@ def test_the_payloads_of_these_tests_do_run_where_they_are_unpickled(form: str, 
         pickle.loads(file.read_bytes())
 
     assert mark.is_dir()
+
+
+def test_a_pickle_that_is_cut_short_has_run_before_that_is_seen(tmp_path: Path) -> None:
+    stream = io.BytesIO(FORMS["row cut short"](tmp_path / "mark"))
+    for _ in range(3):
+        pickle.load(stream)
+    with pytest.raises(EOFError):
+        pickle.load(stream)
+
+    assert (tmp_path / "mark").is_dir()
+
+
+def test_a_name_that_a_pickle_puts_together_is_no_harmless_one(tmp_path: Path) -> None:
+    """Duplicated, built into a tuple, taken away: what STACK_GLOBAL then takes is told by no string before it."""
+    names = b"\x8c\x05posix\x8c\x06system" + b"\x8c\x0bcollections\x8c\x0bOrderedDict\x860"
+    (tmp_path / "state.pt").write_bytes(b"\x80\x04" + names + b"\x93.")
+
+    found = pickles.read(tmp_path / "state.pt")
+
+    assert found is not None
+    assert found.foreign == ("what it puts together",)
 
 
 def test_an_array_of_numbers_is_no_pickle(tmp_path: Path) -> None:
