@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetune.data import amplifiers, budget, sandbox
 from finetune.data.templates import BUILTIN, ChatTemplate, choose
-from finetune.errors import RecipeError, StageError
+from finetune.errors import RecipeError, StageError, UsageError
 from finetune.recipe.sections import Template
 from support.chat_templates import LIKE, REFUSED
 
@@ -87,6 +88,8 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "many searches in a round": (LONG + LOOP + "{% if 'aab' in s %}{% endif %}" * 500 + END, "seconds"),
     "many copies in a round": (LONG + LOOP + "{% set t = s[1:] %}" * 1000 + END, "seconds"),
     "many tests in a round": (LONG + LOOP + "{% if s is lower %}{% endif %}" * 500 + END, "seconds"),
+    "many calls in a round": (LONG + LOOP + "{% if s.find('b') %}{% endif %}" * 500 + END, "seconds"),
+    "many filters in a round": (LONG + LOOP + "{% if s | wordcount %}{% endif %}" * 500 + END, "seconds"),
     "many differences in a round": (
         "{% set k = dict(range(99998) | batch(2)).keys() %}" + LOOP + "{% if k - k %}{% endif %}" * 500 + END, "seconds"
     ),
@@ -194,6 +197,22 @@ def test_what_a_template_says_of_a_refusal_is_cut() -> None:
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ["1 / 0", "1 + 'a'", "'%d' % 'a'", "'%(a)s' % {}", "'a'.encode('of nobody')", "messages[9].role", "2.0 ** 9999"],
+)
+def test_what_a_template_computes_wrongly_is_told_in_one_line(wrong: str) -> None:
+    with pytest.raises((UsageError, StageError), match="the template 'model' (refuses|is not rendered)"):
+        _render(ChatTemplate("model", "{{ " + wrong + " }}"))
+
+
+def test_a_rendering_leaves_its_budget_to_no_other() -> None:
+    for source in ("x", HOSTILE["times"][0]):
+        with suppress(StageError):
+            _render(ChatTemplate("model", source))
+        assert budget.current.get() is None
+
+
 def test_an_honest_large_conversation_renders() -> None:
     turn = "A sentence of a long conversation, with é and 日本. " * 34 + "End."
     messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n in range(60)]
@@ -228,16 +247,19 @@ ODDS = """{%- set a = [1, 2.5, 'x', none, true, [], (1, 2), {'k': [1]}] -%}{%- s
 
 
 def test_everything_else_renders_as_in_the_sandbox_of_jinja2(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, compared = random.Random(0), 0
+    draw, compared, rendered = random.Random(0), 0, 0
     for source in [*_sources().values(), ODDS]:
         templates = [
             _compiled(parent, source) for parent in (ImmutableSandboxedEnvironment, sandbox.BoundedEnvironment)
         ]
         for _ in range(20):
             given = _conversation(draw)
-            assert _outcome(templates[0], given) == _outcome(templates[1], given)
+            outcome = _outcome(templates[0], given)
+            assert outcome == _outcome(templates[1], given)
             compared += 1
+            rendered += "Error: " not in outcome
     assert compared == 20 * (len(_sources()) + 1) > 300
+    assert rendered > 0.8 * compared
 
 
 def _compiled(environment: type[ImmutableSandboxedEnvironment], source: str) -> Any:
