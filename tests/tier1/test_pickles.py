@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
 
@@ -73,6 +74,75 @@ def test_a_name_that_a_pickle_puts_together_is_no_harmless_one(tmp_path: Path) -
     assert found.foreign == ("what it puts together",)
 
 
+NAMED = b"\x8c\x0bcollections", b"\x8c\x0bOrderedDict"
+
+
+@pytest.mark.parametrize(
+    ("body", "foreign"),
+    [
+        (NAMED[0] + b"\x95" + (100).to_bytes(8, "little") + NAMED[1] + b"\x93.", ()),  # a frame begins between the two
+        (NAMED[0] + b"\x94" + NAMED[1] + b"\x94\x93.", ()),
+        (
+            b"\x8c\x05posixr\x01\x00\x00\x000\x8c\x05mkdirj\x01\x00\x00\x00" + b"\x93.",
+            ("mkdir.posix",),
+        ),  # with four bytes
+        (b"\x82\x01.", ("copyreg.extension 1",)),
+    ],
+)
+def test_a_name_is_read_however_it_came_onto_the_stack(tmp_path: Path, body: bytes, foreign: tuple[str, ...]) -> None:
+    (tmp_path / "state.pt").write_bytes(b"\x80\x04" + body)
+
+    found = pickles.read(tmp_path / "state.pt")
+
+    assert found is not None
+    assert found.foreign == foreign
+
+
+@pytest.mark.parametrize(
+    ("call", "harmless"),
+    [
+        ("builtins set", True),
+        ("torch._utils _rebuild_tensor_v2", True),
+        ("builtins eval", False),
+        ("builtins getattr", False),
+        ("__builtin__ exec", False),
+        ("torchlike run", False),
+        ("numpylike run", False),
+        ("collections namedtuple", False),
+        ("posix system", False),
+    ],
+)
+def test_what_tensors_are_made_of_is_harmless_and_nothing_else(tmp_path: Path, call: str, harmless: bool) -> None:
+    (tmp_path / "state.pt").write_bytes(b"\x80\x02c" + call.replace(" ", "\n").encode() + b"\n.")
+
+    found = pickles.read(tmp_path / "state.pt")
+
+    assert found is not None
+    assert found.foreign == (() if harmless else (call.replace(" ", "."),))
+
+
+def test_an_array_of_objects_is_a_pickle_however_damaged(tmp_path: Path) -> None:
+    whole = FORMS["npy"](tmp_path / "mark")
+    (tmp_path / "objects.npy").write_bytes(whole[: whole.index(b"\n") + 1])
+
+    found = pickles.read(tmp_path / "objects.npy")
+
+    assert found is not None
+    assert found.calls == ()
+
+
+def test_a_length_of_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"\x80\x04\x8e" + (2**30).to_bytes(8, "little") + b"abc")
+    tracemalloc.start()
+    try:
+        pickles.read(tmp_path / "state.pt")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 10_000_000
+
+
 def test_an_array_of_numbers_is_no_pickle(tmp_path: Path) -> None:
     numpy.save(tmp_path / "numbers.npy", numpy.zeros(3))
     numpy.savez(tmp_path / "numbers.npz", a=numpy.zeros(3))
@@ -129,6 +199,14 @@ def test_a_pickle_under_another_files_name_is_refused(name: str, tmp_path: Path)
     with pytest.raises(
         UsageError, match=rf"{name} holds a pickle that calls posix.mkdir, and is not what its name says"
     ):
+        modelfiles.check(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_of_any_protocol_is_known_by_its_begin(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(pickle.dumps({}, protocol))
+
+    with pytest.raises(UsageError, match="config.json holds a pickle, and is not what its name says"):
         modelfiles.check(tmp_path)
 
 
