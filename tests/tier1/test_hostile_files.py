@@ -216,7 +216,7 @@ def test_where_the_nesting_of_a_file_goes_too_deep_is_told_whatever_stands_in_it
     assert caught.value.faults[0].startswith(f"{file}:201: ")
 
 
-def test_tuples_as_maps_of_parquet_are_read_are_looked_into() -> None:
+def test_tuples_which_parquet_makes_of_maps_are_looked_into() -> None:
     assert parsing.odd({"a": ("\0",)})
 
 

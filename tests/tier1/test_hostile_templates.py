@@ -242,7 +242,8 @@ ODDS = """{%- set a = [1, 2.5, 'x', none, true, [], (1, 2), {'k': [1]}] -%}{%- s
 {{ 'x' * 3 ~ 1 ~ none ~ [1] }}{{ [1] * 2 + [3] }}{{ (1,) * 2 }}{{ 3.7 | round(1) }}{{ [1, 2, 3] | batch(2) | list }}
 {%- for k, v in {'a': 1, 'b': 2}.items() -%}{{ k }}={{ v }}{{ loop.cycle('x', 'y') }}{%- endfor -%}
 {%- for x in [[1, [2]]] recursive -%}{{ loop(x) if x is not number else x }}{%- endfor -%}{{ dict(a=1) }}
-{{ '<b>' | escape }}{{ 'a' | string }}
+{{ '<b>' | escape }}{{ 'a' | string }}{{ ('<i>{}</i>' | safe).format('<b>') }}{{ ('%s' | safe) % '<b>' }}
+{{ ('{a}' | safe).format_map({'a': '<'}) }}{{ '<' ~ ('a' | safe) }}
 {{ ('a', 'b') | first }}{{ 'aXb' | lower }}{{ true ~ 'x' }}{{ 1 == 1.0 and 'a' in 'ab' }}"""
 
 

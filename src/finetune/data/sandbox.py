@@ -1,7 +1,8 @@
 """Jinja's sandbox with bounds: a chat template comes with a model, and one line of it can fill the memory or run for years.
 
 What it renders is what jinja2's own sandbox renders (tests compare them), up to the bounds of `budget`. Every loop counts
-its rounds, every call, operator and filter what it makes; see `amplifiers` for those that are refused before they begin.
+its rounds, every call, operator and filter what it makes; comparisons, tests and items, which make nothing, take a step each.
+See `amplifiers` for those that are refused before they begin.
 """
 
 from __future__ import annotations
