@@ -37,11 +37,23 @@ def hidden(mark: Path) -> bytes:
     return b"\x80\x04" + body + b"\x8c" + bytes([len(text)]) + text + b"\x85R."
 
 
+def decoy(mark: Path) -> bytes:
+    """Names that are pushed and taken away again stand between the function's name and STACK_GLOBAL."""
+    text = str(mark).encode()
+    names = b"\x8c\x05posix\x8c\x05mkdir" + b"\x8c\x0bcollections0" + b"\x8c\x0bOrderedDict0" + b"\x93"
+    return b"\x80\x04" + names + b"\x8c" + bytes([len(text)]) + text + b"\x85R."
+
+
 def row(mark: Path) -> bytes:
     """PyTorch's first format: five pickles, then the tensors' bytes."""
     magic = 0x1950A86A20F9469CFC6C
     parts = (magic, 1001, {"little_endian": True}, {"weight": Payload(mark)}, [])
     return b"".join(pickle.dumps(part, 2) for part in parts) + bytes(64)
+
+
+def cut_row(mark: Path) -> bytes:
+    """The same, whose last pickle has done its work before it turns out to be cut short."""
+    return b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {})) + plain(mark)[:-1]
 
 
 def torch_zip(mark: Path) -> bytes:
@@ -94,7 +106,9 @@ FORMS: dict[str, Callable[[Path], bytes]] = {
     "protocol 5": lambda mark: plain(mark, 5),  # joblib's, too
     "instance": by_instance,
     "names from the memo": hidden,
+    "names between names": decoy,
     "row of pickles": row,
+    "row cut short": cut_row,
     "torch zip": torch_zip,
     "nested zip": nested_zip,
     "tar": tar,

@@ -238,6 +238,13 @@ def memory(sides: str, **values: Any) -> Broken:
     return scores(MEMORY, lambda found: [found[side].update(values) for side in sides.split()])
 
 
+def heavier(side: dict[str, Any], share: float) -> None:
+    """More weights by a share, and the sum of all with them."""
+    added = int(side["weight_bytes"] * share)
+    side["weight_bytes"] += added
+    side["training_state_bytes"] += added
+
+
 def served(number: int = 1, **values: Any) -> Broken:
     """What the server said to one of the questions (0, 1) or to the conversation (2)."""
     return scores(SERVING, lambda seen: seen["asked"][number]["found"].update(values))
@@ -531,6 +538,7 @@ BREAKS = [
     Break("a loss that stays above word frequencies", losses(*[4.9 - n / 7 for n in range(12)]), "loss_end resume_losses"),
     Break("NaN in the middle", step("train", 6, loss=math.nan), "loss_finite"),
     Break("a gradient that is NaN", step("train", 6, grad_norm=math.nan), "gradients_finite"),
+    Break("a gradient whose norm nobody told", step("train", 6, grad_norm=None), "gradients_finite"),
     Break("infinity in the middle", step("train", 6, loss=math.inf), "loss_finite"),
     Break(
         "NaN at the end",
@@ -618,6 +626,8 @@ BREAKS = [
     Break("a checkpoint that says nothing", metrics("align", unexamined=[3]), "", open="dpo_one_training"),
     Break("a learning rate off the schedule", step("train", 3, learning_rate=0.5), "learning_rate_as_asked"),
     Break("a learning rate that is no number", step("train", 3, learning_rate=math.nan), "learning_rate_as_asked"),
+    Break("a learning rate a thousandth off",
+          all_steps("train", lambda n, s: s.update(learning_rate=1.001 * s["learning_rate"])), "learning_rate_as_asked"),
     Break("alignment off the schedule", step("align", 2, learning_rate=0.5), "dpo_learning_rate_as_asked"),
     Break("another weight decay", metrics("train", weight_decay=0.1), "settings_as_asked"),
     Break("another beta", metrics("train", adam_beta1=0.9, adam_beta2=0.95), "settings_as_asked"),
@@ -629,6 +639,7 @@ BREAKS = [
     Break("gradients that nobody measured", metrics("train", clipped_norm=None), "gradients_clipped"),
     Break("another weight decay in alignment", metrics("align", weight_decay=0.1), "dpo_settings_as_asked"),
     Break("gradients not clipped", metrics("train", clipped_norm=3.0), "gradients_clipped"),
+    Break("gradients a twentieth beyond", metrics("train", clipped_norm=1.05), "gradients_clipped"),
     Break("gradients of no number", metrics("train", clipped_norm=math.nan), "gradients_clipped"),
     Break("gradients not clipped in alignment", metrics("align", clipped_norm=3.0), "dpo_gradients_clipped"),
     # reports
@@ -817,6 +828,8 @@ BREAKS = [
     Break("a file of an artifact gone", gone("merge/model/config.json"), "artifacts_intact sizes_as_reported", settled=False),
     Break("an adapter that lacks parameters", metrics("train", trainable_parameters=10**9),
           "saved_whole settings_as_asked resume_parameters"),
+    Break("an adapter that lacks one parameter", more("train", "trainable_parameters", 1),
+          "saved_whole settings_as_asked resume_parameters"),
     Break("an aligned adapter that lacks parameters", metrics("align", trainable_parameters=10**9),
           "saved_whole dpo_settings_as_asked"),
     Break("parameters that nobody counted", metrics("train", trainable_parameters=None), NO_REPORT),
@@ -853,6 +866,7 @@ BREAKS = [
     Break("memory of a training that failed", memory("lora", losses=[3.0, math.nan]), "memory_same_work"),
     Break("an optimizer that was computed", memory("lora", optimizer_bytes=5 * MIB // 2 - 168), "memory_as_stored"),
     Break("weights of another model", memory("full", weight_bytes=24 * MIB), "memory_as_stored"),
+    Break("weights a fiftieth larger than the model's", scores(MEMORY, lambda m: heavier(m["full"], 0.02)), "memory_as_stored"),
     Break("gradients of another adapter", memory("lora", gradient_bytes=MIB), "memory_as_stored"),
     Break("a size of NaN", memory("full", gradient_bytes=math.nan), f"{UNMEASURED} records_whole"),
     Break("a sum of other parts", memory("full", training_state_bytes=101 * MIB), "memory_as_stored"),
@@ -898,6 +912,7 @@ BREAKS = [
     Break("a resumed loss off by 1e-12", scores(RESUME, lambda r: later(r["losses_resumed"], 1e-12)), "resume_losses"),
     Break("a resumed loss of NaN", scores(RESUME, lambda r: later(r["losses_resumed"], math.nan)), "resume_losses"),
     Break("a resumed loss missing", scores(RESUME, lambda r: r["losses_resumed"].popitem()), "resume_losses"),
+    Break("a resume said to end elsewhere", scores(RESUME, lambda r: r.update(to_step=r["to_step"] - 1)), "resume_losses"),
     Break("losses that were not logged", scores(RESUME, lambda r: later(r["losses"], 1e-12)), "resume_losses"),
     Break("another first step", scores(RESUME, lambda r: r.update(from_step=8)), "resume_losses"),
     Break("another last step", scores(RESUME, lambda r: r.update(to_step=13)), "resume_losses"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from finetune.cli import cli
+from finetune.core import parsing
 from finetune.core.files import read_jsonl, read_object
 from finetune.data import formats, sources
 from finetune.errors import DataError, FinetuneError, RecipeError, StageError, UsageError
@@ -55,11 +56,22 @@ YAML: dict[str, tuple[str, int, str]] = {
     "a large float": ("a:\n  b: 1e999999", 2, "too large"),
     "a long integer": ("a: 1\nb: " + "1" * 200_000, 2, "a whole number of 200000 digits"),
     "a large integer": (f"b: {2**63}", 1, "too large"),
+    "a large negative integer": (f"b: -{2**63}", 1, "too large"),
+    "a large integer in parts": ("a: 1\nb: 9_223_372_036_854_775_808", 2, "too large"),
+    "a large integer in base 16": ("b: 0xFFFFFFFFFFFFFFFFFF", 1, "too large"),
+    "a large integer in base 8": ("b: [0o7777777777777777777777777]", 1, "too large"),
+    "a large integer in base 60": ("%YAML 1.1\n---\nb: 1:0:0:0:0:0:0:0:0:0:0:0", 3, "too large"),
+    "a large float in parts": ("b: 1_e999999", 1, "too large"),
+    "an integer that is none": ('a: 1\nb: !!int ""', 2, "no !!int"),
+    "a float that is none": ('a: 1\nb: !!float ""', 2, "no !!float"),
+    "a truth that is none": ("a: 1\nb: !!bool x", 2, "no !!bool"),
+    "aliases of one value": (f"a: &a 1\nb: [{'*a, ' * 10_000}*a]", 2, "more than 10,000"),
     "a NUL": ('a: 1\nb: "\\0"', 2, "U+0000"),
     "a raw NUL": ("a: 1\nb: x\0", 2, "special characters"),
     "half a surrogate pair": ('a: 1\n"\\ud800": 1', 2, "U+D800"),
     "a key twice": ("a: 1\na: 2", 2, "duplicate key"),
     "a date that is none": ("a: 2001-02-30", 1, "day is out of range"),
+    "a large float in base 60": ("%YAML 1.1\n---\nb: 1" + ":0" * 200 + ".0", 1, "too large"),
     "a Python object": ("a: !!python/object:os.system x", 1, "could not determine a constructor"),
     "a long directive": ("%YAML " + "1" * 100_000, 1, "limit"),
 }
@@ -77,6 +89,24 @@ def test_a_recipe_and_a_spec_beyond_a_limit_are_refused_at_once_with_file_and_li
         assert told in caught.value.faults[0]
 
 
+def test_a_secret_under_a_key_that_is_there_twice_is_not_quoted_back(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model:\n  token: openingword\n  token: otherword\n")
+    with pytest.raises(RecipeError) as caught:
+        load(file)
+    assert "duplicate key" in str(caught.value)
+    assert "openingword" not in str(caught.value)
+    assert "otherword" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_named_with_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(b"a: 1\nb: \xff\n")
+    with pytest.raises(RecipeError) as caught:
+        load(file)
+    assert caught.value.faults == [f"{file}:2: not UTF-8 text"]
+
+
 def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "large.yaml"
     with file.open("wb") as stream:
@@ -90,7 +120,13 @@ def test_what_the_limits_allow_is_read() -> None:
     wide = "a: &a [" + "1," * 4000 + "]\nb: *a"
     assert our_yaml.parse(deep, "f.yaml")[0]
     assert len(our_yaml.parse(wide, "f.yaml")[0]["b"]) == 4000
-    assert our_yaml.parse(f"a: {2**63 - 1}\nb: .inf\nc: &c 1\nd: *c", "f.yaml")[0]["a"] == 2**63 - 1
+    assert our_yaml.parse(f"a: {2**63 - 1}\nb: .inf\nc: &c 1\nd: *c\ne: .nan", "f.yaml")[0]["a"] == 2**63 - 1
+    assert our_yaml.parse("a: 1\n#".ljust(limits.BYTES, "x"), "f.yaml")[0] == {"a": 1}
+    with pytest.raises(RecipeError, match="at most"):
+        our_yaml.parse("a: 1\n#".ljust(limits.BYTES + 1, "x"), "f.yaml")
+    assert our_yaml.parse(f"[{'1,' * (limits.VALUES - 1)}]", "f.yaml")[0]
+    with pytest.raises(RecipeError, match="more than 10,000"):
+        our_yaml.parse(f"[{'1,' * limits.VALUES}]", "f.yaml")
 
 
 def test_of_very_many_faults_the_first_are_told(tmp_path: Path) -> None:
@@ -143,6 +179,8 @@ ROWS: dict[str, tuple[str, int, str]] = {
     "nul.csv": ("prompt,completion\na,b\n\0,b\n", 3, "NUL"),
     "nul.tsv": ("prompt\tcompletion\n\0\tb\n", 2, "NUL"),
     "half.jsonl": (f'{GOOD}\n{{"prompt": "\\udc00", "completion": "b"}}', 2, "surrogate"),
+    "key.jsonl": (f'{GOOD}\n{{"a": {{"\\u0000": 1}}}}', 2, "NUL"),
+    "long.jsonl": (f'{{"{"k" * 9000}": 1, "{"k" * 9000}": 2}}', 1, f"'{'k' * 37}...' is there twice"),
     "columns.csv": (",".join(f"c{n}" for n in range(100_000)) + "\n", 1, "100,000 columns"),
     "columns.jsonl": ("{" + ",".join(f'"c{n}": 1' for n in range(100_000)) + "}\n", 1, "100,000 columns"),
 }
@@ -157,6 +195,29 @@ def test_rows_beyond_a_limit_are_refused_at_once_with_file_and_line(tmp_path: Pa
         formats.to_examples(sources.read(Data(path=str(file))), Data(path=str(file)))
     assert caught.value.faults[0].startswith(f"{file}:{line}: ")
     assert told in caught.value.faults[0]
+
+
+def test_rows_at_a_limit_are_read_and_one_more_is_refused(tmp_path: Path) -> None:
+    depth = parsing.DEPTH - 2  # the row itself is one level, what is in the innermost list another
+    for more, kept in ((0, True), (1, False)):
+        for value in ("[" * (depth + more) + "1" + "]" * (depth + more), "1" * (parsing.DIGITS + more)):
+            file = tmp_path / "rows.jsonl"
+            file.write_text(f'{{"a": {value}}}\n')
+            with nullcontext() if kept else pytest.raises(DataError):
+                assert sources.read(Data(path=str(file)))
+
+
+def test_where_the_nesting_of_a_file_goes_too_deep_is_told_whatever_stands_in_its_texts(tmp_path: Path) -> None:
+    file = tmp_path / "deep.json"
+    shallow = '{"a": "[[[[", "b": [1], "c": "\\"["},\n'
+    file.write_text(f'[{shallow * 200}{{"a": {"[" * 100_000}')
+    with pytest.raises(DataError) as caught:
+        sources.read(Data(path=str(file)))
+    assert caught.value.faults[0].startswith(f"{file}:201: ")
+
+
+def test_tuples_which_parquet_makes_of_maps_are_looked_into() -> None:
+    assert parsing.odd({"a": ("\0",)})
 
 
 def test_large_numbers_that_can_be_held_are_read(tmp_path: Path) -> None:

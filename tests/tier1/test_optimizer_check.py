@@ -39,7 +39,10 @@ def found(recipe: Recipe, run: Run) -> dict[str, Verdict]:
 
 
 @pytest.mark.parametrize("stage", ["train", "align"])
-@pytest.mark.parametrize(("move", "outcome"), [(1.0, PROVED), (0.85, PROVED), (2.0, REFUTED), (0.1, REFUTED)])
+@pytest.mark.parametrize(
+    ("move", "outcome"),
+    [(1.0, PROVED), (0.85, PROVED), (1.15, PROVED), (0.75, REFUTED), (1.25, REFUTED), (0.1, REFUTED)],
+)
 def test_the_first_step_of_an_adam_is_the_learning_rate(copied, stage, move, outcome):
     recipe, run = like_torch(copied.recipe), copied.run
     other = {"train": "align", "align": "train"}[stage]

@@ -106,7 +106,7 @@ def test_a_training_that_may_stop_early_is_not_held_to_its_last_step(trained):
     assert "trained_to_the_end" not in verdicts
 
 
-@pytest.mark.parametrize("length", [{"max_steps": 5}, {"max_steps": -1, "num_train_epochs": 1.5}])
+@pytest.mark.parametrize("length", [{"max_steps": 5}, {"max_steps": 40}, {"max_steps": -1, "num_train_epochs": 1.5}])
 def test_a_training_goes_on_for_as_long_as_asked(trained, length):
     recipe, run, verdicts = trained(train=length)
     assert failed(verdicts) == set()

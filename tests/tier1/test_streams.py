@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.timeout(300)  # many commands in one test, some in proc
 # A cleared screen, a title, a link, a color in C1, text turned around, a hidden space; and names in three scripts.
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x1b]8;;http://evil.example\x1b\\\x9b31m\u202egnp.exe\u2066\u200b\x7f\x08\r"
 FOLDER = "проект 日本 é"
-RAW = re.compile(f"[{HIDDEN}]")
+RAW = re.compile(f"[{HIDDEN}]")  # held against Unicode's own categories below
 ENCODINGS = ("utf-8", "cp1252", "latin-1", "cp437", "cp932", "ascii")
 # How each command is called on a project with a run: all of them but those that need what the fake backend has not.
 CALLS: dict[str, list[str]] = {
@@ -125,11 +126,18 @@ def _called(arguments: list[str], folder: Path, encoding: str) -> Said:
     return Said(code, out.getvalue(), err.getvalue())
 
 
+# How Python is told of encodings; and nothing keeps what is written from being held back, as in a user's shell.
+OURS = ("LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONUNBUFFERED")
+
+
+def _clean() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in OURS}
+
+
 def _process(arguments: list[str], folder: Path, more: str = "", **environment: str) -> Said:
     """The command line in a process of its own, started by a shell which appends `more`."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING")}
     command = ["sh", "-c", f'"$@" {more}', "sh", sys.executable, "-m", "finetune", *arguments]
-    done = subprocess.run(command, cwd=folder, env={**clean, **environment}, capture_output=True, check=False)
+    done = subprocess.run(command, cwd=folder, env={**_clean(), **environment}, capture_output=True, check=False)
     return Said(done.returncode, done.stdout, done.stderr)
 
 
@@ -227,9 +235,8 @@ def _piped_to_nobody(folder: Path, arguments: list[str]) -> Said:
     """The reader of the pipe has gone before anything is written."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [sys.executable, "-m", "finetune", *arguments], cwd=folder, stdout=writer, stderr=subprocess.PIPE, check=False
-    )
+    command = [sys.executable, "-m", "finetune", *arguments]
+    done = subprocess.run(command, cwd=folder, env=_clean(), stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     return Said(done.returncode, b"", done.stderr)
 
@@ -238,6 +245,15 @@ def test_work_goes_on_where_nobody_reads_what_is_said(project: Path, tmp_path: P
     said = _process(["run", "рецепт.yaml", "--run", str(tmp_path / "run"), "--json"], project, "2>/dev/full")
     assert said.code in (0, 1)
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_number_of_a_closed_stream_goes_to_no_file(tmp_path: Path) -> None:
+    """Else what others print lands in it."""
+    code = "from finetune.core.streams import doors\nwith doors(), open('some', 'wb') as file: print(file.fileno())"
+    command = ["sh", "-c", '"$@" <&- 2>&-', "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=_clean(), stdout=subprocess.PIPE, check=True)
+
+    assert int(done.stdout) > 2
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------
@@ -252,14 +268,33 @@ def test_what_is_not_seen_is_named_and_the_rest_is_kept() -> None:
     assert visible(shown) == shown
 
 
+# Marks of formatting which scripts write before, under or around their letters; all but these have no look of their own.
+SEEN = "\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd\U00013430-\U0001345f"
+
+
+def test_every_character_that_unicode_gives_no_look_is_escaped_and_no_other() -> None:
+    everything = {chr(code) for code in range(sys.maxunicode + 1)}
+    categories = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    unseen = {each for each in everything if unicodedata.category(each) in categories} - {"\t", "\n"}
+    expected = {each for each in unseen if not re.match(f"[{SEEN}]", each)}
+    kept = set(visible("".join(sorted(everything))))
+
+    assert len(expected) > 200
+    assert expected <= everything - kept
+    tags_not_given_yet = {chr(code) for code in range(0xE0000, 0xE0080)}
+    noted = {chr(code) for code in (0x180F, 0x2065)} | tags_not_given_yet
+    assert {hex(ord(each)) for each in everything - kept - expected - noted} == set()
+
+
 @pytest.mark.parametrize("ascii_only", [False, True])
 def test_json_for_a_terminal_is_the_same_json(ascii_only: bool) -> None:
-    value: Any = {HOSTILE: [HOSTILE, "é日😀", 1.5, None], "\ud800": "\U000e0001\\u202e\n\t"}
+    value: Any = {HOSTILE: [HOSTILE, "\x7fé日😀", 1.5, None], "\ud800": "\U000e0001\\u202e\n\t"}
     text = json_text(value, indent=2, ascii_only=ascii_only)
 
     assert json.loads(text) == value
     assert not RAW.search(text)
     assert text.isascii() == ascii_only
+    assert "\x7f" not in text
 
 
 class _Full(io.StringIO):
@@ -276,7 +311,8 @@ def test_a_broken_stderr_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_line_begun_anew_by_a_progress_bar_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
     with streams.doors():
         sys.stderr.write("\r 50 %\rhidden")
-    assert capsys.readouterr().err == "\r 50 %\\x0dhidden"
+        sys.stdout.write("\rover the line before")
+    assert capsys.readouterr() == ("\\x0dover the line before", "\r 50 %\\x0dhidden")
 
 
 def test_an_error_that_was_passed_over_is_raised_again() -> None:

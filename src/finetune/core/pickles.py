@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO
 
 ZIP, NUMPY, PROTOCOL = b"PK\x03\x04", b"\x93NUMPY", b"\x80"
-MOST = 64  # pickles in one file; PyTorch's old format has five, with the tensors' bytes after them
+MOST = 64  # pickles in one file
+ROW = 5  # pickles of PyTorch's old format; the tensors' bytes are after them
 LARGEST_MEMBER = 64_000_000  # bytes; the pickle in a checkpoint has names and shapes, not numbers
 # What stored tensors are made of. Which of these modules' functions may be called is for PyTorch to say, which loads
 # weights and nothing else (`weights_only`).
@@ -31,6 +32,8 @@ PLAIN = {
     ),
 }  # fmt: skip
 _STRINGS = {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+_ASIDE = {"MEMOIZE", "PROTO", "FRAME"}  # which leave the stack as it is
+_UNKNOWN = "what it puts together"
 _PUTS, _GETS = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
 
 
@@ -131,7 +134,7 @@ def _in_array(stream: IO[bytes]) -> Iterator[list[str]]:
 def _in_a_row(stream: IO[bytes], size: int) -> Iterator[list[str]]:
     for number in range(MOST):
         calls, whole = _calls(stream, size)
-        if whole or (calls and number == 0):
+        if whole or (calls and number < ROW):
             yield calls
         if not whole:
             return
@@ -141,7 +144,7 @@ def _calls(stream: IO[bytes], size: int) -> tuple[list[str], bool]:
     """What one pickle calls, as far as it can be read, and whether it could be to its end."""
     calls: list[str] = []
     memo: dict[int, object] = {}
-    strings: list[str] = []
+    pushed: list[object] = []  # the top of the stack, as far as it is known
     top: object = None
     bounded = _Bounded(stream, size)
     try:
@@ -149,16 +152,23 @@ def _calls(stream: IO[bytes], size: int) -> tuple[list[str], bool]:
             name = opcode.name
             if name in _PUTS or name == "MEMOIZE":
                 memo[len(memo) if name == "MEMOIZE" else int(str(argument))] = top
+            if name in _PUTS or name in _ASIDE:
+                continue
+            if name == "POP" and pushed:
+                pushed.pop()
                 continue
             top = memo.get(int(str(argument))) if name in _GETS else argument if name in _STRINGS else None
-            if isinstance(top, str):
-                strings.append(top)
             if name in ("GLOBAL", "INST"):
                 calls.append(".".join(str(argument).split(" ")))
             elif name == "STACK_GLOBAL":
-                calls.append(".".join(strings[-2:]))
+                named = [each for each in pushed[-2:] if isinstance(each, str)]
+                calls.append(".".join(named) if len(named) == 2 else _UNKNOWN)
             elif name.startswith("EXT"):
                 calls.append(f"copyreg.extension {argument}")
+            if name in _GETS or name in _STRINGS:
+                pushed.append(top)
+            else:
+                pushed.clear()
     except (ValueError, OverflowError, MemoryError, IndexError):  # no pickle, or cut short
         return calls, False
     return calls, True

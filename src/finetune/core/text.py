@@ -7,10 +7,11 @@ import re
 from typing import Any
 
 # C0 but for tab and line feed, DEL and C1 (terminals obey both), and what is not seen and moves or hides what is: zero
-# width, marks and overrides of the reading direction, other line ends, halves of surrogate pairs, tags.
+# width, marks and overrides of the reading direction, other line ends, halves of surrogate pairs, formats of shorthand
+# and of music, tags.
 HIDDEN = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e007f"
+    "\ud800-\udfff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f"
 )
 _HIDDEN = re.compile(f"[{HIDDEN}]")
 _OUTSIDE_ASCII = re.compile(r"[^\x00-\x7e]")

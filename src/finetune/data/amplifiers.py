@@ -18,14 +18,18 @@ LAZY = frozenset(
         "slice", "sum", "join",
     )
 )  # fmt: skip
+# Where filters are given the name of an attribute, the value being 0.
+_ATTRIBUTES = {
+    "groupby": 1, "sum": 1, "selectattr": 1, "rejectattr": 1, "min": 2, "max": 2, "unique": 2, "join": 2, "sort": 3,
+}  # fmt: skip
 _ENTRIES = 100_000  # as many as jinja2's sandbox allows in a range
 _SLOW = 100_000  # characters for filters that search with regular expressions, or copy the text once a match
 _SMALL = 1_000  # for what is written again and again around something else
+_SEARCH = 100_000_000  # characters compared, where a search is as slow as the text is long times what is looked for
+_NAMED = 100  # characters of an attribute, whose every part is taken of every entry
+_LONGEST = 100  # characters that an encoding may write for one that it has not
+_DIRECT = frozenset(("utf8", "ascii", "latin1", "utf16", "utf32"))  # encodings of time in proportion to the text
 _NUMBER = re.compile(r"\d+")
-_PLACES = {  # where a format shows an argument, with its widths
-    "%": re.compile(r"%(?:\([^)]*\))?[-+ #0-9.*]*"),
-    "{": re.compile(r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"),
-}
 Arguments = Sequence[Any]
 Named = Mapping[str, Any]
 # What a call is given, and what it is to be given instead: lists in place of what can be read only once.
@@ -42,8 +46,7 @@ def operator(sign: str, left: Any, right: Any) -> None:
         if bits > DIGITS_BITS:
             raise TooMuch(f"{sign} makes a whole number of more than {DIGITS_BITS:,} bits")
     if sign == "%" and isinstance(left, str | bytes):
-        given = right if isinstance(right, tuple) else (right,)
-        _formatted("%", left, given)
+        _formatted(left, right if isinstance(right, tuple) else (right,))
 
 
 def _power_bits(base: int, exponent: int) -> int:
@@ -69,6 +72,9 @@ def filtered(name: str, arguments: Arguments, named: Named) -> Arguments:
     """The arguments (the value first) with which to call a filter. Raises TooMuch."""
     if name not in LAZY:
         check(weight(arguments[0]), f"what is given to the filter '{name}'")
+    attribute = _get(arguments, named, _ATTRIBUTES.get(name, len(arguments)), "attribute", None)
+    if isinstance(attribute, str) and len(attribute) > _NAMED:
+        raise TooMuch(f"the filter '{name}' is given an attribute of more than {_NAMED} characters")
     found = _FILTERS.get(name)
     return _checked(found, f"the filter '{name}'", arguments, named) if found else arguments
 
@@ -126,23 +132,30 @@ def _parts(what: str, parts: Any, between: int) -> Any:
     return listed
 
 
-def _format(what: str, arguments: Arguments, named: Named) -> None:
-    _formatted("{", arguments[0], (*arguments[1:], *named.values()))
-
-
 def _format_filter(what: str, arguments: Arguments, named: Named) -> None:
-    _formatted("%", arguments[0], (*arguments[1:], *named.values()))
+    _formatted(arguments[0], (*arguments[1:], *named.values()))
 
 
-def _formatted(mark: str, form: Any, given: Arguments) -> None:
-    """A format with widths (`%9d`, `{:>9}`), also given as arguments, and with what it shows, once a place."""
+def field(spec: str) -> None:
+    """Raise TooMuch where a field of `str.format`, of which `spec` stands after the colon, would be too wide."""
+    check(_widths(spec), "a format")
+
+
+def _widths(form: str) -> int:
+    # More than nine digits may be zeros, and are no width that anyone writes.
+    return sum(int(number) if len(number) <= 9 else LARGEST + 1 for number in _NUMBER.findall(form))
+
+
+def _formatted(form: Any, given: Arguments) -> None:
+    """A format with widths (`%9d`), also given as arguments (`%*d`), and with what it shows, once a place."""
     text = form.decode("latin-1") if isinstance(form, bytes) else str(form)
-    places = _PLACES[mark].findall(text)
-    widths = sum(min(int(number[:9]), LARGEST + 1) for place in places for number in _NUMBER.findall(place))
-    if any("*" in place or place.count("{") > 1 for place in places):  # then the arguments are widths too
-        widths += len(places) * sum(min(max(each, 0), LARGEST + 1) for each in given if isinstance(each, int))
+    after = text.partition("%")[2]
+    places = text.count("%")
+    widths = _widths(after)
+    if "*" in after:
+        widths += places * sum(min(max(each, 0), LARGEST + 1) for each in given if isinstance(each, int))
     shown = max((weight(each) for each in given), default=0)
-    check(len(text) + widths + len(places) * shown, "a format")
+    check(len(text) + widths + places * shown, "a format")
 
 
 def _translate(what: str, arguments: Arguments, named: Named) -> None:
@@ -160,7 +173,7 @@ def _entries(what: str, arguments: Arguments, named: Named) -> None:
 def _indent(what: str, arguments: Arguments, named: Named) -> None:
     text, width = str(arguments[0]), _get(arguments, named, 1, "width", 4)
     each = len(width) if isinstance(width, str) else _number(width)
-    check(len(text) + (text.count("\n") + 1) * each, what)
+    check(len(text) + (len(text.splitlines()) + 1) * each, what)  # they end at more than line feeds
 
 
 def _round(what: str, arguments: Arguments, named: Named) -> None:
@@ -175,8 +188,27 @@ def _sum(what: str, arguments: Arguments, named: Named) -> None:
 
 def _small(what: str, arguments: Arguments, named: Named) -> None:
     for each in (*arguments[1:], *named.values()):
-        if isinstance(each, str | int) and (_number(each) if isinstance(each, int) else len(each)) > _SMALL:
-            raise TooMuch(f"{what} is given a number or a text larger than {_SMALL:,}")
+        if (each if isinstance(each, int) else weight(each)) > _SMALL:
+            raise TooMuch(f"{what} is given a number, a text or a list larger than {_SMALL:,}")
+
+
+def _tojson(what: str, arguments: Arguments, named: Named) -> None:
+    """An indent is written once for each level around an entry, a separator once an entry."""
+    _small(what, arguments, named)
+    given = (*arguments[1:], *named.values())
+    each = sum(each if isinstance(each, int) else weight(each) for each in given if each is not None)
+    check(each * _levels(arguments[0]), what)
+
+
+def _levels(value: Any) -> int:
+    """How many lists and mappings are around each entry, together."""
+    total, waiting = 0, [(value, 1)]
+    while waiting:
+        each, depth = waiting.pop()
+        total += depth
+        inside = each.values() if isinstance(each, dict) else each if isinstance(each, list | tuple) else ()
+        waiting += [(one, depth + 1) for one in inside]
+    return total
 
 
 def _slow(what: str, arguments: Arguments, named: Named) -> None:
@@ -189,6 +221,21 @@ def _every_small(what: str, arguments: Arguments, named: Named) -> None:
     _small(what, (None, *arguments), named)
 
 
+def _searched(what: str, arguments: Arguments, named: Named) -> None:
+    """Searches from the right, and for any of many characters at the ends, look at each once for each."""
+    wanted = max((weight(each) for each in (*arguments[1:], *named.values())), default=1)
+    if len(str(arguments[0])) * wanted > _SEARCH:
+        raise TooMuch(f"{what} looks for a long text in a long text")
+
+
+def _encoded(what: str, arguments: Arguments, named: Named) -> None:
+    encoding = str(_get(arguments, named, 1, "encoding", "utf-8"))
+    if re.sub("[-_ ]", "", encoding.lower()) not in _DIRECT and len(arguments[0]) > _SMALL:
+        raise TooMuch(f"{what} is given more than {_SMALL:,} characters for such an encoding")
+    if _get(arguments, named, 2, "errors", "strict") != "strict":
+        check(len(arguments[0]) * _LONGEST, what)
+
+
 def _lorem(what: str, arguments: Arguments, named: Named) -> None:
     if any(isinstance(each, int) and each > 100 for each in (*arguments, *named.values())):
         raise TooMuch("lipsum() is asked for more than 100 paragraphs or words")
@@ -199,9 +246,10 @@ _METHODS: dict[str, Check] = {
     "expandtabs": _tabs,
     "replace": _replace,
     "join": _join,
-    "format": _format,
-    "format_map": _format,
     "translate": _translate,
+    "striptags": _slow,
+    **dict.fromkeys(("encode", "decode"), _encoded),
+    **dict.fromkeys(("strip", "lstrip", "rstrip", "rfind", "rindex", "rsplit", "rpartition"), _searched),
 }
 _FUNCTIONS: dict[str, Check] = {
     "generate_lorem_ipsum": _lorem,
@@ -218,6 +266,7 @@ _FILTERS: dict[str, Check] = {
     "slice": _entries,
     "round": _round,
     "sum": _sum,
-    "tojson": _small,
+    "tojson": _tojson,
+    "trim": _searched,
     **dict.fromkeys(("wordwrap", "urlize", "striptags", "pprint", "xmlattr", "truncate"), _slow),
 }

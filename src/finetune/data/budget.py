@@ -29,8 +29,8 @@ class TooMuch(SecurityError):
 class Budget:
     """What is left of one rendering."""
 
-    def __init__(self) -> None:
-        self.steps, self.made = STEPS, MADE
+    def __init__(self, made: int = MADE) -> None:
+        self.steps, self.made, self._made = STEPS, made, made
         self.until = time.thread_time() + SECONDS
         self.checked = STEPS
 
@@ -49,10 +49,10 @@ class Budget:
     def make(self, size: int) -> None:
         self.made -= size
         if self.made < 0:
-            raise TooMuch(f"it makes more than {MADE:,} characters on its way")
+            raise TooMuch(f"it makes more than {self._made:,} characters on its way")
 
 
-# None while a template is compiled, when its constants are computed: then only the bounds on one value hold.
+# None where nothing is rendered or compiled: then only the bounds on one value hold.
 current: ContextVar[Budget | None] = ContextVar("budget", default=None)
 
 

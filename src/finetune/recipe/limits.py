@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -22,7 +23,12 @@ VALUES = 10_000
 INTEGER = 2**63  # what other programs and the libraries take, either way
 _DIGITS = 40  # an integer with more is not even read: Python refuses those of 4300 digits, and takes long before that
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_INT = "tag:yaml.org,2002:int"
+_VALUES: dict[str, Callable[[SafeConstructor, ScalarNode], Any]] = {  # where a tag may stand before what is none
+    _INT: SafeConstructor.construct_yaml_int,
+    "tag:yaml.org,2002:float": SafeConstructor.construct_yaml_float,
+    "tag:yaml.org,2002:bool": SafeConstructor.construct_yaml_bool,
+}
 
 
 class BoundedParser(Parser):
@@ -67,22 +73,19 @@ def check_size(size: int) -> str | None:
     return f"{size:,} bytes, and at most {BYTES:,} are read" if size > BYTES else None
 
 
-def check_values(root: Node) -> None:
+def check_values(root: Node, constructor: SafeConstructor) -> None:
     """Raise MarkedYAMLError for a text or a number in a document that nothing could hold."""
     for node in _scalars(root):
-        problem = _problem(node)
+        problem = _problem(node, constructor)
         if problem:
             raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def _scalars(root: Node) -> Iterator[ScalarNode]:
-    """Every scalar once, however many aliases lead to it."""
-    waiting, seen = [root], set[int]()
+    """Every scalar, as often as aliases lead to it: the parser has counted them."""
+    waiting = [root]
     while waiting:
         node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
         if isinstance(node, ScalarNode):
             yield node
         elif isinstance(node, SequenceNode):
@@ -91,19 +94,21 @@ def _scalars(root: Node) -> Iterator[ScalarNode]:
             waiting += [each for pair in reversed(node.value) for each in reversed(pair)]
 
 
-def _problem(node: ScalarNode) -> str | None:
+def _problem(node: ScalarNode, constructor: SafeConstructor) -> str | None:
     text = str(node.value)
     if found := _NOT_TEXT.search(text):
         return f"the character U+{ord(found.group()):04X} cannot be in a text"
-    if node.tag == _INT:
-        digits = text.replace("_", "").lstrip("+-0")
-        if len(digits) > _DIGITS or (digits.isdigit() and int(digits) >= INTEGER):
-            return f"a whole number of {len(digits)} digits is too large"
-    if node.tag == _FLOAT and "inf" not in text.lower():
-        try:
-            large = math.isinf(float(text.replace("_", "")))
-        except ValueError:  # not a number after all, which the constructor tells
-            large = False
-        if large:
-            return "the number is too large"
+    if node.tag not in _VALUES:
+        return None
+    digits = text.replace("_", "").lstrip("+-")
+    if node.tag == _INT and len(digits) > _DIGITS:
+        return f"a whole number of {len(digits)} digits is too large"
+    try:
+        value = _VALUES[node.tag](constructor, node)
+    except (ValueError, LookupError):
+        return f"what stands here is no !!{node.tag.rpartition(':')[2]}"
+    if node.tag == _INT and abs(value) >= INTEGER:
+        return f"a whole number of {len(digits)} digits is too large"
+    if math.isinf(value) and "inf" not in text.lower():
+        return "the number is too large"
     return None

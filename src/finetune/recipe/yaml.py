@@ -45,7 +45,7 @@ def parse(text: str, source: str, what: str = "recipe", *, size: int | None = No
         # The message about a repeated key quotes both values, and one may be a token.
         problem = (error.problem or error.context or "not valid YAML").splitlines()[0].partition(" with value ")[0]
         raise RecipeError(f"{source} is not valid YAML:", [f"{source}:{line}: {problem}"]) from None
-    except (YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (YAMLError, ValueError, OverflowError) as error:
         line = text.count("\n", 0, error.position) + 1 if isinstance(error, ReaderError) else 1
         raise RecipeError(f"{source} is not valid YAML:", [f"{source}:{line}: {first_line(error)}"]) from None
     lines: dict[Keys, int] = {}
@@ -61,7 +61,7 @@ def _compose(text: str) -> tuple[Node | None, Any]:
     node: Node | None = yaml.compose(io.StringIO(text))
     if node is None:
         return None, None
-    limits.check_values(node)
+    limits.check_values(node, yaml.constructor)
     return node, yaml.constructor.construct_document(node)
 
 
