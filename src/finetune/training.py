@@ -15,10 +15,11 @@ from finetune.backends import Job, get
 from finetune.console import progress, say
 from finetune.errors import FinetuneError, Interrupted, StageError, UsageError
 from finetune.interruption import stop_requests
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, trackers
 from finetune.recipe.sections import Lora, Optimization
 from finetune.run import Run, evidence, layout
 
+TRACKER_FAILED = "tracker_failed"  # the event of a tracker that failed for good
 # How torch (whose zip writer knows no errno) and safetensors say that a file could not be written.
 UNWRITTEN = ("inline_container", "pytorchstreamwriter", "no space left", "file too large", "os error 28")
 
@@ -87,6 +88,8 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
         raise
     finally:
         stack.close()
+    for failure in facts.pop("trackers", ()):
+        run.event(TRACKER_FAILED, stage=stage, **failure)
     if facts["stopped"]:
         raise Interrupted(_resume_hint(job.out, run, stage))
     facts, notes = resuming.conclude(job, facts)
@@ -109,7 +112,7 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
         },
         "artifacts": [result, logs, *[p for p in [job.out / "initial"] if p.is_dir()]],
         "peak": peak,
-        "notes": notes,
+        "notes": [*notes, *_of_trackers(run, stage)],
     }
 
 
@@ -168,6 +171,17 @@ def dpo_job(recipe: Recipe, run: Run, out: Path) -> Job:
 
 def job_options(section: Optimization) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude={"lora", "data", "output_dir", "method"})
+
+
+def _of_trackers(run: Run, stage: str) -> list[str]:
+    """What is to be said of the trackers of a training, its resumed parts included."""
+    found: list[str] = []
+    for event in run.events(stage=stage):
+        if event["event"] == "training" and not event["resumed_from"]:
+            found.clear()
+        elif event["event"] == TRACKER_FAILED:
+            found.append(trackers.sentence(event))
+    return found
 
 
 def _check_publishing(recipe: Recipe, stage: str) -> None:

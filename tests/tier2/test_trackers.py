@@ -109,6 +109,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model, skip_or_f
         monkeypatch.chdir(home)
         monkeypatch.setenv("HOME", str(home))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setenv("FT_CACHE_DIR", str(tmp_path / "ours"))  # by default it is in the home
         return home
 
     return prepare

@@ -63,6 +63,17 @@ class Resumed(TypedDict):
 
 
 @record
+class TrackerFailed(TypedDict):
+    """See `finetune.recipe.trackers.Failure`."""
+
+    stage: str
+    tracker: str
+    step: int
+    why: str
+    offline: bool
+
+
+@record
 class Verified(TypedDict):
     passed: bool
     sha256: Sha
@@ -88,6 +99,7 @@ KINDS: dict[str, type] = {
     "stage_failed": Failed,
     "training": Training,
     "resumed": Resumed,
+    "tracker_failed": TrackerFailed,
     "verified": Verified,
     "exported": Exported,
     "log_restored": Restored,
