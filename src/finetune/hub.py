@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune import console
-from finetune.errors import FinetuneError, MissingError, ResourceError, StageError, UsageError
+from finetune.errors import FinetuneError, MissingError, StageError, UsageError
 from finetune.lookup import missing_package
+from finetune.memory import need_disk
 from finetune.retrying import GaveUp, Passing, retried
 from finetune.secrets import redact, remember
 
@@ -95,14 +95,8 @@ def wanted(sizes: Iterable[str]) -> list[str]:
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """Raise ResourceError where `directory`'s disk has less free than `needed` bytes and a twentieth more."""
-    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if needed * 1.05 > free:
-        raise ResourceError(
-            f"{directory} needs {needed / 1e6:.0f} MB and has {free / 1e6:.0f} MB free. Make room, or choose another "
-            "place: FT_CACHE_DIR for our cache, HF_HOME for the hub's"
-        )
+    """Raise ResourceError where a model of `needed` bytes has no room in `directory` (see `memory.need_disk`)."""
+    need_disk(directory, needed, "the model", "choose another place: FT_CACHE_DIR for our cache, HF_HOME for the hub's")
 
 
 def _listing(repo: str, revision: str | None, token: str | None) -> tuple[str, dict[str, int]]:

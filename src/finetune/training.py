@@ -13,8 +13,10 @@ from typing import Any
 from finetune import checkpoints, resuming
 from finetune.backends import Job, get
 from finetune.console import progress, say
+from finetune.core.files import copy
 from finetune.errors import FinetuneError, Interrupted, StageError, UsageError
 from finetune.interruption import stop_requests
+from finetune.memory import need_disk
 from finetune.recipe import Recipe, trackers
 from finetune.recipe.sections import Lora, Optimization
 from finetune.run import Run, evidence, layout
@@ -204,9 +206,11 @@ def _publish(out: Path, result: Path, recipe: Recipe, stage: str) -> None:
     if target is None:
         return
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(result, target, dirs_exist_ok=True)
-    for checkpoint in checkpoints.stored(out):
-        shutil.copytree(checkpoint, target / checkpoint.name, dirs_exist_ok=True)
+    folders = {result: target, **{each: target / each.name for each in checkpoints.stored(out)}}
+    needed = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+    need_disk(target, needed, f"what goes to {stage}.output_dir", "name another")
+    for folder, place in folders.items():
+        shutil.copytree(folder, place, dirs_exist_ok=True, copy_function=copy)
     say(f"published to {target}")
 
 
