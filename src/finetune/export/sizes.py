@@ -28,4 +28,4 @@ def parameters(model: Path) -> float:
 
 def merged(model: Path, wanted: str) -> float:
     """Bytes of a model directory once its weights are in the type `wanted`."""
-    return stored(model) + max(0.0, parameters(model) * (BYTES[wanted] - BYTES.get(dtype(model), 4)))
+    return stored(model) + parameters(model) * (BYTES[wanted] - BYTES.get(dtype(model), 4))
