@@ -77,6 +77,8 @@ def tracked(job: Job, closed: Callable[[], bool]) -> Iterator[list[Tracker]]:
 def _open(name: str, job: Job, place: Path, before: Mapping[str, str], offline: bool) -> None:
     """Make one tracker ready; `offline`: in its local files, whatever was chosen."""
     resumed = job.resume is not None
+    if offline and "WANDB_RUN_ID" not in before:  # wandb may hold on to the one that it could not begin
+        os.environ.pop("WANDB_RUN_ID", None)
     for variable, value in environment([name], place, resumed=resumed).items():
         os.environ.setdefault(variable, value)
     if name == "trackio" and "TRACKIO_DIR" not in before:
