@@ -239,15 +239,21 @@ def _passing(busy: list[Any], error: Exception) -> Passing | None:
     if busy:
         asked = str(busy[-1].headers.get("Retry-After", ""))
         return Passing(f"it answered {busy[-1].status_code}", float(asked) if asked.isdigit() else 0.0)
-    cause: BaseException | None = None if constants.is_offline_mode() else error
-    while cause is not None:
+    for cause in () if constants.is_offline_mode() else _causes(error):
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or hasattr(cause, "response") or isinstance(cause, OfflineModeIsEnabled):
             return None
         if _is_connection(cause) or isinstance(cause, ConnectionError | TimeoutError):
             return Passing("no connection")
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised over, the last first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
 def _is_connection(error: BaseException) -> bool:
@@ -286,7 +292,8 @@ def _explained(repo: str, revision: str | None, token: str | None) -> Iterator[A
 
 
 def _translated(error: Exception, errors: Any, repo: str, revision: str | None, offline: bool) -> Exception:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    found = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(error))
+    status = next((each for each in found if each is not None), None)
     if isinstance(error, errors.HFValidationError):
         return UsageError(f"'{repo}' is no hub repository's name; expected owner/name, or an old bare one like gpt2")
     if isinstance(error, errors.GatedRepoError):

@@ -91,7 +91,7 @@ def test_the_fake_backend_refuses_trackers_rather_than_passing_over_them(town: P
 
 
 def test_notes_tell_of_the_whole_training_and_of_no_other(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path)
 
     def failed(stage: str, step: int) -> trackers.Failure:
         failure = trackers.Failure(tracker="wandb", step=step, why="refused", offline=False)
