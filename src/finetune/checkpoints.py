@@ -16,7 +16,7 @@ from finetune import identity
 from finetune.core.files import PARTIAL, digests, sync_folder, sync_tree, write_json
 from finetune.core.parsing import loads
 from finetune.errors import StageError
-from finetune.memory import human
+from finetune.memory import need_disk
 
 STATE = "trainer_state.json"
 DIGESTS = "digests.json"
@@ -29,7 +29,7 @@ def writing(out: Path, step: int, logged: Callable[[], bool] = lambda: True) -> 
 
     `logged` is asked when all is written, and may wait: whether the events of all steps up to this one are in the log. A
     checkpoint of a step that no log knows is thrown away, since who goes on from it would miss that step for good. Raises
-    StageError where the disk has less room than the checkpoint before it took.
+    ResourceError where the disk has less room than the checkpoint before it took.
     """
     final = out / f"checkpoint-{step}"
     aside = out / f".{final.name}{PARTIAL}"
@@ -53,12 +53,8 @@ def writing(out: Path, step: int, logged: Callable[[], bool] = lambda: True) -> 
 def _check_room(out: Path, step: int) -> None:
     before = [folder for folder in stored(out) if step_of(folder) != step]
     need = sum(file.stat().st_size for file in before[-1].rglob("*") if file.is_file()) if before else 0
-    free = shutil.disk_usage(out).free if need else 0
-    if free < need:
-        raise StageError(
-            f"too little disk for the checkpoint of step {step}: the one before takes {human(need)}, {human(free)} is free "
-            f"at {out}. Make room and run the same command again: it goes on from {before[-1].name}"
-        )
+    if need:
+        need_disk(out, need, f"the checkpoint of step {step}, by what {before[-1].name} takes, which it goes on from,")
 
 
 def rotate(out: Path, limit: int | None, best: Path | None = None) -> None:

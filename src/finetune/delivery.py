@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core.files import digest, digests, write_text
-from finetune.errors import ResourceError, StageError
+from finetune.errors import StageError
 from finetune.export import Target, bundle, card
-from finetune.memory import disk_free, human
+from finetune.memory import need_disk
 from finetune.run import Run
 from finetune.secrets import redacted
 
@@ -42,8 +42,7 @@ def deliver(
     although = [card.without_places(reason, card.known_places(run.path, out)) for reason in although]
     sources = {place.name: place for place in places(run, wanted)}
     needed = sum(file.stat().st_size for source in sources.values() for file in source.rglob("*") if file.is_file())
-    if needed > disk_free(out):
-        raise ResourceError(f"{out} has {human(disk_free(out))} free, and the exports need {human(needed)}")
+    need_disk(out, needed, "the copy of the exports", "name another --out DIR")
     partials = {folder: out / f".{folder}.{os.getpid()}.partial" for folder in sources}
     try:
         for folder, source in sources.items():

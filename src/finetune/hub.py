@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune import console
-from finetune.errors import FinetuneError, MissingError, ResourceError, StageError, UsageError
+from finetune.errors import FinetuneError, MissingError, StageError, UsageError
 from finetune.lookup import missing_package
+from finetune.memory import need_disk
+from finetune.retrying import GaveUp, Passing, retried
 from finetune.secrets import redact, remember
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 _NEVER = ("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.tflite", "*.mlmodel", "*.gguf", "onnx/*", "openvino/*", "coreml/*")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _WEIGHTS = ("*.safetensors", *_PICKLES)
+_BUSY = (408, 429, 500, 502, 503, 504)  # statuses that may be others a moment later
+_ADDRESS = re.compile(r"\w+://\S+")
 OFFLINE = "What works offline: the embedded model smollm2-135m, a local directory, or a GGUF file."
+
+T = TypeVar("T")
 
 
 def is_id(text: str) -> bool:
@@ -33,20 +42,23 @@ def snapshot(repo: str, *, revision: str | None = None, token: str | None = None
     That is `into`, or the hub's own cache. Without a connection a complete earlier download is used.
     """
     with _explained(repo, revision, token) as hub:
-        try:
-            commit, sizes = _listing(repo, revision, token)
-        except Exception as error:
-            if not _is_connection(error):
-                raise
-            return _cached(repo, revision, into)
+        found = again(repo, partial(_listing_or_cached, repo, revision, token, into))
+        if isinstance(found, Path):
+            return found
+        commit, sizes = found
         chosen = wanted(sizes)
         if not any(fnmatch(name, pattern) for name in chosen for pattern in _WEIGHTS):
             raise MissingError(f"the hub repository '{repo}' holds no safetensors or PyTorch weights")
         check_space(into or _cache(), _missing_bytes(repo, commit, chosen, sizes, into))
         console.say(f"downloading {repo} ({len(chosen)} files, {sum(sizes[name] for name in chosen) / 1e6:.0f} MB)")
         # An empty pattern list would mean everything; the names themselves mean exactly these.
-        path = hub.snapshot_download(
-            repo, revision=revision, token=token, local_dir=into, allow_patterns=[_literal(name) for name in chosen]
+        patterns = [_literal(name) for name in chosen]
+        path = again(
+            repo,
+            lambda: hub.snapshot_download(
+                repo, revision=revision, token=token, local_dir=into, allow_patterns=patterns
+            ),
+            partial(_held, repo, into),
         )
     return Path(path)
 
@@ -56,11 +68,14 @@ def files(
 ) -> Path:
     """Download the named files of a repository into a directory (the hub's cache when None), and return it."""
     with _explained(repo, revision, token) as hub:
-        commit, sizes = _listing(repo, revision, token)
+        commit, sizes = again(repo, lambda: _listing(repo, revision, token))
         check_space(into or _cache(), _missing_bytes(repo, commit, names, sizes, into))
+
+        def file(name: str) -> Path:
+            return Path(hub.hf_hub_download(repo, name, revision=commit, token=token, local_dir=into))
+
         places = [
-            Path(hub.hf_hub_download(repo, name, revision=commit, token=token, local_dir=into)).parents[name.count("/")]
-            for name in names
+            again(repo, partial(file, name), partial(_held, repo, into)).parents[name.count("/")] for name in names
         ]
     return into or places[0]
 
@@ -68,7 +83,7 @@ def files(
 def names(repo: str, *, revision: str | None = None, token: str | None = None) -> list[str]:
     """The files that a repository holds."""
     with _explained(repo, revision, token):
-        return list(_listing(repo, revision, token)[1])
+        return list(again(repo, lambda: _listing(repo, revision, token))[1])
 
 
 def wanted(sizes: Iterable[str]) -> list[str]:
@@ -80,14 +95,8 @@ def wanted(sizes: Iterable[str]) -> list[str]:
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """Raise ResourceError where `directory`'s disk has less free than `needed` bytes and a twentieth more."""
-    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if needed * 1.05 > free:
-        raise ResourceError(
-            f"{directory} needs {needed / 1e6:.0f} MB and has {free / 1e6:.0f} MB free. Make room, or choose another "
-            "place: FT_CACHE_DIR for our cache, HF_HOME for the hub's"
-        )
+    """Raise ResourceError where a model of `needed` bytes has no room in `directory` (see `memory.need_disk`)."""
+    need_disk(directory, needed, "the model", "choose another place: FT_CACHE_DIR for our cache, HF_HOME for the hub's")
 
 
 def _listing(repo: str, revision: str | None, token: str | None) -> tuple[str, dict[str, int]]:
@@ -96,6 +105,23 @@ def _listing(repo: str, revision: str | None, token: str | None) -> tuple[str, d
 
     info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True)
     return str(info.sha), {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+
+
+def _listing_or_cached(
+    repo: str, revision: str | None, token: str | None, into: Path | None
+) -> tuple[str, dict[str, int]] | Path:
+    """The listing or, without a connection, an earlier download that is complete."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _listing(repo, revision, token)
+    except Exception as error:
+        if not _is_connection(error):
+            raise
+        try:
+            return _cached(repo, revision, into)
+        except LocalEntryNotFoundError:
+            raise error from None
 
 
 def _missing_bytes(repo: str, commit: str, chosen: Iterable[str], sizes: dict[str, int], into: Path | None) -> int:
@@ -129,6 +155,12 @@ def _cached(repo: str, revision: str | None, into: Path | None) -> Path:
     raise LocalEntryNotFoundError(f"{repo} is not in the cache")
 
 
+def _held(repo: str, into: Path | None) -> int:
+    """Bytes of a repository that are here, those of files that are not whole included."""
+    place = into or _cache() / f"models--{repo.replace('/', '--')}"
+    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file() and not file.is_symlink())
+
+
 def _cache() -> Path:
     from huggingface_hub import constants
 
@@ -137,6 +169,91 @@ def _cache() -> Path:
 
 def _literal(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def again(repo: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+    """What `attempt`, which asks the hub, returns; tried again where the hub is busy or out of reach (see `retrying`).
+
+    Files that were downloaded by then are kept; where one broke off, huggingface_hub itself goes on (see `_steady`).
+    """
+    busy: list[Any] = []
+    return retried(f"the hub, for {repo}", partial(_once, attempt, busy), partial(_passing, busy), progress)
+
+
+def _once(attempt: Callable[[], T], busy: list[Any]) -> T:
+    """An attempt in which huggingface_hub waits for no busy server by itself (it would for as long as it is asked to), and
+    what it has to say is said in our way, without addresses, which can hold a key. `busy` gets such answers."""
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    busy.clear()
+
+    def raise_at_once(response: Any) -> None:
+        if response.status_code in _BUSY:
+            busy.append(response)
+            response.read()
+            hf_raise_for_status(response)
+        _steady(response)
+
+    def tell(record: logging.LogRecord) -> bool:
+        console.say(f"the hub: {_ADDRESS.sub('...', record.getMessage()).splitlines()[0]}")
+        return False
+
+    hooks = get_session().event_hooks["response"]
+    handlers = logging.getLogger("huggingface_hub").handlers
+    hooks.append(raise_at_once)
+    for handler in handlers:
+        handler.addFilter(tell)
+    try:
+        return attempt()
+    finally:
+        hooks.remove(raise_at_once)
+        for handler in handlers:
+            handler.removeFilter(tell)
+
+
+def _steady(response: Any) -> None:
+    """Let a connection that was reset in a body look like one that was closed there: huggingface_hub goes on after the
+    second, at the byte (less ten megabytes at most), and begins anew after the first."""
+    library = import_module(type(response).__module__.partition(".")[0])
+    inner = response.stream
+
+    class Steady(library.SyncByteStream):  # type: ignore[misc, name-defined]
+        def __iter__(self) -> Iterator[bytes]:
+            try:
+                yield from inner
+            except library.NetworkError as error:
+                raise library.RemoteProtocolError(str(error)) from error
+
+        def close(self) -> None:
+            inner.close()
+
+    response.stream = Steady()
+
+
+def _passing(busy: list[Any], error: Exception) -> Passing | None:
+    """Whether asking the hub again may help. `busy` are the answers of a busy server, which a library may have made another
+    error of; the reason for an error of its own it tells as the cause."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if busy:
+        asked = str(busy[-1].headers.get("Retry-After", ""))
+        return Passing(f"it answered {busy[-1].status_code}", float(asked) if asked.isdigit() else 0.0)
+    for cause in () if constants.is_offline_mode() else _causes(error):
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or hasattr(cause, "response") or isinstance(cause, OfflineModeIsEnabled):
+            return None
+        if _is_connection(cause) or isinstance(cause, ConnectionError | TimeoutError):
+            return Passing("no connection")
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised over, the last first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
 def _is_connection(error: BaseException) -> bool:
@@ -164,6 +281,9 @@ def _explained(repo: str, revision: str | None, token: str | None) -> Iterator[A
         yield hub
     except FinetuneError:
         raise
+    except GaveUp as given:
+        last = _translated(given.error, errors, repo, revision, constants.is_offline_mode())
+        raise MissingError(f"{last} ({given.tried})") from None
     except Exception as error:
         raise _translated(error, errors, repo, revision, constants.is_offline_mode()) from None
     finally:
@@ -172,7 +292,8 @@ def _explained(repo: str, revision: str | None, token: str | None) -> Iterator[A
 
 
 def _translated(error: Exception, errors: Any, repo: str, revision: str | None, offline: bool) -> Exception:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    found = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(error))
+    status = next((each for each in found if each is not None), None)
     if isinstance(error, errors.HFValidationError):
         return UsageError(f"'{repo}' is no hub repository's name; expected owner/name, or an old bare one like gpt2")
     if isinstance(error, errors.GatedRepoError):

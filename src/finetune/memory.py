@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from finetune.errors import ResourceError
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 _CGROUPS = (
@@ -22,6 +24,7 @@ _CGROUPS = (
     ),
 )
 _SAMPLE_SECONDS = 0.01
+SPARE = 1.05  # what is written is a little more than what is counted
 
 
 class PeakMemory:
@@ -142,6 +145,17 @@ def disk_free(path: str | Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def need_disk(place: str | Path, needed: float, what: str, way: str = "") -> None:
+    """Raise ResourceError where the disk that `place` is on, or would be on, has less free than `needed` bytes and a
+    twentieth more. `what` is to be written there; `way` is what to do beside making room."""
+    free = disk_free(place)
+    if needed * SPARE > free:
+        raise ResourceError(
+            f"{what} needs about {human(needed)} on the disk of {place}, which has {human(free)} left. Make room and run the "
+            f"same command again{f', or {way}' if way else ''}"
+        )
 
 
 def human(size: float) -> str:

@@ -15,13 +15,16 @@ from finetune import checkpoints, recovery, resuming
 from finetune.backends import Job, Step, get
 from finetune.backends.failing import StepError, is_out_of_memory, not_finite
 from finetune.console import progress, say
+from finetune.core.files import copy
 from finetune.errors import FinetuneError, Interrupted, StageError, UsageError
 from finetune.identity import Adaptation
 from finetune.interruption import stop_requests
-from finetune.recipe import Recipe
+from finetune.memory import need_disk
+from finetune.recipe import Recipe, trackers
 from finetune.recipe.sections import Lora, Optimization
 from finetune.run import Run, evidence, layout
 
+TRACKER_FAILED = "tracker_failed"  # the event of a tracker that failed for good
 # How torch (whose zip writer knows no errno) and safetensors say that a file could not be written.
 UNWRITTEN = ("inline_container", "pytorchstreamwriter", "no space left", "file too large", "os error 28")
 
@@ -62,6 +65,8 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
                 raise recovery.ended(error, trying, evidence.steps(run, stage)) from error
             say(f"{stage}: {error}; going on {adapted[-1].said()}")
         gc.collect()  # the training that failed, whose memory the next one needs
+    for failure in facts.pop("trackers", ()):
+        run.event(TRACKER_FAILED, stage=stage, **failure)
     if facts["stopped"]:
         raise Interrupted(_resume_hint(job.out, run, stage))
     facts, notes = resuming.conclude(trying, facts)
@@ -88,7 +93,7 @@ def execute_job(job: Job, recipe: Recipe, run: Run, stage: str) -> dict[str, Any
         },
         "artifacts": [result, logs, *[p for p in [job.out / "initial"] if p.is_dir()]],
         "peak": peak,
-        "notes": notes,
+        "notes": [*notes, *_of_trackers(run, stage)],
     }
 
 
@@ -208,6 +213,17 @@ def job_options(section: Optimization) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude={"lora", "data", "output_dir", "method"})
 
 
+def _of_trackers(run: Run, stage: str) -> list[str]:
+    """What is to be said of the trackers of a training, its resumed parts included."""
+    found: list[str] = []
+    for event in run.events(stage=stage):
+        if event["event"] == "training" and not event["resumed_from"]:
+            found.clear()
+        elif event["event"] == TRACKER_FAILED:
+            found.append(trackers.sentence(event))
+    return found
+
+
 def _check_publishing(recipe: Recipe, stage: str) -> None:
     """A place that cannot be written to must be known before the training, not after it."""
     section = recipe.train if stage == "train" else recipe.align
@@ -228,9 +244,11 @@ def _publish(out: Path, result: Path, recipe: Recipe, stage: str) -> None:
     if target is None:
         return
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(result, target, dirs_exist_ok=True)
-    for checkpoint in checkpoints.stored(out):
-        shutil.copytree(checkpoint, target / checkpoint.name, dirs_exist_ok=True)
+    folders = {result: target, **{each: target / each.name for each in checkpoints.stored(out)}}
+    needed = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+    need_disk(target, needed, f"what goes to {stage}.output_dir", "name another")
+    for folder, place in folders.items():
+        shutil.copytree(folder, place, dirs_exist_ok=True, copy_function=copy)
     say(f"published to {target}")
 
 

@@ -10,7 +10,9 @@ import hashlib
 import json
 import re
 import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -52,8 +54,12 @@ class Hub:
     token: str | None = None  # the one valid token; any other is refused
     private: set[str] = field(default_factory=set)
     gated: set[str] = field(default_factory=set)
-    busy: int = 0  # how many of the next requests are answered with 429
+    busy: int = 0  # how many of the next requests are answered with `status` and `retry_after`
+    status: int = 429
+    retry_after: str = "0"
+    busy_at: str = "/"  # in the paths that are meant
     cut: set[str] = field(default_factory=set)  # files whose next download breaks off half way
+    reset: set[str] = field(default_factory=set)  # and those where the connection is reset there
     requests: list[Request] = field(default_factory=list)
     connections: set[socket.socket] = field(default_factory=set, repr=False)
 
@@ -115,9 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if self.hub.busy > 0:
+        if self.hub.busy > 0 and self.hub.busy_at in path:
             self.hub.busy -= 1
-            self._send(429, {"Retry-After": "0"}, b"")
+            self._send(self.hub.status, {"Retry-After": self.hub.retry_after}, b"")
         elif path.startswith("/storage/"):
             self._stored(path)
         elif match := _FILE.fullmatch(path):
@@ -218,9 +224,16 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             headers = {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"}
             content, status = content[start : end + 1], 206
-        self._send(status, {"Accept-Ranges": "bytes", **headers}, content, cut=file.name in self.hub.cut)
+        self._send(
+            status, {"Accept-Ranges": "bytes", **headers}, content, cut=file.name in self.hub.cut | self.hub.reset
+        )
         if self.command == "GET":
             self.hub.cut.discard(file.name)
+            if file.name in self.hub.reset:
+                self.hub.reset.discard(file.name)
+                time.sleep(0.2)  # a reset takes what the client has not read yet
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
 
     def _send_json(self, value: Any) -> None:
         self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())

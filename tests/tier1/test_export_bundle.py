@@ -267,11 +267,11 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     source: Source, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source.model / "model.safetensors").write_bytes(bytes(2_000_000))
-    monkeypatch.setattr("finetune.export.bundle.disk_free", lambda path: 1_900_000)
-    with pytest.raises(ResourceError, match="the bundle needs"):
+    monkeypatch.setattr("finetune.memory.disk_free", lambda path: 2_000_000)
+    with pytest.raises(ResourceError, match="the bundle needs about 1.9 MiB on the disk of .*, which has 1.9 MiB left"):
         export(source, "", home / "bundle")
-    monkeypatch.setattr("finetune.export.bundle.disk_free", lambda path: 10)
-    with pytest.raises(ResourceError, match="10 B are free"):
+    monkeypatch.setattr("finetune.memory.disk_free", lambda path: 10)
+    with pytest.raises(ResourceError, match="has 10 B left"):
         export(source, "", home / "bundle")
     assert names(home / "bundle") == set()
 

@@ -537,10 +537,10 @@ def test_a_rename_that_fails_puts_the_old_one_back(exported: Path, monkeypatch: 
 
 
 def test_a_disk_that_is_too_small_is_told_before_copying(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.delivery.disk_free", lambda path: 10)
+    monkeypatch.setattr("finetune.memory.disk_free", lambda path: 10)
     result = call("export", "town", "--out", "out", "--no-parity")
     assert result.exit_code == 4
-    assert "out has 10 B free" in result.stderr
+    assert "on the disk of out, which has 10 B left. Make room" in result.stderr
     assert list(Path("out").iterdir()) == []
 
 

@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "manifest",
         "memory",
         "recipe",
+        "retrying",
         "run",
         "schedule",
         "tiny",

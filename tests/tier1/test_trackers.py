@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from finetune import training
 from finetune.backends.torch import tracking
 from finetune.errors import MissingError, RecipeError, UsageError
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import load, trackers
+from finetune.run import Run
 from support.town import only_training
 
 RECIPE = """\
@@ -86,6 +88,25 @@ def test_the_fake_backend_refuses_trackers_rather_than_passing_over_them(town: P
 
     with pytest.raises(UsageError, match="train.report_to: the fake backend reports to no tracker"):
         run_stages(recipe, run_directory(recipe), ["train"])
+
+
+def test_notes_tell_of_the_whole_training_and_of_no_other(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+
+    def failed(stage: str, step: int) -> trackers.Failure:
+        failure = trackers.Failure(tracker="wandb", step=step, why="refused", offline=False)
+        run.event("tracker_failed", stage=stage, **failure)
+        return failure
+
+    run.event("training", stage="train", resumed_from=None)
+    failed("train", 1)
+    run.event("training", stage="train", resumed_from=None)
+    first = failed("train", 2)
+    failed("align", 3)
+    run.event("training", stage="train", resumed_from=2)
+    second = failed("train", 4)
+
+    assert training._of_trackers(run, "train") == [trackers.sentence(first), trackers.sentence(second)]
 
 
 def test_every_file_of_a_tracker_is_inside_the_run(tmp_path: Path) -> None:

@@ -6,16 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
 import pytest
 
-from finetune import hub as our_hub
-from finetune import models, secrets
+from finetune import memory, models, retrying, secrets
 from finetune.backends.fake_model import make_model
+from finetune.data import sources
 from finetune.errors import MissingError, ResourceError, UsageError
-from finetune.recipe.sections import Model
+from finetune.recipe.sections import Data, Model
 from finetune.stages import fetch
 from support.hub import WEIGHTS, Hub, serve
 
@@ -52,6 +53,7 @@ def point(tmp_path, monkeypatch):
         return hub
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(retrying, "FIRST", 0.01)
     monkeypatch.setattr(secrets, "_known", set())
     monkeypatch.setenv("FT_CACHE_DIR", str(tmp_path / "our-cache"))
     return at
@@ -171,7 +173,7 @@ def test_a_missing_revision_and_an_impossible_name_are_told_apart(point, repo):
 
 def test_a_full_disk_is_noticed_before_anything_is_downloaded(point, repo, monkeypatch):
     monkeypatch.setattr(
-        our_hub.shutil, "disk_usage", lambda path: os.terminal_size((1, 1)) and type("U", (), {"free": 99})
+        memory.shutil, "disk_usage", lambda path: os.terminal_size((1, 1)) and type("U", (), {"free": 99})
     )
     with serve({"owner/name": repo}) as hub, pytest.raises(ResourceError, match="Make room"):
         models.obtain(point(hub) and "owner/name")
@@ -183,6 +185,109 @@ def test_a_broken_download_is_taken_up_again(point, repo):
         place = models.obtain(point(hub) and "owner/name")
     assert (place / "model.safetensors").read_bytes() == WEIGHTS
     assert len([r for r in hub.requests if r.method == "GET" and r.path.endswith("/-/model.safetensors")]) == 2
+
+
+# -- a hub that is busy or out of reach for a while --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("at", ["/api/", "/resolve/", "/storage/"], ids=["listing", "file", "storage"])
+def test_a_busy_hub_is_asked_again_and_each_wait_is_said(point, repo, capsys, status, at):
+    with serve({"owner/name": repo}, busy=2, status=status, busy_at=at) as hub:
+        place = models.obtain(point(hub) and "owner/name")
+    assert (place / "model.safetensors").read_bytes() == WEIGHTS
+    assert [r.status for r in hub.requests].count(status) == 2
+    said = capsys.readouterr().err
+    waits = said.count(f"the hub, for owner/name: it answered {status}; trying again in 0.")
+    # What a file is gets asked for twice at once, by the library itself.
+    assert (0 if at == "/resolve/" else 1) <= waits == said.count("again") <= 2
+
+
+def test_a_hub_that_stays_busy_is_given_up_after_five_tries(point, repo):
+    with (
+        serve({"owner/name": repo}, busy=50, status=503) as hub,
+        pytest.raises(MissingError, match=r"answered 503 for 'owner/name'.*\(tried 5 times\)"),
+    ):
+        models.obtain(point(hub) and "owner/name")
+    assert len(hub.requests) == 5
+
+
+def test_a_wait_that_is_asked_for_is_kept(point, repo, capsys):
+    with serve({"owner/name": repo}, busy=1, retry_after="1") as hub:
+        began = time.monotonic()
+        models.obtain(point(hub) and "owner/name")
+    assert time.monotonic() - began >= 1
+    assert "it answered 429; trying again in 1.0 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["/api/", "/resolve/", "/storage/"], ids=["listing", "file", "storage"])
+def test_a_wait_of_an_hour_is_not_kept(point, repo, at):
+    with (
+        serve({"owner/name": repo}, busy=99, retry_after="3600", busy_at=at) as hub,
+        pytest.raises(MissingError, match=r"asked too often \(429\).*\(tried once\)"),
+    ):
+        models.obtain(point(hub) and "owner/name")
+
+
+@pytest.mark.parametrize("way", ["cut", "reset"])
+def test_a_download_that_breaks_off_goes_on_where_it_was(point, repo, monkeypatch, capsys, way):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    with serve({"owner/name": repo}, **{way: {"model.safetensors"}}) as hub:
+        place = models.obtain(point(hub) and "owner/name")
+    assert (place / "model.safetensors").read_bytes() == WEIGHTS
+    ranges = [r.range for r in hub.requests if r.method == "GET" and r.path.endswith("/-/model.safetensors")]
+    assert ranges == [None, "bytes=2000-"]
+    said = capsys.readouterr().err
+    assert "the hub: Error while downloading from ..." in said
+    assert hub.url.rpartition(":")[2] not in said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"private": {"owner/name"}}, {"gated": {"owner/name"}, "token": TOKEN}, {"token": "hf_" + "y" * 30}],
+    ids=["404", "403", "401"],
+)
+def test_what_is_refused_is_asked_for_once(point, repo, options, capsys):
+    options = {"token": TOKEN, **options}
+    there = "other/name" if "private" in options else "owner/name"
+    with serve({there: repo}, **options) as hub, pytest.raises(MissingError):
+        models.obtain(point(hub) and "owner/name", token=TOKEN)
+    assert len(hub.requests) == 1
+    assert "again" not in capsys.readouterr().err
+
+
+def test_a_cached_model_waits_for_no_connection_and_offline_nothing_is_tried(point, repo, monkeypatch, capsys):
+    with serve({"owner/name": repo}) as hub:
+        models.obtain(point(hub) and "owner/name")
+    capsys.readouterr()
+    models.obtain("owner/name")
+    with serve({"owner/other": repo}, busy=50) as hub:
+        point(hub)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(MissingError, match="HF_HUB_OFFLINE is set"):
+            models.obtain("owner/other")
+        assert hub.requests == []
+    assert "again" not in capsys.readouterr().err
+
+
+def test_rows_of_a_busy_hub_are_asked_for_again(point, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets", reason="install it with: pip install datasets")
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with serve({"datasets/owner/rows": rows}, busy=3, status=503) as hub:
+        point(hub)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "prepared")
+        monkeypatch.setattr(
+            datasets.config, "HUB_DATASETS_URL", hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}"
+        )
+        assert [row.values for row in sources.read(Data(path="hub:owner/rows"))] == [{"prompt": "a", "completion": "b"}]
+        assert "the hub, for owner/rows: it answered 503; trying again" in capsys.readouterr().err
+        hub.busy = 50
+        with pytest.raises(MissingError, match=r"'owner/rows': it answered 503 \(tried 5 times"):
+            sources.read(Data(path="hub:owner/rows", split="test"))
 
 
 def test_an_adapter_on_the_hub_brings_its_base(point, repo, tmp_path):

@@ -10,16 +10,20 @@ import json
 import os
 import sqlite3
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune.errors import MissingError, StageError
+from finetune.core.files import digest
+from finetune.errors import MissingError
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe
+from finetune.recipe.trackers import sentence
 from finetune.run import Run
+from support.silent import WAYS, failing
 
 KEY, TOKEN = "k" * 40, "hf_plantedplantedplanted"
 SHORT = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
@@ -109,6 +113,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model, skip_or_f
         monkeypatch.chdir(home)
         monkeypatch.setenv("HOME", str(home))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setenv("FT_CACHE_DIR", str(tmp_path / "ours"))  # by default it is in the home
         return home
 
     return prepare
@@ -177,16 +182,94 @@ def test_what_the_user_set_has_the_last_word(
     assert not (run.path / "train" / "trackers").exists()
 
 
-def test_a_tracker_that_cannot_be_reached_ends_the_stage_with_the_fix(
-    alone, tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-):
-    alone("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    recipe = tiny_recipe(**SHORT, report_to="mlflow")
+@pytest.fixture
+def undisturbed(tiny_recipe: Callable[..., Recipe]) -> str:
+    """The digest of the adapter of a training without a tracker."""
+    recipe = tiny_recipe(**SHORT, name="undisturbed")
+    run = run_directory(recipe)
+    run_stages(recipe, run, ["train"])
+    return digest(run.path / "train" / "adapter" / "adapter_model.safetensors")
 
-    with pytest.raises(StageError, match=r"train.report_to: mlflow failed: .*Unset MLFLOW_TRACKING_URI"):
-        run_stages(recipe, run_directory(recipe), ["train"])
+
+def left_or_offline(run: Run, tracker: str, said: str) -> dict[str, Any]:
+    """How a tracker failed: as the log, the stage's report and one line on stderr tell alike."""
+    (event,) = run.events("tracker_failed", stage="train", tracker=tracker)
+    assert run.require("train").notes == [sentence(event)]
+    assert said.count(f"the tracker {tracker} failed") == 1
+    assert sentence(event) in said
+    return event
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
+def test_a_server_that_fails_sends_its_tracker_offline_and_costs_the_training_nothing(
+    tracker: str, way: str, alone, tiny_recipe: Callable[..., Recipe], undisturbed, monkeypatch, capfd
+):
+    alone(tracker)
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "WANDB_INIT_TIMEOUT": "3"}
+    for name, value in {**short, "WANDB_MODE": "online", "WANDB_API_KEY": KEY}.items():
+        monkeypatch.setenv(name, value)
+    recipe = tiny_recipe(**SHORT, report_to=tracker)
+    run = run_directory(recipe)
+
+    with failing(way) as (url, asked):
+        monkeypatch.setenv({"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}[tracker], url)
+        run_stages(recipe, run, ["train"])
+
+    assert asked
+    event = left_or_offline(run, tracker, capfd.readouterr().err)
+    assert (event["step"], event["offline"]) == (0, True)
+    assert READERS[tracker](run.path / "train" / "trackers", recipe.name) == pytest.approx(logged(run))
+    assert digest(run.path / "train" / "adapter" / "adapter_model.safetensors") == undisturbed
+
+
+def test_a_tracker_that_cannot_write_is_left_and_costs_the_training_nothing(
+    alone, tiny_recipe: Callable[..., Recipe], undisturbed, monkeypatch, tmp_path, capfd
+):
+    alone("tensorboard")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", f"{tmp_path}/file/x")
+    recipe = tiny_recipe(**SHORT, report_to="tensorboard")
+    run = run_directory(recipe)
+
+    run_stages(recipe, run, ["train"])
+
+    event = left_or_offline(run, "tensorboard", capfd.readouterr().err)
+    assert (event["step"], event["offline"]) == (0, False)
+    assert sorted(logged(run)) == [1, 2, 3, 4]
+    assert digest(run.path / "train" / "adapter" / "adapter_model.safetensors") == undisturbed
+
+
+def test_a_tracker_whose_disk_is_full_is_left(
+    alone, tiny_recipe: Callable[..., Recipe], undisturbed, monkeypatch, tmp_path, capfd, skip_or_fail
+):
+    alone("tensorboard")
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        skip_or_fail("mount", "no file system can be mounted here")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(small))
+    recipe = tiny_recipe(**SHORT, report_to="tensorboard")
+    run = run_directory(recipe)
+    try:
+        run_stages(recipe, run, ["train"])
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+    assert "No space left on device" in left_or_offline(run, "tensorboard", capfd.readouterr().err)["why"]
+    assert digest(run.path / "train" / "adapter" / "adapter_model.safetensors") == undisturbed
+
+
+@TRACKERS
+def test_a_sound_tracker_costs_the_training_nothing(tracker: str, alone, tiny_recipe, undisturbed, monkeypatch):
+    alone(tracker)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    recipe = tiny_recipe(**SHORT, report_to=tracker)
+    run = run_directory(recipe)
+    run_stages(recipe, run, ["train"])
+    assert run.require("train").notes == []
+    assert digest(run.path / "train" / "adapter" / "adapter_model.safetensors") == undisturbed
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_the_model_is_loaded(

@@ -16,7 +16,6 @@ import json
 import math
 import random
 import re
-import shutil
 import zlib
 from array import array
 from bisect import bisect_right
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.core.files import aside
 from finetune.errors import MissingError
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -339,13 +339,10 @@ def _tokenizer_files(chat_template: str | None) -> dict[str, str]:
 
 def _publish(directory: Path, files: Mapping[str, str]) -> Path:
     """Write a directory whole or not at all."""
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, text in files.items():
-        (partial / name).write_text(text, encoding="utf-8")
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with aside(directory) as partial:
+        partial.mkdir(parents=True)
+        for name, text in files.items():
+            (partial / name).write_text(text, encoding="utf-8")
     return directory
 
 

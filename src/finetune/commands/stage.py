@@ -191,7 +191,9 @@ def _fetch_model(model: str, to: str | None, revision: str | None, *, dry_run: b
         return
     import shutil
 
-    from finetune import models
+    from finetune import hub, models
+    from finetune.core.files import aside
+    from finetune.export import sizes
 
     if to is not None and Path(to).exists() and (not Path(to).is_dir() or any(Path(to).iterdir())):
         raise UsageError(f"{to} exists and is not an empty directory; choose another with --to DIR")
@@ -199,7 +201,11 @@ def _fetch_model(model: str, to: str | None, revision: str | None, *, dry_run: b
         path = models.obtain(model, revision=revision)
     else:
         found = models.directory(model, revision=revision)
-        path = Path(shutil.copytree(found, to, dirs_exist_ok=True)).resolve()
+        hub.check_space(Path(to), sizes.stored(found))
+        Path(to).absolute().parent.mkdir(parents=True, exist_ok=True)
+        with aside(Path(to).absolute()) as partial:
+            shutil.copytree(found, partial)
+        path = Path(to).resolve()
     _show_paths([{"model": model, "path": str(path)}], as_json)
 
 

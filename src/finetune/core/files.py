@@ -12,6 +12,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,30 @@ def sync_tree(directory: Path) -> None:
         elif not path.is_symlink():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
+
+
+@contextmanager
+def aside(final: Path) -> Iterator[Path]:
+    """A folder beside `final`, to write into, which takes its place once all is written; after an error nothing has changed."""
+    partial = final.with_name(f".{final.name}{PARTIAL}")
+    remove(partial)
+    try:
+        yield partial
+        remove(final)
+        partial.rename(final)
+    finally:
+        remove(partial)
+
+
+def copy(source: str | Path, target: str | Path) -> None:
+    """Copy a file whole or not at all: into a neighbour first, then renamed into place."""
+    place = Path(target)
+    partial = place.with_name(f".{place.name}.{os.getpid()}{PARTIAL}")
+    try:
+        shutil.copyfile(source, partial)
+        partial.replace(place)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:

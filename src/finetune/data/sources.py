@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import tiny
+from finetune import hub, tiny
 from finetune.core import parsing
 from finetune.data.faults import plural, raise_all
-from finetune.errors import DataError, MissingError, UsageError
+from finetune.errors import DataError, MissingError, UsageError, first_line
 from finetune.lookup import did_you_mean, missing_package
+from finetune.retrying import GaveUp
 from finetune.secrets import redact
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "shipped"
 _SHIPPED_PREFIX, _HUB_PREFIX = "shipped:", "hub:"
+_OFFLINE = (
+    "What works offline: a local file (json, jsonl, csv, parquet), the shipped example (shipped:quorra/train.jsonl), or a "
+    "data set already in the hub's cache."
+)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _COLUMNS = 1_000  # of a row; each is looked for among the names of every format
 
@@ -346,15 +351,15 @@ def _read_hub(path: str, data: Data, token: str | None, limit: int | None) -> _R
     except ModuleNotFoundError as error:
         raise MissingError(missing_package(error.name or "datasets")) from error
     try:
-        table = datasets.load_dataset(name, data.subset, split=data.split, token=token)
+        table = hub.again(name, lambda: datasets.load_dataset(name, data.subset, split=data.split, token=token))
+    except GaveUp as given:
+        problem = f"{given.why} ({given.tried}: {redact(first_line(given.error))})"
+        raise MissingError(f"cannot get the hub data set '{name}': {problem}. {_OFFLINE}") from given.error
     except (OSError, ValueError) as error:
         problem = redact((str(error).splitlines() or [type(error).__name__])[0])
         if isinstance(error, ValueError):  # an unknown split or subset: the library lists those it has
             raise UsageError(f"{path}: {problem}") from error
-        raise MissingError(
-            f"cannot get the hub data set '{name}': {problem}. What works offline: a local file (json, jsonl, csv, "
-            "parquet), the shipped example (shipped:quorra/train.jsonl), or a data set already in the hub's cache."
-        ) from error
+        raise MissingError(f"cannot get the hub data set '{name}': {problem}. {_OFFLINE}") from error
     except Exception as error:  # the library has many kinds of its own
         raise DataError("the data cannot be read:", [f"{path}: {redact(str(error))}"]) from error
     rows: list[Row] = []

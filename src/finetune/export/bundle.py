@@ -17,10 +17,10 @@ from typing import Any
 
 from finetune import __version__
 from finetune.core.files import digest, read_object, strays, write_json, write_text
-from finetune.errors import MissingError, ResourceError, StageError, UsageError
+from finetune.errors import MissingError, StageError, UsageError
 from finetune.export import Exported, Source
 from finetune.export import card as cards
-from finetune.memory import disk_free, human
+from finetune.memory import need_disk
 from finetune.secrets import detector, redacted
 
 MANIFEST, README = "manifest.json", "README.md"
@@ -188,9 +188,7 @@ def _check(source: Source, files: Sequence[tuple[Path, str]], out: Path) -> None
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; a bundle is written into an empty directory")
     out.mkdir(parents=True, exist_ok=True)
-    needed = sum(file.stat().st_size for file, _ in files)
-    if needed * 1.05 > (free := disk_free(out)):
-        raise ResourceError(f"the bundle needs {human(needed)} at {out}, and {human(free)} are free; make some room")
+    need_disk(out, sum(file.stat().st_size for file, _ in files), "the bundle")
 
 
 def _place(file: Path, target: Path, name: str, clean: _Clean) -> str:

@@ -16,11 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune import errors, memory
+from finetune import errors
 from finetune.backends import child
-from finetune.core.files import read_object
-from finetune.errors import MissingError, ResourceError, StageError
-from finetune.export import Exported, Source
+from finetune.errors import MissingError, StageError
+from finetune.export import Exported, Source, sizes
+from finetune.memory import need_disk
 
 PACKAGES = {
     "torch": "torch",
@@ -35,7 +35,6 @@ DIRECT = ("f32", "f16", "bf16")  # what the converter writes; the quantizer make
 # Bits a weight, rounded up: small models keep many tensors in larger types.
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 9.0, "q6_k": 8.0}
 OTHER_BITS = 7.5
-WEIGHTS = ("*.safetensors", "*.bin")
 _REHEARSED: set[tuple[tuple[tuple[str, int, int], ...], bool]] = set()
 
 
@@ -57,7 +56,7 @@ def export(source: Source, variant: str, out: Path) -> Exported:
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"{source.name}-{variant}.gguf"
     partial = target.with_name(f".{target.name}.partial")
-    sixteen = "bf16" if _dtype(source.model) == "bfloat16" else "f16"
+    sixteen = "bf16" if sizes.dtype(source.model) == "bfloat16" else "f16"
     between = _finished(source, sixteen)
     _need_disk(source.model, out, [variant] if variant in DIRECT or between else [variant, sixteen])
     temporary = target.with_name(f".{target.name}.{sixteen}.partial")
@@ -130,22 +129,10 @@ def _has_own_gguf() -> bool:
     return True
 
 
-def _dtype(model: Path) -> str:
-    config = read_object(model / "config.json")
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
 def _need_disk(model: Path, out: Path, variants: list[str]) -> None:
     """Raises ResourceError where the files would not fit."""
-    stored = sum(file.stat().st_size for pattern in WEIGHTS for file in model.glob(pattern))
-    weights = stored / (2 if _dtype(model) in ("bfloat16", "float16") else 4)
-    needed = weights * sum(BITS.get(variant, OTHER_BITS) for variant in variants) / 8
-    free = memory.disk_free(out)
-    if free < needed:
-        raise ResourceError(
-            f"a GGUF file ({', '.join(variants)}) of this model needs about {memory.human(needed)} on the disk of {out}, "
-            f"which has {memory.human(free)} left. Free some, or choose another output_dir"
-        )
+    needed = sizes.parameters(model) * sum(BITS.get(variant, OTHER_BITS) for variant in variants) / 8
+    need_disk(out, needed, f"a GGUF file ({', '.join(variants)}) of this model", "choose another output_dir")
 
 
 def _work(command: str, **options: Any) -> dict[str, Any]:

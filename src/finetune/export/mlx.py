@@ -16,12 +16,20 @@ from typing import Any
 
 from finetune.core.files import strays
 from finetune.errors import MissingError, StageError, UsageError, first_line
-from finetune.export import Exported, Source
+from finetune.export import Exported, Source, sizes
 from finetune.lookup import load as load_reference
+from finetune.memory import need_disk
 
 INSTALL = "exporting to MLX needs mlx and mlx-lm. Install them with: pip install 'finetune[mlx]'"
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 BITS = {"q8": 8, "q4": 4}
+ROOM = {
+    "f32": 32,
+    "f16": 16,
+    "bf16": 16,
+    "q8": 9,
+    "q4": 5,
+}  # bits a weight, with 32 for a scale and a bias of each group
 GROUPS = (64, 32)  # weights that share a scale; a width has to be a multiple
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -41,8 +49,12 @@ def rehearse(model: Path, variant: str, *, trust_remote_code: bool = False) -> N
 def export(source: Source, variant: str, out: Path) -> Exported:
     """Write the model into `out` for mlx-lm; '' keeps the weights' type. What was written is read back.
 
-    Raises UsageError as `rehearse` does, StageError where the files cannot be written or do not say what they should.
+    Raises UsageError as `rehearse` does, ResourceError where the disk is too small, StageError where the files cannot be
+    written or do not say what they should.
     """
+    bits = ROOM.get(variant)
+    needed = sizes.stored(source.model) if bits is None else sizes.parameters(source.model) * bits / 8
+    need_disk(out, needed, f"the MLX model ({variant or 'as it is'})", "choose another output_dir")
     model, reading, group = _open(source.model, variant, source.trust_remote_code)
     mx = load_reference("finetune.backends.mlx.runtime:mx")
     try:

@@ -13,9 +13,9 @@ from typing import Any
 from finetune import gguf_header
 from finetune.core.files import read_object, write_text
 from finetune.data.templates import ChatTemplate
-from finetune.errors import ResourceError, UsageError
+from finetune.errors import UsageError
 from finetune.export import Exported, Source, gotemplate, modelfile
-from finetune.memory import disk_free, human
+from finetune.memory import need_disk
 
 # Ollama reserves memory for the whole context when it loads a model, and this much is its own default.
 NUM_CTX = 4096
@@ -70,8 +70,7 @@ def _weights(source: Source, variant: str, out: Path) -> Exported:
     if done is None:
         return gguf.export(source, variant, out)
     name = re.sub(r"[^0-9A-Za-z._-]+", "-", done.name)
-    if (size := done.stat().st_size) > (free := disk_free(out)):
-        raise ResourceError(f"{name} needs {human(size)} at {out}, and {human(free)} are free; make some room")
+    need_disk(out, done.stat().st_size, f"the copy of {name}")
     shutil.copyfile(done, out / name)
     return Exported(path=out / name)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Any, TypedDict
 
 from finetune.errors import MissingError
 from finetune.lookup import did_you_mean
@@ -24,6 +26,23 @@ TRACKERS: dict[str, tuple[str, str]] = {
     "neptune": ("neptune", "neptune"),
     "swanlab": ("swanlab", "swanlab"),
 }
+
+
+class Failure(TypedDict):
+    """A tracker that failed for good in a training: after which step (0: before the first), why, and whether it went on
+    offline."""
+
+    tracker: str
+    step: int
+    why: str
+    offline: bool
+
+
+def sentence(failure: Failure | Mapping[str, Any]) -> str:
+    """What people are told of it."""
+    when = f"after step {failure['step']}" if failure["step"] else "before the first step"
+    then = "it went on offline, into its files in the run" if failure["offline"] else "the training went on without it"
+    return f"the tracker {failure['tracker']} failed {when} ({failure['why']}); {then}"
 
 
 def named(report_to: str | list[str] | None) -> list[str]:

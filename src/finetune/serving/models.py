@@ -12,6 +12,8 @@ from finetune.backends import get
 from finetune.console import say
 from finetune.core.files import digest
 from finetune.errors import MissingError, UsageError
+from finetune.export import sizes
+from finetune.memory import need_disk
 from finetune.recipe import Recipe
 from finetune.recipe.exports import FORMATS, parse
 from finetune.run import Run, evidence, layout, seal
@@ -111,6 +113,8 @@ def whole(found: Found, run: Run, recipe: Recipe) -> Path:
             say(f"note: {kept.relative_to(run.path)} was changed after it was made; it is made again")
         for old in folder.glob(f"{_stem(found)}-" + "[0-9a-f]" * MARK + "-" + "[0-9a-f]" * MARK):
             shutil.rmtree(old)
+        needed = sizes.merged(found.path, recipe.model.dtype)
+        need_disk(folder, needed, "the model made one with its adapter", "choose another disk with --run DIR")
         making = folder / f".{_stem(found)}.making"
         shutil.rmtree(making, ignore_errors=True)
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune import __version__, modelfiles
 from finetune.console import progress
-from finetune.core.files import digest, digests
+from finetune.core.files import aside, digest, digests
 from finetune.errors import StageError
 from finetune.export import Source, Target, exporter, parse, targets
 from finetune.recipe import Recipe, dump
@@ -76,17 +76,12 @@ def _mark(recipe: Recipe, run: Run, target: Target) -> str:
 
 
 def _export(source: Source, target: Target, folder: Path, mark: str) -> Export:
-    out, partial = folder / target.folder, folder / f".{target.folder}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    out = folder / target.folder
     begin = time.perf_counter()
-    try:
+    with aside(out) as partial:
+        partial.mkdir()
         exported = exporter(target).export(source, target.variant, partial)
         inside = exported.path.resolve().relative_to(partial.resolve())
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     path = out / inside
     return {
         "name": target.name,

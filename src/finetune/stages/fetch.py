@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from finetune import hub, licenses, modelfiles, models, weights
 from finetune.backends import get
 from finetune.console import say
-from finetune.core.files import digest, read_object, write_text
+from finetune.core.files import copy, digest, read_object, write_text
 from finetune.data import secrecy
 from finetune.errors import MissingError, StageError, UsageError
 from finetune.recipe import Recipe
@@ -164,7 +162,8 @@ def download(entry: dict[str, Any]) -> Path:
     hub.check_space(into, sum((source / name).stat().st_size for name in names if not (into / name).is_file()))
     into.mkdir(parents=True, exist_ok=True)
     for name in names:
-        _copy(source / name, into / name)
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(source / name, into / name)
     return into
 
 
@@ -212,14 +211,3 @@ def _stand_ins(name: str, there: Collection[str]) -> list[str]:
     if name in _TOKENIZER_PARTS and "tokenizer.json" in there:
         return ["tokenizer.json"]
     return []
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        shutil.copyfile(source, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from finetune.backends.mlx.config import stored_for_mlx
 from finetune.backends.mlx.runtime import mx
 from finetune.backends.mlx.tensors import stored
 from finetune.backends.torch.tokenizer import HFTokenizer
-from finetune.core.files import read_object, write_json
+from finetune.core.files import aside, read_object, write_json
 from finetune.errors import StageError, UsageError
 
 INDEX = "model.safetensors.index.json"
@@ -78,28 +78,25 @@ def rewrite(
 
     `out` appears whole or not at all.
     """
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    kept: set[str] = set()
-    for file in weight_files(directory):
-        tensors = {name: new for name, old in stored(file).items() if (new := change(name, old)) is not None}
-        kept |= tensors.keys()
-        mx.save_safetensors(str(partial / file.name), tensors, metadata={"format": "pt"})
-    for pattern in ("generation_config.json", "*.py", "LICENSE*"):
-        for file in directory.glob(pattern):
-            shutil.copy2(file, partial / file.name)
-    config = read_object(directory / "config.json")
-    if dtype is not None:
-        config = {**{k: v for k, v in config.items() if k != "torch_dtype"}, "dtype": dtype}
-    write_json(partial / "config.json", config)
-    if (directory / INDEX).is_file():
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name in kept}
-        write_json(partial / INDEX, index)
-    save_tokenizer(tokenizer, partial, chat_template, trust_remote_code=trust_remote_code)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with aside(out) as partial:
+        partial.mkdir(parents=True)
+        kept: set[str] = set()
+        for file in weight_files(directory):
+            tensors = {name: new for name, old in stored(file).items() if (new := change(name, old)) is not None}
+            kept |= tensors.keys()
+            mx.save_safetensors(str(partial / file.name), tensors, metadata={"format": "pt"})
+        for pattern in ("generation_config.json", "*.py", "LICENSE*"):
+            for file in directory.glob(pattern):
+                shutil.copy2(file, partial / file.name)
+        config = read_object(directory / "config.json")
+        if dtype is not None:
+            config = {**{k: v for k, v in config.items() if k != "torch_dtype"}, "dtype": dtype}
+        write_json(partial / "config.json", config)
+        if (directory / INDEX).is_file():
+            index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+            index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name in kept}
+            write_json(partial / INDEX, index)
+        save_tokenizer(tokenizer, partial, chat_template, trust_remote_code=trust_remote_code)
 
 
 def save_tokenizer(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from finetune.backends import adapters
 from finetune.backends.torch.loading import load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer, stored_tokenizer
+from finetune.core.files import aside
 
 
 def merge(model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
@@ -24,16 +24,13 @@ def merge(model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
     all.
     """
     merged = load_adapter(load_model(model, {**settings, "device": "cpu"}), adapter).merge_and_unload()
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     source = adapter if (adapter / "tokenizer_config.json").is_file() else model
     trust = bool(settings.get("trust_remote_code"))
     ends = [*HFTokenizer(model, trust_remote_code=trust).eos_ids]
     merged.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    merged.save_pretrained(str(partial))
-    stored_tokenizer(source, trust_remote_code=trust).save_pretrained(str(partial))
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with aside(out) as partial:
+        merged.save_pretrained(str(partial))
+        stored_tokenizer(source, trust_remote_code=trust).save_pretrained(str(partial))
     return out
 
 

@@ -10,64 +10,89 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune.backends import Job
+from finetune.backends.torch.calling import Tracker
 from finetune.console import say
 from finetune.core.files import write_text
-from finetune.errors import FinetuneError, StageError, UsageError, first_line
+from finetune.errors import UsageError
 from finetune.recipe import trackers
 
 PROJECT = "finetune"
-_FIX = {"wandb": "Set WANDB_MODE=offline to send it later", "mlflow": "Unset MLFLOW_TRACKING_URI to keep it in the run"}
 _PREFIXES = ("MLFLOW_", "TENSORBOARD_", "TRACKIO_", "WANDB_")
 _OFFLINE_VALUES = {"1", "on", "yes", "true"}
 
 
 @contextmanager
-def tracked(job: Job) -> Iterator[None]:
-    """While inside, the job's trackers write into `job.out/trackers`; a resumed job goes on in its own run."""
+def tracked(job: Job, closed: Callable[[], bool]) -> Iterator[list[Tracker]]:
+    """While inside, the job's trackers write into `job.out/trackers`; a resumed job goes on in its own run.
+
+    `closed`: whether nobody waits for the job's result any more. What fails in a tracker ends no training: see `calling`.
+    Raises MissingError for one that is not installed, UsageError for a place that it cannot write to by its nature.
+    """
     section = "align" if job.objective == "dpo" else "train"
     names = trackers.named(job.options.get("report_to"))
     if not names:
-        yield
+        yield []
         return
     trackers.require(names, section)
     place = job.out / "trackers"
+    if "mlflow" in names and "?" in str(place):
+        raise UsageError(f"mlflow cannot keep its files in {place}: a '?' ends the path of its database. Use --run DIR")
     before = dict(os.environ)
-    for variable, value in environment(names, place, resumed=job.resume is not None).items():
-        os.environ.setdefault(variable, value)
+    found = [
+        Tracker(
+            name,
+            partial(_open, name, job, place, before),
+            partial(_close, name),
+            can_go_offline=partial(_can_go_offline, name, before),
+            stop=lambda: closed() or job.should_stop(),
+            hurried=closed,
+        )
+        for name in names
+    ]
     ended = False
     try:
-        if "trackio" in names and "TRACKIO_DIR" not in before:
-            _forget("trackio")
-        if "wandb" in names:
-            _open_wandb(job.resume is not None, chosen="WANDB_MODE" in before)
-        if "mlflow" in names:
-            _open_mlflow(job, place, chosen="MLFLOW_TRACKING_URI" in before)
-        say(f"reporting to {', '.join(names)} (their local files: {place})")
-        yield
+        for tracker in found:
+            tracker.begin()
+        if working := [tracker.name for tracker in found if not tracker.left]:
+            say(f"reporting to {', '.join(working)} (their local files: {place})")
+        yield found
         ended = True
-    except FinetuneError:
-        raise
-    except Exception as error:
-        name = next((each for each in names if _raised_by(error, trackers.TRACKERS[each][0])), None)
-        if name is None:
-            raise
-        raise StageError(
-            f"{section}.report_to: {name} failed: {first_line(error)}. {_FIX.get(name, 'Mend that')}, or leave "
-            f"'{name}' out of report_to"
-        ) from error
     finally:
-        _close(names, ended)
+        for tracker in found:
+            tracker.close(ended)
         for variable in [name for name in os.environ if name.startswith(_PREFIXES)]:
             if variable not in before:
                 del os.environ[variable]
             else:
                 os.environ[variable] = before[variable]
+
+
+def _open(name: str, job: Job, place: Path, before: Mapping[str, str], offline: bool) -> None:
+    """Make one tracker ready; `offline`: in its local files, whatever was chosen."""
+    resumed = job.resume is not None
+    if offline and "WANDB_RUN_ID" not in before:  # wandb may hold on to the one that it could not begin
+        os.environ.pop("WANDB_RUN_ID", None)
+    for variable, value in environment([name], place, resumed=resumed).items():
+        os.environ.setdefault(variable, value)
+    if name == "trackio" and "TRACKIO_DIR" not in before:
+        _forget("trackio")
+    if name == "wandb":
+        _open_wandb(resumed, chosen="WANDB_MODE" in before and not offline, offline=offline)
+    if name == "mlflow":
+        _open_mlflow(job, place, chosen="MLFLOW_TRACKING_URI" in before and not offline, offline=offline)
+
+
+def _can_go_offline(name: str, before: Mapping[str, str]) -> bool:
+    """Whether a tracker sends its logs elsewhere, and can keep them in the run instead."""
+    online = {"wandb": os.environ.get("WANDB_MODE") != "offline", "mlflow": "MLFLOW_TRACKING_URI" in before}
+    return online.get(name, False)
 
 
 def environment(names: list[str], place: Path, *, resumed: bool) -> dict[str, str]:
@@ -78,13 +103,9 @@ def environment(names: list[str], place: Path, *, resumed: bool) -> dict[str, st
     if "trackio" in names:
         values["TRACKIO_DIR"] = str(place / "trackio")
     if "mlflow" in names:
-        if "?" in str(place):
-            raise UsageError(
-                f"mlflow cannot keep its files in {place}: a '?' ends the path of its database. Use --run DIR"
-            )
         (place / "mlflow").mkdir(parents=True, exist_ok=True)  # SQLite makes the file, not its folder
-        values["MLFLOW_TRACKING_URI"] = f"sqlite:///{place / 'mlflow' / 'mlflow.db'}"
-        values["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
+        values["MLFLOW_TRACKING_URI"] = _local_mlflow(place)
+        values |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
         values["MLFLOW_DISABLE_TELEMETRY"] = "true"
         if resumed:  # a run's parameters cannot change, and a training that goes on for longer has others
             values["MLFLOW_MAX_LOG_PARAMS"] = "0"
@@ -93,7 +114,7 @@ def environment(names: list[str], place: Path, *, resumed: bool) -> dict[str, st
         inside.mkdir(parents=True, exist_ok=True)  # where there is none, it goes to the system's temporary files
         values |= {"WANDB_DIR": str(place), "WANDB_CACHE_DIR": str(inside), "WANDB_DATA_DIR": str(inside)}
         values |= {"WANDB_PROJECT": PROJECT, "WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_INIT_TIMEOUT": "30"}
-        values |= {"WANDB_FINISH_TIMEOUT": "120"}  # what is not sent by then stays here, for `wandb sync`
+        values |= {"WANDB_FINISH_TIMEOUT": "60"}  # what is not sent by then stays here, for `wandb sync`
         values |= {"WANDB_ERROR_REPORTING": "false", "WANDB_RUN_ID": _run_id(inside / "run-id", resumed)}
         # Its metadata hold the command line and the repository's address, and both can hold a secret.
         values["WANDB_X_DISABLE_META"] = values["WANDB_DISABLE_GIT"] = "true"
@@ -107,27 +128,34 @@ def _run_id(file: Path, resumed: bool) -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
-def _open_wandb(resumed: bool, *, chosen: bool) -> None:
+def _local_mlflow(place: Path) -> str:
+    return f"sqlite:///{place / 'mlflow' / 'mlflow.db'}"
+
+
+def _open_wandb(resumed: bool, *, chosen: bool, offline: bool) -> None:
     """Without a key it would ask for one on the terminal; then, and where the hub is not to be asked, it stays offline."""
     wandb: Any = importlib.import_module("wandb")
     if not chosen:
-        asked = os.environ.get("HF_HUB_OFFLINE", "").lower() in _OFFLINE_VALUES
+        asked = offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in _OFFLINE_VALUES
         os.environ["WANDB_MODE"] = "offline" if asked or not wandb.login(prompt=False, verify=False) else "online"
     if resumed and os.environ["WANDB_MODE"] == "online":
         os.environ.setdefault("WANDB_RESUME", "allow")
     wandb.teardown()  # its service remembers the settings that it first met
 
 
-def _open_mlflow(job: Job, place: Path, *, chosen: bool) -> None:
+def _open_mlflow(job: Job, place: Path, *, chosen: bool, offline: bool) -> None:
     """Name the run beforehand: the integration then reports to it, and a resumed training finds it again."""
     mlflow: Any = importlib.import_module("mlflow")
     for name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table that they make
         logging.getLogger(name).setLevel(logging.WARNING)
+    if offline:  # the run of that name is at the server that was chosen
+        os.environ["MLFLOW_TRACKING_URI"] = _local_mlflow(place)
+        os.environ.pop("MLFLOW_RUN_ID", None)
     if not chosen:
         mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     if os.environ.get("MLFLOW_RUN_ID"):
         return
-    stored = place / "mlflow" / "run-id"
+    stored = place / "mlflow" / ("offline-run-id" if offline else "run-id")
     if not (job.resume and stored.is_file()):
         client = mlflow.MlflowClient()
         project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
@@ -138,17 +166,22 @@ def _open_mlflow(job: Job, place: Path, *, chosen: bool) -> None:
     os.environ["MLFLOW_RUN_ID"] = stored.read_text(encoding="utf-8").strip()
 
 
-def _close(names: list[str], ended: bool) -> None:
-    """End what the integrations leave open, so that the next training of this process has a run of its own."""
-    if "wandb" in names and (wandb := sys.modules.get("wandb")) and wandb.run is not None:
-        wandb.finish(exit_code=0 if ended else 1)
-    if "trackio" in names and (trackio := sys.modules.get("trackio")):
+def _close(name: str, ended: bool) -> None:
+    """End what an integration leaves open, so that the next training of this process has a run of its own."""
+    library: Any = sys.modules.get(name)
+    if library is None:
+        return
+    if name == "wandb" and library.run is not None:
+        library.finish(exit_code=0 if ended else 1)
+    if name == "trackio":
         with suppress(RuntimeError):  # there is none
-            trackio.finish()
-    if "mlflow" in names and (mlflow := sys.modules.get("mlflow")):
-        if mlflow.active_run() is not None:
-            mlflow.end_run("FINISHED" if ended else "FAILED")
-        mlflow.set_tracking_uri(None)
+            library.finish()
+    if name == "mlflow":
+        try:
+            if library.active_run() is not None:
+                library.end_run("FINISHED" if ended else "FAILED")
+        finally:
+            library.set_tracking_uri(None)
 
 
 def _forget(package: str) -> None:
@@ -156,16 +189,3 @@ def _forget(package: str) -> None:
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         del sys.modules[name]
     importlib.invalidate_caches()
-
-
-def _raised_by(error: BaseException, module: str) -> bool:
-    """Whether an error is of a package's own kind, or was raised in its code."""
-    package = module.partition(".")[0]
-    if type(error).__module__.partition(".")[0] == package:
-        return True
-    trace: Any = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == package:
-            return True
-        trace = trace.tb_next
-    return False

@@ -21,14 +21,14 @@ from transformers import PrinterCallback, set_seed
 
 from finetune import checkpoints, modelfiles
 from finetune.backends import Job, Step
-from finetune.backends.torch import options, resuming, tracking
+from finetune.backends.torch import options, reporting, resuming, tracking
+from finetune.backends.torch.calling import Tracker
 from finetune.backends.torch.guarding import Guard
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.backends.torch.watching import Recorder, Reporter
 from finetune.errors import StageError, first_line
 from finetune.lookup import load as load_reference
-from finetune.recipe import trackers
 
 OBJECTIVES = {"sft": "finetune.backends.torch.sft:make_trainer", "dpo": "finetune.backends.torch.dpo:make_trainer"}
 # Recipe keys that are training arguments of transformers and TRL under the same name.
@@ -52,7 +52,7 @@ def arguments(job: Job, *names: str) -> dict[str, Any]:
     return {
         **chosen,
         "output_dir": str(job.out),
-        "report_to": trackers.named(values["report_to"]),
+        "report_to": "none",  # trackers come later, guarded (see reporting)
         "run_name": job.name,
         "project": tracking.PROJECT,
         "use_cpu": choose_device(job.settings.get("device", "auto")).type == "cpu",
@@ -69,8 +69,9 @@ def train(job: Job) -> Generator[Step, None, dict[str, Any]]:
 
     def work() -> None:
         try:
-            with tracking.tracked(job):
-                facts.update(_train(job, steps))
+            with tracking.tracked(job, steps.closed.is_set) as tracked:
+                facts.update(_train(job, steps, tracked))
+            facts["trackers"] = [failure for tracker in tracked for failure in tracker.failures]
             steps.put(None)
         except BaseException as error:  # handed to the consumer, which raises it
             steps.put(error)
@@ -127,7 +128,7 @@ def adapted(job: Job, model: Any) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
-def _train(job: Job, steps: _Steps) -> dict[str, Any]:
+def _train(job: Job, steps: _Steps, trackers: list[Tracker]) -> dict[str, Any]:
     datasets.disable_progress_bars()
     if job.resume:
         modelfiles.check_checkpoint(job.resume)
@@ -145,6 +146,7 @@ def _train(job: Job, steps: _Steps) -> dict[str, Any]:
     recorder = Recorder(trainer)
     trainer.data_collator, trainer.get_batch_samples = recorder, recorder.taken
     trainer.remove_callback(PrinterCallback)
+    reporting.attach(trainer, trackers)
     guard = Guard(trainer, recorder, job)
     trainer.add_callback(guard)
     reporter = Reporter(trainer, recorder, guard, job, steps.put, lambda: steps.closed.is_set() or job.should_stop())

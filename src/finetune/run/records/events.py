@@ -74,6 +74,17 @@ class BadStep(TypedDict):
 
 
 @record
+class TrackerFailed(TypedDict):
+    """See `finetune.recipe.trackers.Failure`."""
+
+    stage: str
+    tracker: str
+    step: int
+    why: str
+    offline: bool
+
+
+@record
 class Verified(TypedDict):
     passed: bool
     sha256: Sha
@@ -100,6 +111,7 @@ KINDS: dict[str, type] = {
     "training": Training,
     "resumed": Resumed,
     "bad_step": BadStep,
+    "tracker_failed": TrackerFailed,
     "verified": Verified,
     "exported": Exported,
     "log_restored": Restored,
