@@ -142,7 +142,7 @@ def load_recipe(
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Python warnings raised inside become `warning:` lines on stderr."""
+    """Python warnings raised inside become lines on stderr: `warning:`, and `note:` for what a later version will refuse."""
     import warnings
 
     with warnings.catch_warnings(record=True) as caught:
@@ -151,8 +151,9 @@ def shown_warnings() -> Iterator[None]:
             yield
         finally:
             for warning in caught:
-                if issubclass(warning.category, UserWarning):
-                    echo(f"warning: {warning.message}", err=True)
+                if issubclass(warning.category, UserWarning | FutureWarning):
+                    kind = "note" if issubclass(warning.category, FutureWarning) else "warning"
+                    echo(f"{kind}: {warning.message}", err=True)
 
 
 def stored_run(text: str | None) -> Run:
