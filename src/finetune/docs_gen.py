@@ -26,6 +26,7 @@ from finetune.recipe.aliases import ALIASES, OLDER
 from finetune.recipe.legacy import FIELD_KEYS
 from finetune.recipe.profiles import PROFILES
 from finetune.recipe.sections import Align, Data, Evaluate, Expect, Lora, Model, Optimization, Section, Template, Train
+from finetune.testing import logs
 from finetune.testing.sabotage import detection, ground
 from finetune.testing.spec.model import Bounds, Inference, Learned, Loss, Spec, Stderr, json_schema
 
@@ -359,7 +360,7 @@ def grounds(text: str) -> str:
 
 
 def compatibility(text: str) -> str:
-    """docs/compatibility.md with the tables of schema numbers and of keys under other names."""
+    """docs/compatibility.md with the tables of schema numbers, of keys under other names and of logs' columns."""
     kinds = [
         (each.what, f"`{each.file}`", str(each.number), str(each.oldest) if each.steps else "")
         for each in schemas.KINDS
@@ -372,6 +373,8 @@ def compatibility(text: str) -> str:
         )
         for alias in ALIASES
     ]
+    columns = [(name, ", ".join(f"`{column}`" for column in known)) for name, known in logs.COLUMNS.items()]
+    text = between(text, "columns", table(("value", "columns, of which the first that is there is taken"), columns))
     text = between(text, "schemas", table(("what", "file", "today", "read from"), kinds))
     return between(text, "aliases", table(("old name", "today", "of"), keys))
 
