@@ -21,7 +21,7 @@ from transformers import PrinterCallback, set_seed
 
 from finetune import checkpoints, modelfiles
 from finetune.backends import Job, Step
-from finetune.backends.torch import options, resuming, tracking
+from finetune.backends.torch import options, resuming, states, tracking
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.backends.torch.watching import Recorder, Reporter
@@ -147,6 +147,7 @@ def _train(job: Job, steps: _Steps) -> dict[str, Any]:
     reporter = Reporter(trainer, recorder, job, steps.put, lambda: steps.closed.is_set() or job.should_stop())
     trainer.add_callback(reporter)
     resuming.keep_whole(trainer, job, reporter.so_far, steps.logged)
+    states.read_older(trainer, job.resume)
     resuming.keep_own_settings(trainer)
     resuming.check_fits(job, trainer.model)
     _save(job, trainer.model, tokenizer, job.out / "initial", weights_of_full=False)
