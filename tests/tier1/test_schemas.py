@@ -150,14 +150,15 @@ RAISED = (schemas.MANIFEST, schemas.EVENT, schemas.REPORT, schemas.VERDICTS, sch
 
 @pytest.fixture
 def steps() -> Iterator[dict[str, int]]:
-    """Every number is one higher, with a step that changes nothing: how often each was taken, by kind."""
+    """Every number is one higher, with a step that changes one word of a manifest and nothing else: how often each was taken,
+    by kind."""
     taken = {schema.what: 0 for schema in (*RAISED, schemas.TRAINING, schemas.RECIPE)}
     before = {schema.what: (schema.number, schema.steps) for schema in schemas.KINDS}
 
     def step(what: str) -> schemas.Step:
         def change(stored: dict[str, Any]) -> dict[str, Any]:
             taken[what] += 1
-            return dict(stored)
+            return {**stored, "command": "in other words"} if what == schemas.MANIFEST.what else dict(stored)
 
         return change
 

@@ -15,7 +15,7 @@ import click
 from finetune import console
 from finetune.core.streams import is_unicode
 from finetune.core.text import json_text
-from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
+from finetune.errors import FinetuneError, MissingError, NewerError, StageError, UsageError, first_line
 from finetune.lookup import did_you_mean
 from finetune.secrets import redact, redacted
 
@@ -226,6 +226,8 @@ def stored_recipe(run: Run) -> Recipe:
         evidence.text(run, layout.RECIPE)
         with shown_warnings():
             return load(run.path / layout.RECIPE.path)
+    except NewerError:
+        raise
     except FinetuneError as error:
         again = "Bring the file back from a copy; the model and its files are as they were"
         raise StageError(f"the recipe that the run was made from cannot be read: {error}\n{again}") from None

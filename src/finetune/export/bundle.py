@@ -123,6 +123,15 @@ def set_card(
     write_json(directory / MANIFEST, schemas.BUNDLE.written(stated))
 
 
+def is_bundle(directory: Path) -> bool:
+    """Whether a directory is a bundle that was put out: its manifest lists files, which a run's does not."""
+    try:
+        stated = read_object(directory / MANIFEST)
+    except (OSError, StageError):
+        return False
+    return isinstance(stated.get("files"), dict)
+
+
 def verify_manifest(directory: Path) -> list[str]:
     """What is wrong with a bundle, one line each: files missing, changed, or in no list. Empty: all is as written."""
     try:
