@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import identity
+from finetune.core import schemas
 from finetune.core.files import PARTIAL, digests, sync_folder, sync_tree, write_json
 from finetune.core.parsing import loads
 from finetune.errors import StageError
@@ -20,7 +21,6 @@ from finetune.memory import need_disk
 
 STATE = "trainer_state.json"
 DIGESTS = "digests.json"
-SCHEMA = 1
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def writing(out: Path, step: int, logged: Callable[[], bool] = lambda: True) -> 
         folder = aside / final.name  # transformers writes into a folder of that name only
         folder.mkdir(parents=True)
         yield folder
-        write_json(folder / DIGESTS, {"schema": SCHEMA, "files": digests(folder)})
+        write_json(folder / DIGESTS, schemas.CHECKPOINT.written({"files": digests(folder)}))
         sync_tree(folder)
         if logged():
             if final.exists():  # a folder cannot replace one that holds something
@@ -92,13 +92,14 @@ def state(checkpoint: Path) -> dict[str, Any]:
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """What is not as it was written, a phrase each; of a checkpoint of version 0.1, what is empty or cannot be read."""
+    """What is not as it was written, a phrase each; of a checkpoint of version 0.1, what is empty or cannot be read. Raises
+    NewerError for one of a later version."""
     file = checkpoint / DIGESTS
     try:
         there = digests(checkpoint)
         if not file.is_file():
             return [f"{DIGESTS} is gone"] if (checkpoint / identity.FILE).is_file() else _unreadable(checkpoint)
-        written = loads(file.read_bytes())["files"]
+        written = schemas.CHECKPOINT.read(loads(file.read_bytes()), file)["files"]
         there.pop(DIGESTS)
         return [
             f"{name} {'is gone' if name not in there else 'was not there' if name not in written else 'was changed'}"

@@ -20,10 +20,13 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from finetune import tiny
+from finetune.core import schemas
 from finetune.recipe import Recipe
-from finetune.recipe.legacy import FIELD_KEYS, RENAMED
+from finetune.recipe.aliases import ALIASES, OLDER
+from finetune.recipe.legacy import FIELD_KEYS
 from finetune.recipe.profiles import PROFILES
 from finetune.recipe.sections import Align, Data, Evaluate, Expect, Lora, Model, Optimization, Section, Template, Train
+from finetune.testing import logs
 from finetune.testing.sabotage import detection, ground
 from finetune.testing.spec.model import Bounds, Inference, Learned, Loss, Spec, Stderr, json_schema
 
@@ -31,6 +34,7 @@ RECIPES = Path("docs/recipes.md")
 SPECS = Path("docs/specs.md")
 SPEC_SCHEMA = Path("docs/spec.schema.json")
 SABOTAGE = Path("docs/sabotage.md")
+COMPATIBILITY = Path("docs/compatibility.md")
 README = Path("README.md")
 SOURCE = Path("src/finetune")
 
@@ -85,6 +89,8 @@ Only `data.path` must be given (with an `align` section, `align.data.path` too);
   without the variable. A value that looks like other text is not looked for in data: under 8 characters, one plain word, a
   few words of under 16 characters, a number or date of under 12, fewer than 5 different characters; messages hide it from
   6 characters on, where it stands alone.
+- **Versions**: a recipe may say `schema: {schemas.RECIPE.number}`, the number of its format, as those do that finetune writes;
+  one of a later version of finetune is refused. Keys that had another name are read with a note (see compatibility.md).
 - **Switching a part off**: `train: null` skips fine-tuning; without an `align` section there is no alignment.
 """
 
@@ -301,15 +307,14 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def recipes() -> str:
     """The text of docs/recipes.md."""
     profiles = [(f"`{name}`", ", ".join(_settings(sections))) for name, sections in PROFILES.items()]
-    renamed = [(f"`{old}`", f"`{new}`") for old, new in RENAMED.items()]
-    renamed += [(f"`dataset.{old}`", f"`data.fields.{new}`") for old, new in FIELD_KEYS.items()]
+    renamed = [(f"`dataset.{old}`", f"`data.fields.{new}`") for old, new in FIELD_KEYS.items()]
     parts = [
         INTRO,
         "## Profiles\n\n`profile: NAME` sets defaults for a kind of task; whatever the recipe says itself wins.\n",
         table(("profile", "sets"), profiles),
         *recipe_tables(),
         LEGACY,
-        "Keys with another name now:\n",
+        "Keys with another name now, beside those in compatibility.md:\n",
         table(("old", "new"), renamed),
     ]
     return "\n".join(parts)
@@ -354,6 +359,26 @@ def grounds(text: str) -> str:
     return between(text, "grounds", table(("ground", "what it does"), rows))
 
 
+def compatibility(text: str) -> str:
+    """docs/compatibility.md with the tables of schema numbers, of keys under other names and of logs' columns."""
+    kinds = [
+        (each.what, f"`{each.file}`", str(each.number), str(each.oldest) if each.steps else "")
+        for each in schemas.KINDS
+    ]
+    keys = [
+        (
+            ", ".join(f"`{section}.{alias.old}`" for section in alias.sections if section not in OLDER),
+            f"`{alias.new}`",
+            alias.whose,
+        )
+        for alias in ALIASES
+    ]
+    columns = [(name, ", ".join(f"`{column}`" for column in known)) for name, known in logs.COLUMNS.items()]
+    text = between(text, "columns", table(("value", "columns, of which the first that is there is taken"), columns))
+    text = between(text, "schemas", table(("what", "file", "today", "read from"), kinds))
+    return between(text, "aliases", table(("old name", "today", "of"), keys))
+
+
 def between(text: str, name: str, block: str) -> str:
     """A text with what is between `<!-- name -->` and `<!-- /name -->` replaced; unchanged where it has no markers."""
     before, start, rest = text.partition(f"<!-- {name} -->")
@@ -366,7 +391,12 @@ def outdated(root: Path) -> dict[Path, str]:
     wanted = {root / RECIPES: recipes(), root / SPEC_SCHEMA: json.dumps(json_schema(), indent=2) + "\n"}
     if results := detection.load(root):
         wanted[root / detection.PAGE] = detection.render(results)
-    for name, write in ((README, lambda text: readme(text, root / SOURCE)), (SPECS, specs), (SABOTAGE, grounds)):
+    for name, write in (
+        (README, lambda text: readme(text, root / SOURCE)),
+        (SPECS, specs),
+        (SABOTAGE, grounds),
+        (COMPATIBILITY, compatibility),
+    ):
         if (root / name).is_file():
             wanted[root / name] = write((root / name).read_text(encoding="utf-8"))
     return {

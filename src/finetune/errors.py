@@ -63,6 +63,10 @@ class RefusedError(FinetuneError, RuntimeError):
         super().__init__("\n".join([f"{headline}:", *(f"  {each}" for each in reasons), *ways]))
 
 
+class NewerError(StageError):
+    """A file that a later version of finetune wrote: it is neither read by guessing nor made again. The text says which."""
+
+
 class ResourceError(StageError):
     """Too little memory or disk for what the recipe asks; raised before any work is lost."""
 

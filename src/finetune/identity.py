@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from finetune.core import schemas
 from finetune.core.files import read_object, write_text
+from finetune.core.parsing import loads
 from finetune.errors import UsageError
 from finetune.recipe.sections import Align, Train
 
@@ -142,9 +144,9 @@ class Past(Part):
 
 
 class Record(Part):
-    """The file. `schema` is 1."""
+    """The file."""
 
-    version: Literal[1] = Field(1, alias="schema")
+    version: int = Field(schemas.TRAINING.number, alias=schemas.KEY)
     training: Training
     past: Past = Past()
 
@@ -182,13 +184,14 @@ def check_plan(done: int, total: int) -> None:
 
 
 def read(checkpoint: Path) -> Record | None:
-    """A checkpoint's record; None for one of an earlier version, which has none. Raises UsageError for one unreadable."""
+    """A checkpoint's record; None for one of an earlier version, which has none. Raises UsageError for one unreadable,
+    NewerError for one of a later version."""
     file = checkpoint / FILE
     if not file.is_file():
         return None
     try:
-        return Record.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, ValueError) as error:
+        return Record.model_validate(schemas.TRAINING.read(loads(file.read_bytes()), file))
+    except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{file} is no record of a training that this version can read ({_first(error)}); resume from another "
             "checkpoint, or start anew with --force"

@@ -13,10 +13,11 @@ from finetune.console import say
 from finetune.core.files import digest, write_text
 from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.recipe import Recipe, dump, load
+from finetune.recipe.load import says_the_same
 from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.base import base_changed
 from finetune.run.directory import RECIPE
-from finetune.run.restore import restore
+from finetune.run.restore import refuse_newer, restore
 from finetune.secrets import redact
 from finetune.stages import (
     BY_NAME,
@@ -104,7 +105,7 @@ def run_stages(
     goes on from its newest, unless `force`. A checkpoint of another training is refused; with `changed` only where nothing
     can go on from it. `retrain` does a finished training anew that other code or libraries made. The run is locked
     meanwhile, gets the recipe and the manifest, and is sealed at the end, whatever that is. Raises LockedError,
-    ResourceError, and whatever a stage raises, which becomes an event.
+    ResourceError, NewerError, and whatever a stage raises, which becomes an event.
     """
     from finetune.estimate import check_start
 
@@ -112,6 +113,7 @@ def run_stages(
     stages = chosen(recipe, names)
     reports = []
     with run.locked():
+        refuse_newer(run)
         if force and names is None:
             seal.begin_anew(run)
         for said in restore(run, {name: models_before(stage) for name, stage in BY_NAME.items()}):
@@ -237,8 +239,9 @@ def store(recipe: Recipe, run: Run) -> None:
     path, text = run.path / RECIPE, dump(recipe)
     secrecy.refuse_text(text, "the recipe")
     seal.update_manifest(run, **collect(recipe))
-    if not path.is_file() or path.read_bytes().decode("utf-8", "replace") != text:
-        replaced = path.is_file()
+    replaced = path.is_file()
+    kept = replaced and says_the_same(path.read_bytes().decode("utf-8", "replace"), text)
+    if not kept or not seal.is_as_recorded(run, RECIPE):
         write_text(path, text)
         run.event("recipe", replaced=replaced, name=recipe.name, sha256=digest(path))
 

@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from finetune import handout, pipeline
 from finetune.checks import NOT_EXAMINED, results, verify
+from finetune.cli import cli
 from finetune.core.files import digest
 from finetune.data.sources import local_files
+from finetune.export.bundle import set_card, verify_manifest
 from finetune.recipe import Recipe, load
-from finetune.run import Run, seal
+from finetune.report import compare, summary
+from finetune.run import Run, evidence, layout, seal
+from finetune.serving import models
 from finetune.stages import BY_NAME, inputs, plan
 from support.proof import flip
+from support.town import edit_json
 
 STORED = Path(__file__).parents[1] / "support" / "run-0.1.0.tar.gz"
 TRAININGS = ("train", "align")
@@ -129,6 +136,69 @@ def test_it_is_handed_out_while_it_is_whole(earlier: tuple[Recipe, Run]) -> None
     assert "listed nowhere by version 0.1" in checkpoint.why
     exported.rename(run.path / "gone")
     assert [str(each) for each in handout.changed(run, [exported])] == ["export/bundle is gone"]
+
+
+def test_its_environment_is_known(earlier: tuple[Recipe, Run]) -> None:
+    manifest, shown = earlier[1].manifest(), summary.document(earlier[1])["manifest"]
+
+    assert (manifest["finetune"], manifest["python"], manifest["cpu"]) == ("0.1.0", "3.11.7", "AMD EPYC")
+    assert manifest["packages"]["transformers"] == "5.23.0"
+    assert manifest["seeds"] == {"train": {"seed": 0, "data_seed": 0}, "align": {"seed": 0, "data_seed": 0}}
+    assert shown == manifest
+    assert "schema" not in manifest
+
+
+def test_its_environment_is_held_against_another_run_s(earlier: tuple[Recipe, Run], tmp_path: Path) -> None:
+    shutil.copytree(earlier[1].path, tmp_path / "other")
+    edit_json(Run(tmp_path / "other"), "manifest.json", lambda manifest: manifest.update(python="3.13.1"))
+    found = compare.compare(earlier[1], Run(tmp_path / "other"))
+    assert [(each["key"], each["a"], each["b"]) for each in found["versions"]] == [("python", "3.11.7", "3.13.1")]
+
+
+def test_its_bundle_is_verified_by_the_command_line(earlier: tuple[Recipe, Run]) -> None:
+    bundle = earlier[1].path / "export" / "bundle"
+    assert "schema" not in json.loads((bundle / "manifest.json").read_text())
+    whole = CliRunner().invoke(cli, ["verify", str(bundle)])
+    assert (whole.exit_code, whole.stdout) == (0, f"{bundle}: every file is as it was put out\n")
+
+    flip(bundle / "fake_model.json")
+    broken = CliRunner().invoke(cli, ["verify", str(bundle), "--json"])
+    assert broken.exit_code == 1
+    assert json.loads(broken.stdout)["faults"] == ["fake_model.json: changed (SHA-256 differs)"]
+    assert CliRunner().invoke(cli, ["verify", str(bundle), "--check", "seal"]).exit_code == 2
+
+
+def test_its_bundle_is_a_model_that_answers_as_it_did(earlier: tuple[Recipe, Run], tmp_path: Path) -> None:
+    recipe, run = earlier
+    before = {row["prompt"]: row["phases"]["aligned"]["text"] for row in evidence.rows(run, layout.ANSWERS)}
+    bundle = run.path / "export" / "bundle"
+    again = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"path": str(bundle)}), "output_dir": str(tmp_path / "again"),
+            "train": None, "align": None, "data": None, "export": [], "expect": type(recipe.expect)(),
+        }
+    )  # fmt: skip
+    later = pipeline.run_directory(again)
+    pipeline.run_stages(again, later, ["evaluate"])
+
+    answers = {row["prompt"]: row["phases"]["base"]["text"] for row in evidence.rows(later, layout.ANSWERS)}
+    assert answers == before
+    assert len(answers) >= 12
+
+
+def test_its_model_is_found_to_be_served(earlier: tuple[Recipe, Run]) -> None:
+    recipe, run = earlier
+    found = models.final(run, recipe)
+    assert found.path == run.path / "merge" / "model"
+    assert handout.changed(run, models.loaded(found, run, recipe)) == []
+
+
+def test_its_bundle_gets_a_card_and_a_number_where_it_is_put_out_again(earlier: tuple[Recipe, Run]) -> None:
+    bundle = earlier[1].path / "export" / "bundle"
+    set_card(bundle, None, (), ["why"])
+    stated = json.loads((bundle / "manifest.json").read_text())
+    assert (stated["schema"], stated["finetune"], stated["exported_although"]) == (1, "0.1.0", ["why"])
+    assert verify_manifest(bundle) == []
 
 
 def test_its_verdicts_are_those_of_its_newest_stage(earlier: tuple[Recipe, Run]) -> None:

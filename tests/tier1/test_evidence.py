@@ -105,7 +105,7 @@ def test_rows_whose_last_one_is_cut_short_are_damaged(run):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"schema": 2}, "its schema is 2, and this version knows 0 to 1"),
+        ({"schema": -1}, "its schema is -1, and this version knows 0 to 1"),
         ({"schema": True}, "its schema is True"),
         ({"schema": 0}, "its schema is 0, and 'asked' is there"),
         ({"asked": ...}, "its schema is 1, and 'asked' is not"),

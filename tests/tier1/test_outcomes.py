@@ -11,6 +11,7 @@ from finetune.checks import CHECKS, Verdict, judge, judged, missing, owed, resul
 from finetune.checks.causes import cause
 from finetune.checks.remedies import REMEDIES, with_remedy
 from finetune.checks.seal import NAME as SEALED
+from finetune.core import schemas
 from finetune.core.files import write_text
 from finetune.recipe import Recipe, dump
 from finetune.run import Run, outcome, seal
@@ -108,9 +109,14 @@ def test_a_training_kept_from_other_libraries_or_gone_on_with_is_marked() -> Non
 @pytest.mark.parametrize(("passed", "said"), [(True, "proved"), (False, "refuted"), (None, "not examined")])
 def test_version_0_1_stored_passed_alone(passed: bool | None, said: str) -> None:
     stored = {key: value for key, value in verdict("a").items() if key not in ("outcome", "remedy")}
+    read = schemas.VERDICTS.read({"verdicts": [{**stored, "passed": passed}]}, "verdicts.json")
 
-    assert outcome.outcome({**stored, "passed": passed}) == said
-    assert outcome.outcome({}) == "refuted", "where nothing is said, nothing is proved"
+    assert outcome.outcome(read["verdicts"][0]) == said
+
+
+@pytest.mark.parametrize("said", [{}, {"passed": True}, {"passed": True, "outcome": "maybe"}])
+def test_where_no_outcome_is_said_nothing_is_proved(said: dict[str, Any]) -> None:
+    assert outcome.outcome(said) == "refuted"
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_tricky_strings_stay_strings(text, tmp_path):
 
 def test_the_dumped_file_lists_what_was_set_and_no_more():
     recipe = load_mapping({"data": {"path": "x"}, "train": {"max_steps": 3}})
-    assert our_yaml.parse(dump(recipe), "")[0] == {"data": {"path": "x"}, "train": {"max_steps": 3}}
+    assert our_yaml.parse(dump(recipe), "")[0] == {"schema": 1, "data": {"path": "x"}, "train": {"max_steps": 3}}
     assert our_yaml.parse(dump(recipe, defaults=True), "")[0]["train"]["lora"]["r"] == 16
 
 

@@ -303,7 +303,7 @@ def test_a_plan_that_ends_before_the_checkpoint_is_refused(run, wanted):
 
 
 def test_a_record_that_cannot_be_read_is_refused(run, wanted):
-    (run.path / "train" / "checkpoint-6" / "finetune.json").write_text('{"schema": 2}')
+    (run.path / "train" / "checkpoint-6" / "finetune.json").write_text('{"schema": 1}')
     checkpoint_as_written(run, "checkpoint-6")
     with pytest.raises(UsageError, match=r"finetune\.json is no record of a training that this version can read"):
         resume(wanted(), run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_weights_stored_otherwise_are_the_same_weights_and_it_is_told(tiny_model
 
 def test_there_are_as_many_kinds_as_were_counted() -> None:
     assert len(AS_PEOPLE_HAVE_THEM) == 13
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda name: name.removeprefix("transformer."), lambda name: re.sub(r"(ln_\w+)\.weight$", r"\1.gamma", name)],
+    ids=["without transformer.", "gamma"],
+)
+def test_gpt_2_under_the_names_that_it_was_published_with_is_the_same_model(tiny_model, tmp_path, change):
+    place = stored(tiny_model("gpt2"), tmp_path / "base", pickled, renamed(change))
+
+    expected, got = loaded(tiny_model("gpt2")), loaded(place)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    assert change("transformer.ln_f.weight") in torch.load(place / "pytorch_model.bin", weights_only=True)
 
 
 def test_weights_that_need_nothing_are_not_copied(tiny_model):

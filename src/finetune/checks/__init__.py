@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from finetune.core import schemas
 from finetune.core.clock import now
 from finetune.errors import FinetuneError, UsageError, first_line
 from finetune.lookup import did_you_mean, load
@@ -330,6 +331,7 @@ def as_dict(verdicts: list[Verdict]) -> StoredVerdicts:
     """Verdicts as stored: `passed` for all of them, and each (None: not examined)."""
     said = {PROVED: True, REFUTED: False, NOT_EXAMINED: None}
     return {
+        "schema": schemas.VERDICTS.number,
         "time": now(),
         "passed": passed(verdicts),
         "verdicts": [{**asdict(verdict), "passed": said[verdict.outcome]} for verdict in verdicts],  # type: ignore[typeddict-item]

@@ -15,7 +15,7 @@ import click
 from finetune import console
 from finetune.core.streams import is_unicode
 from finetune.core.text import json_text
-from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
+from finetune.errors import FinetuneError, MissingError, NewerError, StageError, UsageError, first_line
 from finetune.lookup import did_you_mean
 from finetune.secrets import redact, redacted
 
@@ -142,7 +142,7 @@ def load_recipe(
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Python warnings raised inside become `warning:` lines on stderr."""
+    """Python warnings raised inside become lines on stderr: `warning:`, and `note:` for what a later version will refuse."""
     import warnings
 
     with warnings.catch_warnings(record=True) as caught:
@@ -151,8 +151,9 @@ def shown_warnings() -> Iterator[None]:
             yield
         finally:
             for warning in caught:
-                if issubclass(warning.category, UserWarning):
-                    echo(f"warning: {warning.message}", err=True)
+                if issubclass(warning.category, UserWarning | FutureWarning):
+                    kind = "note" if issubclass(warning.category, FutureWarning) else "warning"
+                    echo(f"{kind}: {warning.message}", err=True)
 
 
 def stored_run(text: str | None) -> Run:
@@ -225,6 +226,8 @@ def stored_recipe(run: Run) -> Recipe:
         evidence.text(run, layout.RECIPE)
         with shown_warnings():
             return load(run.path / layout.RECIPE.path)
+    except NewerError:
+        raise
     except FinetuneError as error:
         again = "Bring the file back from a copy; the model and its files are as they were"
         raise StageError(f"the recipe that the run was made from cannot be read: {error}\n{again}") from None

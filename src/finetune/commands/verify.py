@@ -12,6 +12,7 @@ from finetune.checks import CHECKS
 from finetune.commands.options import (
     FILE,
     attempt,
+    echo,
     finite,
     held,
     not_stored,
@@ -31,7 +32,7 @@ _CHECKS_HELP = "\n\n".join(["Checks:", "\b\n" + "\n".join(f"  {check.name:<12}{c
 
 
 @click.command("verify", epilog=_CHECKS_HELP)
-@click.argument("run", required=False, metavar="[RUN|RECIPE]", type=FILE)
+@click.argument("run", required=False, metavar="[RUN|RECIPE|BUNDLE]", type=FILE)
 @click.option(
     "--check",
     "checks",
@@ -43,19 +44,25 @@ _CHECKS_HELP = "\n\n".join(["Checks:", "\b\n" + "\n".join(f"  {check.name:<12}{c
 @click.option("--out", metavar="FILE", type=FILE, help="Write the verdicts there as JSON, and nothing into the run.")
 @output_options
 def command(run: str | None, checks: tuple[str, ...], out: str | None, as_json: bool) -> int:
-    """Check a stored run again, from what is on disk alone. Ends with 1 when a check is refuted, or nothing is proved.
+    """Check a stored run again, from what is on disk alone. Ends with 1 when a check is refuted, or nothing is proved. Of a
+    bundle, whether its files are those that were put out.
 
-    RUN is a run directory, or a name under ./runs; RECIPE a file whose run is meant; the newest run in ./runs by default.
-    The verdicts are stored in the run; where it cannot be written into they are shown all the same. Those of some checks
-    alone never take the place of the whole.
+    RUN is a run directory, or a name under ./runs; RECIPE a file whose run is meant; BUNDLE a directory that an export left;
+    the newest run in ./runs by default. The verdicts are stored in the run; where it cannot be written into they are shown
+    all the same. Those of some checks alone never take the place of the whole.
     """
     from finetune.checks import judged, results, store
     from finetune.core.files import write_json
+    from finetune.export.bundle import is_bundle
     from finetune.report.stored import Stored
     from finetune.secrets import redacted
 
     if out is not None and Path(out).is_dir():
         raise UsageError(f"{out} is a directory; name a file with --out FILE")
+    if run is not None and is_bundle(Path(run)):
+        if out is not None or checks:
+            raise UsageError(f"{run} is a bundle, which has no checks of its own: leave out --check and --out")
+        return _bundle(Path(run), as_json)
     found = stored_run(run)
     recipe = stored_recipe(found)
     kept = out is None and not checks
@@ -76,3 +83,14 @@ def command(run: str | None, checks: tuple[str, ...], out: str | None, as_json: 
     if why:
         not_stored(found, "what was verified", why, f"finetune verify {found.path} --out FILE")
     return 0 if result["passed"] else 1
+
+
+def _bundle(directory: Path, as_json: bool) -> int:
+    from finetune.export.bundle import verify_manifest
+
+    faults = verify_manifest(directory)
+    if as_json:
+        print_json({"bundle": str(directory.resolve()), "passed": not faults, "faults": faults})
+    else:
+        echo("\n".join(faults) or f"{directory}: every file is as it was put out")
+    return 1 if faults else 0

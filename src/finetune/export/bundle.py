@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune import __version__
+from finetune.core import schemas
 from finetune.core.files import digest, read_object, strays, write_json, write_text
-from finetune.errors import MissingError, StageError, UsageError
+from finetune.errors import MissingError, NewerError, StageError, UsageError
 from finetune.export import Exported, Source
 from finetune.export import card as cards
 from finetune.memory import need_disk
@@ -108,24 +109,38 @@ def set_card(
     readme = directory / README
     places = cards.known_places(directory)
     try:
-        stated = read_object(directory / MANIFEST)
+        stated = schemas.BUNDLE.read(read_object(directory / MANIFEST), directory / MANIFEST)
         text = readme.read_text(encoding="utf-8")
         text = text if verdicts is None else cards.with_verdicts(text, list(verdicts), places, marks)
+    except NewerError:
+        raise
     except (OSError, StageError, ValueError):
         raise StageError(f"the card or the manifest in {directory} is damaged; export the bundle again") from None
     if although:
         text, stated = cards.with_warning(text, although), {**stated, ALTHOUGH: list(although)}
     write_text(readme, redacted(text))
-    write_json(directory / MANIFEST, {**stated, "files": {**stated["files"], README: _fact(readme)}})
+    stated = {**stated, "files": {**stated["files"], README: _fact(readme)}}
+    write_json(directory / MANIFEST, schemas.BUNDLE.written(stated))
+
+
+def is_bundle(directory: Path) -> bool:
+    """Whether a directory is a bundle that was put out: its manifest lists files, which a run's does not."""
+    try:
+        stated = read_object(directory / MANIFEST)
+    except (OSError, StageError):
+        return False
+    return isinstance(stated.get("files"), dict)
 
 
 def verify_manifest(directory: Path) -> list[str]:
     """What is wrong with a bundle, one line each: files missing, changed, or in no list. Empty: all is as written."""
     try:
-        listed = read_object(directory / MANIFEST).get("files")
+        listed = schemas.BUNDLE.read(read_object(directory / MANIFEST), MANIFEST).get("files")
     except OSError:
         return [f"{MANIFEST}: missing"]
-    except StageError:
+    except NewerError as error:
+        return [str(error)]
+    except (StageError, ValueError):
         return [f"{MANIFEST}: not readable"]
     if not isinstance(listed, dict) or not listed:
         return [f"{MANIFEST}: lists no files"]
@@ -226,7 +241,7 @@ def _cleaned(value: Any, key: str, clean: _Clean) -> Any:
 
 def _write_manifest(out: Path, facts: dict[str, Any]) -> None:
     files = {name: _fact(file) for name, file in _files(out) if name != MANIFEST}
-    write_json(out / MANIFEST, {**facts, "files": files})
+    write_json(out / MANIFEST, schemas.BUNDLE.written({**facts, "files": files}))
 
 
 def _fact(file: Path) -> dict[str, Any]:

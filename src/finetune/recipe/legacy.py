@@ -6,13 +6,6 @@ from pathlib import Path
 from typing import Any
 
 FILE_TYPES = ("json", "jsonl", "csv", "parquet")
-RENAMED = {
-    "max_seq_length": "max_length",
-    "batch_size": "per_device_train_batch_size",
-    "num_epochs": "num_train_epochs",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-}
 FIELD_KEYS = {
     "text_field": "text",
     "prompt_field": "prompt",
@@ -43,7 +36,8 @@ def is_download(mapping: dict[str, Any]) -> bool:
 
 
 def migrate(mapping: dict[str, Any]) -> tuple[dict[str, Any], dict[tuple[str, ...], tuple[str, ...]]]:
-    """The recipe mapping, and for every new path the old one (so that an error can name the user's own line)."""
+    """The recipe mapping, of one whose keys have today's names (`recipe.aliases`), and for every new path the old one (so that
+    an error can name the user's own line)."""
     new: dict[str, Any] = {}
     origin: dict[tuple[str, ...], tuple[str, ...]] = {}
 
@@ -61,7 +55,7 @@ def migrate(mapping: dict[str, Any]) -> tuple[dict[str, Any], dict[tuple[str, ..
     for key, value in mapping.items():
         if key in sections and isinstance(value, dict):
             for inner, inner_value in value.items():
-                put((sections[key], str(RENAMED.get(inner, inner))), inner_value, (key, inner))
+                put((sections[key], inner), inner_value, (key, inner))
         elif key == "dataset" and isinstance(value, dict):
             for inner, inner_value in value.items():
                 if inner in FIELD_KEYS:

@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune.core import schemas
 from finetune.errors import MissingError, RecipeError, UsageError
-from finetune.recipe import legacy, profiles, yaml
+from finetune.recipe import aliases, legacy, profiles, yaml
 from finetune.recipe.faults import TOKEN_PATH, Lines, describe, place
 from finetune.recipe.limits import DEPTH
 from finetune.recipe.model import Recipe
@@ -50,7 +51,8 @@ def read_mapping(path: str | Path) -> tuple[dict[str, Any], Lines]:
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `overrides` (`"train.max_steps=1"`) laid on it.
 
-    Relative paths become absolute, from the recipe's own directory. Raises RecipeError with every fault.
+    Relative paths become absolute, from the recipe's own directory. Raises RecipeError with every fault,
+    NewerError for a recipe of a later version.
     """
     mapping, lines = read_mapping(path)
     return load_mapping(mapping, overrides, source=str(path), lines=lines, base=Path(path).resolve().parent)
@@ -65,20 +67,20 @@ def load_mapping(
     base: Path | None = None,
 ) -> Recipe:
     """A recipe from a mapping, as `load`, resolving relative paths against `base` (kept as they are when None)."""
-    lines, options = dict(lines or {}), list(overrides)
+    lines, options, faults = dict(lines or {}), list(overrides), list[str]()
+    mapping = aliases.apply(_of_today(mapping, source, lines, faults), source, lines, faults)
     if legacy.is_legacy(mapping):
         old = [text for text in options if legacy.is_old_key(text)]
         options = [text for text in options if text not in old]
-        mapping, origin = legacy.migrate(_override(mapping, old, lines))
+        mapping, origin = legacy.migrate(_override(mapping, old, lines, faults))
         lines |= {
             new + place[len(before) :]: line
             for new, before in origin.items()
             for place, line in list(lines.items())
             if place[: len(before)] == before
         }
-    faults: list[str] = []
     mapping = _expand(mapping, (), source, lines, faults)
-    mapping = _whole_model(_override(_whole_model(mapping), options, lines))
+    mapping = _whole_model(_override(_whole_model(mapping), options, lines, faults))
     mapping = profiles.apply(mapping)
     if base is not None:
         for keys in _PATH_KEYS:
@@ -121,14 +123,36 @@ def load_downloads(path: str | Path) -> list[dict[str, Any]]:
 
 
 def dump(recipe: Recipe, *, defaults: bool = False) -> str:
-    """The recipe as YAML that `load` reads back to an equal recipe. A token becomes `${HF_TOKEN}`, never itself."""
+    """The recipe as YAML that `load` reads back to an equal recipe, its schema number first. A token becomes `${HF_TOKEN}`,
+    never itself."""
     mapping = _escape(recipe.model_dump(mode="json", exclude_unset=not defaults))
     if recipe.model.token is not None:
         mapping["model"]["token"] = "${HF_TOKEN}"
-    return yaml.write(mapping)
+    return yaml.write(schemas.RECIPE.written(mapping))
 
 
-def _override(mapping: dict[str, Any], overrides: Iterable[str], lines: Lines) -> dict[str, Any]:
+def says_the_same(stored: str, text: str) -> bool:
+    """Whether two dumped recipes say the same, whatever their schema numbers. Raises NewerError for one of a later version."""
+    said: list[Any] = []
+    for each in (stored, text):
+        try:
+            value, lines = yaml.parse(each, "recipe")
+        except RecipeError:
+            return False
+        said.append(_of_today(value, "recipe", {**lines}, []) if isinstance(value, dict) else value)
+    return bool(said[0] == said[1])
+
+
+def _of_today(mapping: dict[str, Any], source: str, lines: Lines, faults: list[str]) -> dict[str, Any]:
+    """A recipe as this version writes it, without its schema number. Raises NewerError for one of a later version."""
+    try:
+        mapping = schemas.RECIPE.read(mapping, source)
+    except ValueError as error:
+        faults.append(f"{place(source, (schemas.KEY,), lines)}: {error}")
+    return {key: value for key, value in mapping.items() if key != schemas.KEY}
+
+
+def _override(mapping: dict[str, Any], overrides: Iterable[str], lines: Lines, faults: list[str]) -> dict[str, Any]:
     for text in overrides:
         dotted, equals, value = text.partition("=")
         keys = tuple(dotted.strip().split("."))
@@ -137,6 +161,9 @@ def _override(mapping: dict[str, Any], overrides: Iterable[str], lines: Lines) -
         layer: Any = yaml.scalar(value, f"--set {dotted}")
         if keys == TOKEN_PATH:
             layer = value or None
+        if (new := aliases.today(keys)) != keys:
+            faults += aliases.check(keys[0], keys[1], layer, f"--set {dotted.strip()}")
+            keys = new
         if keys == ("model",) and isinstance(layer, str):
             keys = ("model", "path")
         for key in reversed(keys):

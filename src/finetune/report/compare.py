@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune import __version__
+from finetune.core import schemas
 from finetune.core.clock import now
 from finetune.report import html, summary, wording
 from finetune.report.charts import chart, points
@@ -25,7 +26,7 @@ def compare(first: Run, second: Run) -> dict[str, Any]:
     """
     a, b = summary.document(first), summary.document(second)
     return {
-        "schema": summary.SCHEMA,
+        "schema": schemas.SUMMARY.number,
         "generator": f"finetune {__version__}",
         "made": now(),
         "a": {**{key: a[key] for key in KEPT}, "status": wording.status(a)},

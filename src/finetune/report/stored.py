@@ -32,9 +32,8 @@ def verdicts(run: Run) -> dict[str, Any] | None:
     told = layout.VERDICTS.path in seal.recorded(run.log())
     if not seal.is_as_recorded(run, layout.VERDICTS.path) or (not told and seal.is_sealed(run)):
         raise StageError(f"{run.path / layout.VERDICTS.path} {EDITED} with: finetune verify {run.path}")
-    listed = [{**each, "outcome": outcome(each), "remedy": each.get("remedy", "")} for each in found["verdicts"]]
-    said = (outcome(each) for each in found["verdicts"])
-    return {"cause": "", **found, "verdicts": listed, "passed": holds(said)}
+    listed = [{**each, "outcome": outcome(each)} for each in found["verdicts"]]
+    return {"cause": "", **found, "verdicts": listed, "passed": holds(map(outcome, listed))}
 
 
 def reports(run: Run) -> list[Report]:

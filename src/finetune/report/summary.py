@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune import __version__
+from finetune.core import schemas
 from finetune.core.clock import now
 from finetune.report import wording
 from finetune.report.curves import curve
@@ -22,7 +23,6 @@ from finetune.report.stored import verdicts as verdicts
 from finetune.run import Run, outcome
 from finetune.secrets import redacted
 
-SCHEMA = 2  # of report.json, see docs/report.schema.json; raised when a key changes its meaning or goes
 SETS = tuple(wording.SETS)
 CURVES = ("train", "align")
 
@@ -133,7 +133,7 @@ def document(run: Run) -> dict[str, Any]:
     rows = with_exports(stored.answers(), hops)
     marks = stored.marks()
     found = {
-        "schema": SCHEMA,
+        "schema": schemas.SUMMARY.number,
         "generator": f"finetune {__version__}",
         "made": now(),
         "name": run.path.name,

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from finetune.core import schemas
 from finetune.core.files import clear_partials, digest, make_way, remove, write_json
 from finetune.errors import LockedError, MissingError, UsageError
 from finetune.run import report as reports
@@ -103,7 +104,7 @@ class Run:
         from finetune.run import evidence, layout
 
         stored = evidence.maybe(self, layout.report(stage))
-        return None if stored is None else Report(**{"schema": 0, **stored})
+        return None if stored is None else Report(**{schemas.KEY: 0, **stored})
 
     def require(self, stage: str) -> Report:
         """The report of a stage that must have run. Raises MissingError with the command that runs it."""
@@ -117,7 +118,10 @@ class Run:
         path = self.path / report.stage / reports.FILE
         make_way(path)
         told = {"metrics": redacted(report.metrics), "notes": [redact(note) for note in report.notes]}
-        write_json(path, {**asdict(report), **told})
+        stored = schemas.REPORT.written({**asdict(report), **told})
+        if report.schema == 0:  # of version 0.1, and as little known: nobody listed its files
+            stored = {key: value for key, value in stored.items() if key not in (schemas.KEY, *schemas.REPORT.since)}
+        write_json(path, stored)
         self.event("stage_finished", stage=report.stage, seconds=report.seconds, report=digest(path))
 
     def forget(self, stage: str) -> None:

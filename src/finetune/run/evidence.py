@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.core.files import make_way, write_json, write_jsonl
 from finetune.core.parsing import loads
+from finetune.core.schemas import Schema
 from finetune.errors import MissingError, StageError, first_line
 from finetune.run.layout import (
     CHAT_TEMPLATE,
@@ -17,7 +18,6 @@ from finetune.run.layout import (
     MODEL,
     REPORTS,
     ROW_SCORES,
-    SCHEMA,
     TRAINED,
     Document,
     File,
@@ -65,13 +65,20 @@ def write_rows(run: Run, file: Rows[R], rows: Iterable[R]) -> Path:
 
 
 def read(run: Run, file: Document[R]) -> R:
-    """The record in a file. Raises MissingError with the command that writes it, EvidenceError where it is damaged."""
+    """The record in a file. Raises MissingError with the command that writes it, EvidenceError where it is damaged, NewerError
+    where a later version wrote it."""
     path = required(run, file)
-    value = _parse(path, file, _bytes(path, file))
-    if file.path.endswith("/report.json") and isinstance(value, dict):
-        _known(path, file, value)
+    value = raw(run, file)
+    if file.schema is not None and isinstance(value, dict):
+        value = _of_today(path, file, file.schema, value)
     found: R = _validated(path, file, file.record, value)
     return found
+
+
+def raw(run: Run, file: Document[Any]) -> Any:
+    """As `read`, to the letter: neither brought to today's schema nor held against its record."""
+    path = required(run, file)
+    return _parse(path, file, _bytes(path, file))
 
 
 def rows(run: Run, file: Rows[R]) -> list[R]:
@@ -137,16 +144,11 @@ def _parse(path: Path, file: File, content: bytes, line: int | None = None) -> A
         raise EvidenceError(path, file.stage, place + what) from None
 
 
-def _known(path: Path, file: File, report: dict[str, Any]) -> None:
-    """Whether a report is of a schema that is known, and whole as one: those of version 0.1 have none of the later keys."""
-    schema, later = report.get("schema", 0), ("asked", "files", "made_with")
-    if isinstance(schema, bool) or schema not in range(SCHEMA + 1):
-        raise EvidenceError(path, file.stage, f"its schema is {schema!r}, and this version knows 0 to {SCHEMA}")
-    odd = [key for key in later if (key in report) != (schema > 0)]
-    if odd:
-        raise EvidenceError(
-            path, file.stage, f"its schema is {schema}, and '{odd[0]}' is {'there' if not schema else 'not'}"
-        )
+def _of_today(path: Path, file: File, schema: Schema, value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return schema.read(value, path)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # the last three: not what a step expects
+        raise EvidenceError(path, file.stage, first_line(error)) from None
 
 
 def _validated(path: Path, file: File, record: Any, value: Any) -> Any:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from finetune.core import schemas
+from finetune.core.schemas import Schema
 from finetune.run.records import compared, evaluated, measured, trained, whole
 
 R = TypeVar("R")
-SCHEMA = (
-    1  # of every record here unless its row says another; raised when a key changes its meaning, goes or must be there
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +23,15 @@ class File:
     path: str
     stage: str | None  # None: written by commands, whatever the stage
     read_by: tuple[str, ...] = ()
-    schema: int = SCHEMA
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document(File, Generic[R]):
-    """A JSON file with one record (or a list or mapping of them)."""
+    """A JSON file with one record (or a list or mapping of them). `schema` where the file says its own number; the others
+    are of the report of their stage."""
 
     record: type[R]
+    schema: Schema | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,12 @@ class Tree(File):
     """A folder, or a file that other libraries define."""
 
 
-MANIFEST = Document(path="manifest.json", stage=None, record=whole.Manifest, read_by=("seal",))
+MANIFEST = Document(path="manifest.json", stage=None, record=whole.Manifest, read_by=("seal",), schema=schemas.MANIFEST)
 RECIPE = Text(path="recipe.yaml", stage=None, read_by=("seal",))
 EVENTS = Text(path="events.jsonl", stage=None, read_by=("seal", "rows", "loss", "optimizer", "preference"))
-VERDICTS = Document(path="verdicts.json", stage=None, record=whole.StoredVerdicts, read_by=("seal",))
+VERDICTS = Document(
+    path="verdicts.json", stage=None, record=whole.StoredVerdicts, read_by=("seal",), schema=schemas.VERDICTS
+)
 
 MODEL = Document(path="fetch/model.json", stage="fetch", record=trained.Fetched)
 LICENSE = Text(path="fetch/LICENSE", stage="fetch")
@@ -98,7 +100,7 @@ EXPORTS = Document(path="export/exports.json", stage="export", record=list[compa
 MATERIAL = Document(path="compare/material.json", stage="compare", record=compared.Material)
 
 REPORTS: dict[str, Document[Any]] = {
-    stage: Document(path=f"{stage}/report.json", stage=stage, record=record)
+    stage: Document(path=f"{stage}/report.json", stage=stage, record=record, schema=schemas.REPORT)
     for stage, record in {
         "fetch": whole.FetchReport,
         "prepare": whole.PrepareReport,

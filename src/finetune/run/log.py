@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.core import schemas
 from finetune.core.clock import now
 from finetune.core.files import encode
 from finetune.core.parsing import loads
-from finetune.errors import StageError
+from finetune.errors import StageError, first_line
 from finetune.secrets import redacted
 
 PREVIOUS = "prev"
@@ -82,6 +83,15 @@ class Log:
             self._mark = mark
         return list(self._lines)
 
+    def _of_today(self, event: dict[str, Any], number: int) -> dict[str, Any]:
+        """A chained line that says no schema is of the first; one that is not chained was written by version 0.1."""
+        try:
+            found = schemas.EVENT.read({schemas.KEY: int(PREVIOUS in event), **event}, f"{self.path}:{number}")
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise StageError(f"{self.path}:{number}: {first_line(error)}; {RESTORE}") from None
+        found.pop(schemas.KEY)
+        return found
+
     def _goes_on(self, stream: io.BufferedReader, about: os.stat_result) -> bool:
         """Whether the file is the one read before, with more at its end."""
         if not self._lines or about.st_ino != self._mark[0] or about.st_size <= self._mark[1]:
@@ -100,6 +110,7 @@ class Log:
                 raise StageError(f"{self.path}:{number}: not JSON ({error}); {RESTORE}") from None
             if not isinstance(event, dict) or not all(isinstance(event.get(key), str) for key in ("event", "time")):
                 raise StageError(f"{self.path}:{number}: no event of a run; {RESTORE}")
+            event = self._of_today(event, number)
             self._lines.append(Line(number, _digest(line), len(line), event))
             self._end += len(line) + 1
 

@@ -13,7 +13,6 @@ PROVED: Outcome = "proved"
 REFUTED: Outcome = "refuted"
 NOT_EXAMINED: Outcome = "not examined"
 
-_AS_STORED: dict[object, Outcome] = {True: PROVED, None: NOT_EXAMINED}
 # What is not known where a verdict is not examined; of any other verdict its name in words says it.
 _SUBJECTS = {
     "learned_as_trained": "what it knows",
@@ -31,12 +30,9 @@ _NOUNS = {"train": "training", "align": "alignment"}
 
 
 def outcome(verdict: Mapping[str, Any]) -> Outcome:
-    """The outcome of a verdict as stored. Version 0.1 stored `passed` alone."""
-    said = verdict.get("outcome")
-    if said in (PROVED, REFUTED, NOT_EXAMINED):
-        found: Outcome = said
-        return found
-    return _AS_STORED.get(verdict.get("passed", False), REFUTED)
+    """The outcome that a verdict says; a word that is none refutes it."""
+    said: Outcome | None = verdict.get("outcome")
+    return said if said in (PROVED, NOT_EXAMINED) else REFUTED
 
 
 def holds(outcomes: Iterable[Outcome]) -> bool:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.core import schemas
 from finetune.core.files import digest_of, digests
 
 if TYPE_CHECKING:
     from finetune.run.directory import Run
 
-SCHEMA = 1  # of a stage's report; 0 stands for those of version 0.1, which say none and list no files
 FILE = "report.json"
 
 
@@ -22,7 +22,8 @@ class Report:
     stage's folder to its own, whether it is a part of an artifact or not.
 
     `peak` holds bytes: `process` (resident set), and `device` where there is one. `seconds` is wall time. `made_with` is
-    what computed it: modules by digest, libraries by version, Python (see `finetune.code`).
+    what computed it: modules by digest, libraries by version, Python (see `finetune.code`). `schema` is the number that it was
+    written under: 0 in a run of version 0.1, which listed artifacts alone.
     """
 
     stage: str
@@ -36,7 +37,7 @@ class Report:
     asked: str | None = None
     files: dict[str, str] = field(default_factory=dict)
     made_with: dict[str, Any] = field(default_factory=dict)
-    schema: int = SCHEMA
+    schema: int = schemas.REPORT.number
 
 
 def left_by(stage: str, root: Path) -> dict[str, str]:

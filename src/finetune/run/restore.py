@@ -4,14 +4,31 @@ what was there is set aside, and both are said."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
-from finetune.errors import FinetuneError, first_line
+from finetune.errors import FinetuneError, NewerError, first_line
 from finetune.run import evidence, layout, seal
 from finetune.run.directory import EVENTS, MANIFEST, Run
 from finetune.run.report import Report, made_of
 
 ASIDE = "damaged"  # how a file ends that was set aside
+
+
+def refuse_newer(run: Run) -> None:
+    """Raise NewerError where a later version has written into a run: one that cannot read it must not make it again."""
+    reads: list[Callable[[], object]] = [
+        run.log,
+        run.manifest,
+        *(partial(run.report, stage) for stage in layout.REPORTS),
+    ]
+    for read in reads:
+        try:
+            read()
+        except NewerError:
+            raise
+        except FinetuneError:  # damaged, and so made again
+            continue
 
 
 def restore(run: Run, stages: Mapping[str, Iterable[str]]) -> list[str]:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.core import schemas
 from finetune.core.files import digest, digests, write_json
 from finetune.errors import FinetuneError, first_line
 from finetune.run.directory import EVENTS, LOCK, MANIFEST, RECIPE, VERDICTS, Run
@@ -26,7 +27,6 @@ from finetune.run.report import FILE as REPORT
 from finetune.run.report import Report, digest_in
 from finetune.secrets import redacted
 
-SCHEMA = 1  # of the manifest
 SERVED = "serve"  # a folder of copies, made where one is asked for
 WRITTEN = {RECIPE: "recipe", VERDICTS: "verified"}  # files whose digest an event holds, under `sha256`
 
@@ -86,7 +86,7 @@ def begin_anew(run: Run) -> None:
 
 
 def _store(run: Run, manifest: dict[str, Any]) -> None:
-    rest = {"schema": SCHEMA, **{key: value for key, value in manifest.items() if key != "digest"}}
+    rest = schemas.MANIFEST.written({key: value for key, value in manifest.items() if key != "digest"})
     # JSON knows fewer kinds of values than Python, so the digest is of what is read back.
     stored = json.loads(json.dumps(rest, default=str))
     write_json(run.path / MANIFEST, {**stored, "digest": digest_of_manifest(stored)})
@@ -100,9 +100,12 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
 
 def own(run: Run, manifest: Mapping[str, Any], lines: list[Line]) -> bool:
     """Whether a manifest is as it was written; that of a run of version 0.1 cannot tell."""
-    if "schema" not in manifest:
+    from finetune.run import evidence, layout
+
+    if schemas.KEY not in manifest:
         return not _seals(run, manifest, lines)
-    return bool(manifest.get("digest") == digest_of_manifest(manifest))
+    stored = evidence.raw(run, layout.MANIFEST)  # as it was written, whatever its schema
+    return bool(stored.get("digest") == digest_of_manifest(stored))
 
 
 def _is_of_no_stage(name: str) -> bool:
@@ -127,7 +130,7 @@ def _seals(run: Run, manifest: Mapping[str, Any], lines: list[Line]) -> bool:
     """By all that tells of it, so that a seal cannot be taken away and the rest left: manifest, log, reports."""
     from finetune.run.layout import REPORTS
 
-    if "schema" in manifest or is_chained(lines[:1]) or not str(manifest.get("finetune", "0.1.")).startswith("0.1."):
+    if schemas.KEY in manifest or is_chained(lines[:1]) or not str(manifest.get("finetune", "0.1.")).startswith("0.1."):
         return True
     return any(report.schema > 0 for stage in REPORTS if (report := run.report(stage)) is not None)
 

@@ -15,6 +15,7 @@ _PUBLIC = {
     "check_convergence": "finetune.testing.helpers:check_convergence",
     "create_test_tokenizer": "finetune.tiny:tokenizer",
     "create_tiny_model": "finetune.tiny:make",
+    "logged_steps": "finetune.testing.logs:logged_steps",
     "memory_tracker": "finetune.testing.helpers:memory_tracker",
     "skip_if_backend_unavailable": "finetune.testing.helpers:skip_if_backend_unavailable",
 }

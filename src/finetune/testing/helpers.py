@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -90,8 +91,9 @@ def memory_tracker() -> Iterator[MemoryStats]:
             stats.close()
 
 
-def check_convergence(losses: Iterable[float] | Run, max_initial: float | None = None) -> bool:
-    """True where a training's losses (or those of a run) fell, as `TrainingSuccessValidator` has it.
+def check_convergence(losses: Iterable[float] | Run | str | os.PathLike[str], max_initial: float | None = None) -> bool:
+    """True where a training's losses fell, as `TrainingSuccessValidator` has it: as numbers, of a run, or in a trainer's log
+    (`finetune.testing.logged_steps`: finetune's, transformers', or a CSV).
 
     Raises AssertionError with what was measured and its bound. `max_initial` bounds the first loss (nats):
     ln(vocabulary) is what a guess costs, and a broken mask falls too.
@@ -99,9 +101,14 @@ def check_convergence(losses: Iterable[float] | Run, max_initial: float | None =
     from finetune.checks.loss import fall
     from finetune.run import Run, evidence
     from finetune.testing import validator
+    from finetune.testing.logs import logged_steps
 
-    steps = evidence.steps(losses, "train") if isinstance(losses, Run) else None
-    values = [float(step["loss"]) for step in steps] if steps is not None else [float(loss) for loss in losses]  # type: ignore[union-attr]
+    if isinstance(losses, Run):
+        values = [float(step["loss"]) for step in evidence.steps(losses, "train")]
+    elif isinstance(losses, str | os.PathLike):
+        values = [step.loss for step in logged_steps(losses)]
+    else:
+        values = [float(loss) for loss in losses]
     if validator.TrainingSuccessValidator.validate_loss_convergence(values, max_initial):
         return True
     bad = [number for number, loss in enumerate(values, 1) if not math.isfinite(loss)]

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from finetune import checkpoints, identity
 from finetune.backends import Job
+from finetune.backends.torch import states
 from finetune.core.files import read_object
 from finetune.errors import UsageError
 
@@ -84,7 +85,7 @@ def check_fits(job: Job, model: Any) -> None:
     lora = job.method == "lora"
     ours = {name.replace(".default.", "."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = {name: shape for name, shape in _shapes(job.resume, lora).items() if not lora or _is_lora(name)}
-    wanted = {name for name in ours if _is_lora(name) and ".ref." not in name} if lora else set(ours) & set(stored)
+    wanted = {name for name in ours if _is_lora(name) and ".ref." not in name} if lora else _alone(model, set(stored))
     kind, other = model.config.model_type, _kind(job.resume)
     faults = [f"the model is a {other} in the checkpoint and a {kind} here"] if other not in (None, kind) else []
     faults += [f"{name} is not in the checkpoint" for name in sorted(wanted - set(stored))]
@@ -132,11 +133,25 @@ def _kind(checkpoint: Path) -> str | None:
     return read_object(config).get("model_type") if config.is_file() else None
 
 
+def _alone(model: Any, stored: set[str]) -> set[str]:
+    """The names of a whole model's tensors that a checkpoint has to hold; of those that are tied, as a head to the embedding,
+    one is enough."""
+    tensors = model.state_dict()
+    held = {tensor.data_ptr() for name, tensor in tensors.items() if name in stored}
+    return {name for name, tensor in tensors.items() if name in stored or tensor.data_ptr() not in held}
+
+
 def _shapes(checkpoint: Path, lora: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes in a checkpoint's weights, as transformers and PEFT look for them: older versions pickled tensors."""
     found: dict[str, tuple[int, ...]] = {}
     for file in checkpoint.glob("adapter_model.safetensors" if lora else "*.safetensors"):
         with safe_open(str(file), "pt") as opened:
             found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    if not found:
+        for file in checkpoint.glob("adapter_model.bin" if lora else "pytorch_model*.bin"):
+            with states.named(file):
+                tensors = torch.load(file, map_location="meta", weights_only=True)
+                found |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return found
 
 

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, set_seed
 
 from finetune import checkpoints, modelfiles
 from finetune.backends import Job, Step
-from finetune.backends.torch import options, reporting, resuming, tracking
+from finetune.backends.torch import options, reporting, resuming, states, tracking
 from finetune.backends.torch.calling import Tracker
 from finetune.backends.torch.guarding import Guard
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
@@ -152,6 +152,7 @@ def _train(job: Job, steps: _Steps, trackers: list[Tracker]) -> dict[str, Any]:
     reporter = Reporter(trainer, recorder, guard, job, steps.put, lambda: steps.closed.is_set() or job.should_stop())
     trainer.add_callback(reporter)
     resuming.keep_whole(trainer, job, reporter.so_far, steps.logged)
+    states.read_older(trainer, job.resume)
     resuming.keep_own_settings(trainer)
     resuming.check_fits(job, trainer.model)
     _save(job, trainer.model, tokenizer, job.out / "initial", weights_of_full=False)

@@ -74,8 +74,8 @@ class StoredVerdict(TypedDict):
     unit: str
     evidence: str
     why: str
-    outcome: NotRequired[str]  # version 0.1 had two, which `passed` tells
-    remedy: NotRequired[str]
+    outcome: str
+    remedy: str
 
 
 @record
@@ -84,6 +84,7 @@ class StoredVerdicts(TypedDict):
     passed: bool
     verdicts: list[StoredVerdict]
     cause: NotRequired[str]
+    schema: NotRequired[int]  # version 0.1 wrote none
 
 
 @record
