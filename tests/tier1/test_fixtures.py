@@ -319,7 +319,7 @@ def test_a_runs_own_losses_are_read(tmp_path):
 
 
 def test_the_public_names_are_there_and_cost_nothing_until_used():
-    assert len(finetune.testing.__all__) == 7
+    assert len(finetune.testing.__all__) == 8
     for name in finetune.testing.__all__:
         assert callable(getattr(finetune.testing, name))
     with pytest.raises(AttributeError, match="no attribute 'tiny_modle'"):
