@@ -48,7 +48,8 @@ KINDS = {
 TYPES = [(key, value) for key, kind in KINDS.items() for value in WRONG[kind]]
 NESTED: list[tuple[str, Any]] = [
     ("stop", 5), ("stop", [1]), ("stop", [""]), ("stop", [["a"]]), ("stop", {}), ("stop", list("abcde")), ("stop", True),
-    ("logit_bias", {"a": 1}), ("logit_bias", {"1": "x"}), ("logit_bias", {"1": 1e308}), ("logit_bias", {"9" * 5000: 1}),
+    ("logit_bias", {"a": 1}), ("logit_bias", {"1": "x"}), ("logit_bias", {"1": 1e308}), ("logit_bias", {"1": 101}),
+    ("logit_bias", {"1": -100.5}), ("logit_bias", {"9" * 5000: 1}),
     ("logit_bias", {"-1": 1}), ("logit_bias", {"٣": 1}), ("logit_bias", {"1": True}), ("logit_bias", {"1": None}),
     ("tools", []), ("tools", [1]), ("tools", [{}]), ("tools", [{"type": "function"}]), ("tools", [{**TOOL, "type": "x"}]),
     ("tools", [{"type": "function", "function": {}}]), ("tools", [{"type": "function", "function": {"name": 1}}]),

@@ -88,6 +88,7 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "many searches in a round": (LONG + LOOP + "{% if 'aab' in s %}{% endif %}" * 500 + END, "seconds"),
     "many copies in a round": (LONG + LOOP + "{% set t = s[1:] %}" * 1000 + END, "seconds"),
     "many tests in a round": (LONG + LOOP + "{% if s is lower %}{% endif %}" * 500 + END, "seconds"),
+    "a loop that leaves out all of a long text": (LONG + "{% for c in s if c.a %}{% endfor %}", "seconds|steps"),
     "many calls in a round": (LONG + LOOP + "{% if s.find('b') %}{% endif %}" * 500 + END, "seconds"),
     "many filters in a round": (LONG + LOOP + "{% if s | wordcount %}{% endif %}" * 500 + END, "seconds"),
     "many differences in a round": (
