@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "invariance",
         "parity",
         "report",
+        "recovery",
         "resuming",
         "serving",
         "stages",
