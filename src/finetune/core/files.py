@@ -182,6 +182,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file that others wrote (a model's config). Raises StageError where it holds none."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+        raise StageError(f"{path} is no file")
     try:
         value = loads(path.read_bytes())
     except ValueError as error:
