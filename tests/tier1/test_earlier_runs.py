@@ -20,6 +20,7 @@ from finetune.checks import NOT_EXAMINED, results, verify
 from finetune.cli import cli
 from finetune.core.files import digest
 from finetune.data.sources import local_files
+from finetune.errors import MissingError
 from finetune.export.bundle import set_card, verify_manifest
 from finetune.recipe import Recipe, load
 from finetune.report import compare, summary
@@ -166,6 +167,19 @@ def test_its_bundle_is_verified_by_the_command_line(earlier: tuple[Recipe, Run])
     assert broken.exit_code == 1
     assert json.loads(broken.stdout)["faults"] == ["fake_model.json: changed (SHA-256 differs)"]
     assert CliRunner().invoke(cli, ["verify", str(bundle), "--check", "seal"]).exit_code == 2
+
+
+def test_a_bundle_is_taken_for_no_run(earlier: tuple[Recipe, Run]) -> None:
+    """Whoever writes into a bundle, as `report` does into a run, makes it another one."""
+    bundle = earlier[1].path / "export" / "bundle"
+    before = sorted(path.name for path in bundle.iterdir())
+
+    for verb in ("report", "export"):
+        said = CliRunner().invoke(cli, [verb, str(bundle)], standalone_mode=False)
+        assert isinstance(said.exception, MissingError)
+        assert f"no run at {bundle}" in str(said.exception)
+    assert not Run(bundle).exists
+    assert sorted(path.name for path in bundle.iterdir()) == before
 
 
 def test_its_bundle_is_a_model_that_answers_as_it_did(earlier: tuple[Recipe, Run], tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core import schemas
-from finetune.core.files import clear_partials, digest, make_way, remove, write_json
-from finetune.errors import LockedError, MissingError, UsageError
+from finetune.core.files import clear_partials, digest, make_way, read_object, remove, write_json
+from finetune.errors import LockedError, MissingError, StageError, UsageError
 from finetune.run import report as reports
 from finetune.run.log import Line, Log
 from finetune.run.report import Report
@@ -51,8 +51,9 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        """Whether a run is here: its manifest or its events tell; a recipe alone may be anybody's project."""
-        return (self.path / MANIFEST).is_file() or (self.path / EVENTS).is_file()
+        """Whether a run is here: its manifest or its events tell; a recipe alone may be anybody's project, and a manifest that
+        lists files is a bundle's."""
+        return (self.path / EVENTS).is_file() or _is_of_run(self.path / MANIFEST)
 
     def create(self) -> Run:
         """Make the directory. Raises UsageError where there can be none, and for a secret in its path: many files name it."""
@@ -157,3 +158,11 @@ class Run:
             yield self
         finally:
             lock.release()
+
+
+def _is_of_run(manifest: Path) -> bool:
+    """Whether a file is a run's manifest, damaged or not."""
+    try:
+        return manifest.is_file() and "files" not in read_object(manifest)
+    except StageError:
+        return True
