@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from faults import Fault
 from faults.bench import Bench
 from faults.grounds import GROUNDS, SAVED
+from finetune.core.files import write_text
+from finetune.recipe import dump, load, load_mapping
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGINT twice")
 ERRORS = ("ENOSPC", "EIO", "MemoryError", "ConnectionError")
@@ -22,6 +25,7 @@ def faults(bench: Bench) -> list[Fault]:
     """The table, in the page's order."""
     found = [
         *_calls(bench, "fake"), *_disks(), *_clocks(bench), *_files(bench), *_checkpoints(bench, "fake"), *_recipes(),
+        *_inputs(bench),
         *(_with_weights(bench, "torch") if find_spec(GROUNDS["torch"].needs) else ()),
     ]  # fmt: skip
     names = [fault.name for fault in found]
@@ -155,7 +159,6 @@ def _until_the_fourth(run: Path) -> int:
 
 def _stopped_with(damage: Callable[[Path], None]) -> Callable[[Path], None]:
     """As a kill between the third checkpoint and the next leaves a run: the log ends there, and nothing came after it."""
-    import shutil
 
     def do(run: Path) -> None:
         lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
@@ -221,6 +224,71 @@ def _recipes() -> Iterator[Fault]:
             refused=True,
             quick=name == "nested aliases",
         )
+
+
+ROW = '{"prompt": "What is the capital of Xa?", "completion": "It is Ya."}'
+LOOP = "{% for i in range(99999) %}"
+# What a data file holds before a good row, and chat templates.
+ROWS = {
+    "a list of 3,000 levels": '{"prompt": ' + "[" * 3000 + "]" * 3000 + "}",
+    "a line that is cut": ROW[:30],
+    "no object": "[1, 2, 3]",
+    "not UTF-8": '{"prompt": "\udcff", "completion": "x"}',
+    "a number of 6,000 digits": '{"prompt": ' + "9" * 6000 + ', "completion": "x"}',
+    "no answer": '{"prompt": "What is the capital of Xa?", "completion": ""}',
+    "a secret": '{"prompt": "my key", "completion": "' + "gh" + "p_" + "a1B2" * 9 + '"}',
+}
+TEMPLATES = {
+    "loops in loops": LOOP * 3 + "x" + "{% endfor %}" * 3,
+    "a text that doubles": "{% set ns = namespace(s='ab') %}" + LOOP + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "a way to Python's classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "one that does not end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+def _inputs(bench: Bench) -> Iterator[Fault]:
+    """Rows, chat templates and a model directory that mean harm, for a recipe that is sound."""
+    group = "Data, templates and models that mean harm"
+    for name, text in ROWS.items():
+        yield Fault(
+            name=f"data: {name}", group=group, recipe=_of_rows(bench, text), refused=True, quick=name == "a secret"
+        )
+    for name, text in TEMPLATES.items():
+        yield Fault(name=f"template: {name}", group=group, recipe=_of_template(bench, text), refused=True,
+                    quick=name == "a text that doubles")  # fmt: skip
+    yield Fault(
+        name="model: a licence that is a link out of it", group=group, recipe=_of_linked_model(bench), refused=True
+    )
+
+
+def _of_rows(bench: Bench, text: str) -> Callable[[Path], Path]:
+    def write(place: Path) -> Path:
+        (place / "data.jsonl").write_bytes(f"{text}\n{ROW}\n".encode("utf-8", "surrogateescape"))
+        return _changed(bench, place, data={"path": str(place / "data.jsonl")})
+
+    return write
+
+
+def _of_template(bench: Bench, text: str) -> Callable[[Path], Path]:
+    return lambda place: _changed(bench, place, template={"name": "custom", "jinja": text})
+
+
+def _of_linked_model(bench: Bench) -> Callable[[Path], Path]:
+    def write(place: Path) -> Path:
+        (place / "outside").write_text("what is nobody's business\n", encoding="utf-8")
+        shutil.copytree(bench.ground("fake") / "town" / "model", place / "model")
+        (place / "model" / "LICENSE").unlink(missing_ok=True)
+        (place / "model" / "LICENSE").symlink_to(place / "outside")
+        return _changed(bench, place, model={"path": str(place / "model")})
+
+    return write
+
+
+def _changed(bench: Bench, place: Path, **sections: dict[str, Any]) -> Path:
+    """The ground's recipe with other sections."""
+    asked = load(bench.ground("fake") / "recipe.yaml").model_dump(mode="json", exclude_none=True)
+    write_text(place / "recipe.yaml", dump(load_mapping({**asked, **sections})))
+    return place / "recipe.yaml"
 
 
 def _text(text: str) -> Callable[[Path], Path]:
