@@ -272,6 +272,19 @@ def test_a_training_that_was_shrunk_and_stopped_goes_on_as_it_was_shrunk(wanted,
     assert refuted(asked, run) == set()
 
 
+@pytest.mark.parametrize(
+    ("policy", "fault"), [({"on_oom": "shrink"}, too_large), ({"on_nan": "rollback"}, nan_at(8, above=0.6e-4))]
+)
+def test_the_experiment_of_a_resume_goes_on_as_the_training_was_adapted(town, failing, tmp_path, policy, fault):
+    asked = only_training(town, tmp_path / "runs", train=policy, expect={"resume": True})
+    failing(fault)
+    run = run_directory(asked)
+    run_stages(asked, run, ["train", "measure"])
+
+    assert run.events("bad_step")
+    assert [v.name for v in verify(asked, run, ["resume"]) if v.refuted] == []
+
+
 def test_one_row_that_does_not_fit_ends_the_training(wanted, failing):
     failing(fails_at(5, MemoryError()))
     with pytest.raises(StageError, match=r"out of memory.*Lower train\.per_device_train_batch_size") as told:

@@ -20,6 +20,7 @@ from finetune.data import encode, sources, templates
 from finetune.errors import StageError
 from finetune.estimate import check_resources, estimate
 from finetune.experiment import in_fresh_process, score_request, train_request
+from finetune.identity import Adaptation
 from finetune.invariance import measure as invariance
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
@@ -155,6 +156,13 @@ def _stored(recipe: Recipe, run: Run, job: Job) -> dict[str, int | None]:
     return {"base": base, "adapter": adapter, "optimizer": optimizer}
 
 
+def _as_trained(job: Job, run: Run, step: int) -> dict[str, Any]:
+    """The options that the run's own training went on with from a step: those of the recipe, or as they were adapted."""
+    adapted = run.require("train").metrics.get("adaptations", [])
+    done = [Adaptation.model_validate(each) for each in adapted if each["step"] <= step]
+    return done[-1].applied(job.options) if done else dict(job.options)
+
+
 def _resume(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     """Train the last part again from a stored checkpoint, in a new process; then compare."""
     steps = evidence.steps(run, "train")
@@ -167,9 +175,11 @@ def _resume(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     work = out / "resume"
     shutil.rmtree(work, ignore_errors=True)
     job = sft_job(recipe, run, work)
-    job = replace(job, resume=usable[-1], options={**job.options, "report_to": "none"})
-    answer = in_fresh_process(train_request(recipe.backend, job), out / "resume-request.json")
-    begin = int(usable[-1].name.rpartition("-")[2])
+    begin = checkpoints.step_of(usable[-1])
+    options = {**_as_trained(job, run, begin), "report_to": "none"}
+    answer = in_fresh_process(
+        train_request(recipe.backend, replace(job, resume=usable[-1], options=options)), out / "resume-request.json"
+    )
     name = "adapter" if job.method == "lora" else "model"
     backend = get(recipe.backend)
     straight, again = backend.tensors(run.path / "train" / name), backend.tensors(work / name)
