@@ -52,7 +52,7 @@ def outcome(recipe: Recipe, patch: pytest.MonkeyPatch) -> dict[str, Verdict]:
 
 
 def test_training_that_ends_in_nan_ends_with_verdicts(broken, monkeypatch, tmp_path):
-    recipe = broken(learning_rate=1e30)
+    recipe = broken(learning_rate=1e30, on_nan="ignore")
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     stay_here(monkeypatch)
 
@@ -74,7 +74,7 @@ def test_a_base_that_holds_an_infinite_weight_is_named(broken, monkeypatch):
     def change(weights):
         weights["model.layers.0.mlp.up_proj.weight"][0, 0] = math.inf
 
-    found = outcome(broken(change=change), monkeypatch)
+    found = outcome(broken(change=change, on_nan="ignore"), monkeypatch)
 
     assert "they begin in the base: model.layers.0.mlp.up_proj.weight" in found["weights_finite"].why
 

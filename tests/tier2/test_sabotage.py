@@ -9,6 +9,8 @@ from finetune.testing.sabotage import ground, table
 from finetune.testing.sabotage.bench import Bench, side_by_side
 
 FAST = [each for each in table().values() if each.fast]
+# Those that a stage refuses before there is a verdict, and what it says.
+REFUSED = {"optimizer state lost at resume": "it holds nothing of any weight"}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +30,11 @@ def test_enough_are_swept():
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", [each.name for each in FAST])
 def test_it_is_caught(outcomes, name):
-    assert outcomes[name].failed, outcomes[name]
-    assert outcomes[name].refused == ""
+    if name in REFUSED:
+        assert REFUSED[name] in outcomes[name].refused, outcomes[name]
+    else:
+        assert outcomes[name].failed, outcomes[name]
+        assert outcomes[name].refused == ""
 
 
 @pytest.mark.timeout(400)
