@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from faults.grounds import GROUNDS
 from finetune import checkpoints
 from finetune.core.files import PARTIAL, digest
 from finetune.errors import FinetuneError
+from finetune.interruption import SIGNALS
 from finetune.run import Run, evidence
 
 HOOKS = Path(__file__).parent / "hooks"
@@ -115,6 +117,8 @@ def command(
         values |= {"FT_FAULT": json.dumps(hook), "PYTHONPATH": str(HOOKS)}
 
     def limited() -> None:
+        for number in SIGNALS:  # what a shell starts in its background ignores Ctrl-C
+            signal.signal(number, signal.SIG_DFL)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
