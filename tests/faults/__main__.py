@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from faults import Seen, page
 from faults.bench import Bench
 from faults.table import faults
+
+OFTEN = 10  # faults after which the page is written again
 
 
 def main() -> int:
@@ -23,6 +26,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--all", action="store_true", help="all of them, and write the page")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of all")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-", dir=_place()) as scratch:
@@ -38,13 +42,16 @@ def main() -> int:
         wanted = [
             each for each in table if (each.name in options.names if options.names else each.quick or options.all)
         ]
+        if options.all:
+            print(f"in an order of seed {options.seed}", flush=True)
+            random.Random(options.seed).shuffle(wanted)  # so that whoever stops early has seen some of each kind
+        found: list[Seen] = []
         with ThreadPoolExecutor(options.jobs) as pool:
-            found = []
-            for seen in pool.map(bench.carry_out, wanted):
-                print(_line(seen), flush=True)
-                found.append(seen)
-    if options.all and not options.names:
-        page.write(Path.cwd(), found)
+            for done in as_completed([pool.submit(bench.carry_out, fault) for fault in wanted]):
+                found.append(done.result())
+                print(_line(found[-1]), flush=True)
+                if options.all and not options.names and (len(found) % OFTEN == 0 or len(found) == len(wanted)):
+                    page.write(Path.cwd(), found, [fault.name for fault in table])
     missed = [seen for seen in found if not seen.held]
     print(f"{len(found)} faults, {len(found) - len(missed)} held")
     return 1 if missed else 0

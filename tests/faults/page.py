@@ -14,22 +14,27 @@ from faults import Seen
 RESULTS, PAGE = Path("docs/faults.json"), Path("docs/faults.md")
 
 
-def write(root: Path, found: Sequence[Seen]) -> None:
-    document = {"machine": f"{os.cpu_count()} cores, {platform.system()}", "faults": [asdict(seen) for seen in found]}
+def write(root: Path, found: Sequence[Seen], names: Sequence[str]) -> None:
+    """Both files, of the faults carried out so far, in the order of `names`: all that the table has."""
+    machine = f"{os.cpu_count()} cores, {platform.system()}"
+    ordered = sorted(found, key=lambda seen: names.index(seen.name))
+    document = {"machine": machine, "in_table": len(names), "faults": [asdict(seen) for seen in ordered]}
     (root / RESULTS).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (root / PAGE).write_text(render(document["machine"], found), encoding="utf-8")
+    (root / PAGE).write_text(render(machine, ordered, len(names)), encoding="utf-8")
 
 
-def render(machine: str, found: Sequence[Seen]) -> str:
+def render(machine: str, found: Sequence[Seen], in_table: int) -> str:
     """The page: what was seen of each fault, by kind."""
-    held = sum(seen.held for seen in found)
+    held, lost = sum(seen.held for seen in found), sum(seen.lost for seen in found)
+    strange = sum("it said" in wrong for seen in found for wrong in seen.wrong)
     lines = [
         "# Faults",
         "",
         "<!-- Written by `nox -s faults-all` from docs/faults.json. Do not edit. -->",
         "",
-        f"{len(found)} faults by the real command line, {held} held: nothing was lost, nothing ended in a message that is "
-        f"none for a user, and the same command again came to the result of an undisturbed run, bit by bit. {machine}.",
+        f"{len(found)} of the table's {in_table} faults, carried out by the real command line on a machine with {machine}: "
+        f"{held} held, {lost} steps lost, {strange} messages that are none for a user. A fault has held where the same "
+        "command again came to the result of an undisturbed run, bit by bit, or where what cannot be done was refused. "
         "`nox -s faults-all -- NAME` carries one out again.",
         "",
         "*Ended*: the exit code with the fault, and that of the same command again, where the first was not 0. *Lost*: steps "
