@@ -102,7 +102,11 @@ class Commands(click.Group):
         run: Callable[..., Any] = super().main
         if not extra.pop("standalone_mode", True):
             return run(*args, standalone_mode=False, **extra)
-        sys.exit(guarded(lambda: run(*args, standalone_mode=False, **extra)))
+        from finetune.interruption import let_go
+
+        code = guarded(lambda: run(*args, standalone_mode=False, **extra))
+        let_go()
+        sys.exit(code)
 
 
 @click.group(
@@ -147,6 +151,8 @@ def guarded(call: Callable[[], Any]) -> int:
             return code if code == OutputError.exit_code else _exit_code(sys.stdout.flush) or code
     except OutputError as error:
         return _fail(visible(str(error)), error.exit_code)
+    except KeyboardInterrupt:  # another one, while the first was told
+        return 130
 
 
 def _exit_code(call: Callable[[], Any]) -> int:
@@ -170,6 +176,8 @@ def _exit_code(call: Callable[[], Any]) -> int:
         return _fail(str(error), error.exit_code)
     except OSError as error:
         return _fail(_os_problem(error), 4)
+    except MemoryError:
+        return _fail("out of memory. End other programs, or use a machine with more; what is done is kept", 4)
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
         hint = "" if _debug else " (run again with --debug for the traceback; please report)"

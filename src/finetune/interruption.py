@@ -25,6 +25,13 @@ def heed() -> None:
             signal.signal(number, _interrupt)
 
 
+def let_go() -> None:
+    """Let these signals end the process at once, without a word: all is done and told, and Python is only shutting down."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def heeded_by(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Have these signals call a handler; returns the handlers before, by signal.
 

@@ -242,8 +242,11 @@ def store(recipe: Recipe, run: Run) -> None:
     replaced = path.is_file()
     kept = replaced and says_the_same(path.read_bytes().decode("utf-8", "replace"), text)
     if not kept or not seal.is_as_recorded(run, RECIPE):
-        write_text(path, text)
-        run.event("recipe", replaced=replaced, name=recipe.name, sha256=digest(path))
+        told = {
+            "replaced": replaced,
+            "name": recipe.name,
+        }  # first, so that no recipe is there that the log does not know
+        write_text(path, text, before=lambda partial: run.event("recipe", **told, sha256=digest(partial)))
 
 
 def checkpoint(recipe: Recipe, run: Run, stage: str, wanted: str) -> Path:

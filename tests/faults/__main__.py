@@ -1,6 +1,6 @@
-"""`python -m faults [NAME ...]`: carry faults out, and write docs/faults.md.
+"""`python -m faults [NAME ...]`: carry faults out.
 
-Without a name a few of each kind, and nothing is written; `--all` for all, and docs/faults.md.
+Without a name a few of each kind; `--all` for all, and docs/faults.md. `--write` with names puts their rows there anew.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="all of them, and write the page")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0, help="of the order of all")
+    parser.add_argument("--write", action="store_true", help="renew the rows of those named in docs/faults.md")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-", dir=_place()) as scratch:
@@ -42,7 +43,8 @@ def main() -> int:
         wanted = [
             each for each in table if (each.name in options.names if options.names else each.quick or options.all)
         ]
-        if options.all:
+        whole = options.all and not options.names
+        if whole:
             print(f"in an order of seed {options.seed}", flush=True)
             random.Random(options.seed).shuffle(wanted)  # so that whoever stops early has seen some of each kind
         found: list[Seen] = []
@@ -50,8 +52,10 @@ def main() -> int:
             for done in as_completed([pool.submit(bench.carry_out, fault) for fault in wanted]):
                 found.append(done.result())
                 print(_line(found[-1]), flush=True)
-                if options.all and not options.names and (len(found) % OFTEN == 0 or len(found) == len(wanted)):
+                if whole and (len(found) % OFTEN == 0 or len(found) == len(wanted)):
                     page.write(Path.cwd(), found, [fault.name for fault in table])
+        if options.write:
+            page.renew(Path.cwd(), found, [fault.name for fault in table])
     missed = [seen for seen in found if not seen.held]
     print(f"{len(found)} faults, {len(found) - len(missed)} held")
     return 1 if missed else 0

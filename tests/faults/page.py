@@ -23,6 +23,14 @@ def write(root: Path, found: Sequence[Seen], names: Sequence[str]) -> None:
     (root / PAGE).write_text(render(machine, ordered, len(names)), encoding="utf-8")
 
 
+def renew(root: Path, found: Sequence[Seen], names: Sequence[str]) -> None:
+    """Put faults that were carried out again in the place of what was seen of them before."""
+    stored = json.loads((root / RESULTS).read_text(encoding="utf-8"))["faults"]
+    before = {each["name"]: Seen(**{**each, "wrong": tuple(each["wrong"])}) for each in stored}
+    kept = {name: seen for name, seen in before.items() if name in names}
+    write(root, list((kept | {seen.name: seen for seen in found}).values()), names)
+
+
 def render(machine: str, found: Sequence[Seen], in_table: int) -> str:
     """The page: what was seen of each fault, by kind."""
     held, lost = sum(seen.held for seen in found), sum(seen.lost for seen in found)

@@ -92,8 +92,9 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: into a neighbour first, synced, then renamed into place."""
+def write_text(path: Path, text: str, before: Callable[[Path], None] = lambda partial: None) -> None:
+    """Write a file whole or not at all: into a neighbour first, synced, then renamed into place. `before` is called with the
+    neighbour just before that."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -101,6 +102,7 @@ def write_text(path: Path, text: str) -> None:
             stream.write(encode(text))
             stream.flush()
             os.fsync(stream.fileno())
+        before(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -172,8 +174,8 @@ def clear_partials(directory: Path) -> None:
         remove(path)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+def write_json(path: Path, value: Any, before: Callable[[Path], None] = lambda partial: None) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", before)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

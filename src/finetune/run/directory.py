@@ -115,15 +115,16 @@ class Run:
         return report
 
     def write_report(self, report: Report) -> None:
-        """Store a report. An event holds its digest, so that one changed later is known."""
+        """Store a report. An event holds its digest, so that one changed later is known; it comes first, so that there is no
+        report that the log does not know, whatever ends the process in between."""
         path = self.path / report.stage / reports.FILE
         make_way(path)
-        told = {"metrics": redacted(report.metrics), "notes": [redact(note) for note in report.notes]}
-        stored = schemas.REPORT.written({**asdict(report), **told})
+        shown = {"metrics": redacted(report.metrics), "notes": [redact(note) for note in report.notes]}
+        stored = schemas.REPORT.written({**asdict(report), **shown})
         if report.schema == 0:  # of version 0.1, and as little known: nobody listed its files
             stored = {key: value for key, value in stored.items() if key not in (schemas.KEY, *schemas.REPORT.since)}
-        write_json(path, stored)
-        self.event("stage_finished", stage=report.stage, seconds=report.seconds, report=digest(path))
+        told = {"stage": report.stage, "seconds": report.seconds}
+        write_json(path, stored, before=lambda partial: self.event("stage_finished", **told, report=digest(partial)))
 
     def forget(self, stage: str) -> None:
         """Drop a stage's report before the stage runs again, so that a failed rerun leaves no stale one."""
