@@ -16,6 +16,7 @@ from finetune.backends import Job
 from finetune.backends.failing import NoMemoryError, NotFiniteError, StepError
 from finetune.backends.fake_training import Training
 from finetune.checks import verify
+from finetune.cli import guarded
 from finetune.errors import Interrupted, StageError
 from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe
@@ -359,3 +360,48 @@ def test_rows_beyond_four_are_counted(tmp_path):
     assert "Lower align.per_device_train_batch_size" in str(
         recovery.ended(NoMemoryError("out of memory", step=1), job, [])
     )
+
+
+# -- ended at the worst moment -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["event", "rename"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "prepare/report.json", "train/report.json"])
+def test_a_run_that_ends_as_a_file_gets_its_name_is_whole_after_the_same_command(town, tmp_path, monkeypatch, name, at):
+    """The log knows of the file by then, or nobody would ever tell it."""
+    asked = only_training(town, tmp_path / "runs")
+    run = run_directory(asked)
+    rename, event = Path.replace, Run.event
+
+    def renamed(self: Path, target: Path) -> Path:
+        if at == "rename" and str(target) == str(run.path / name):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    def told(self: Run, kind: str, **values: Any) -> None:
+        of = "recipe.yaml" if kind == "recipe" else f"{values.get('stage')}/report.json"
+        if at == "event" and kind in ("recipe", "stage_finished") and of == name:
+            raise KeyboardInterrupt
+        event(self, kind, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", renamed)
+        patch.setattr(Run, "event", told)
+        with pytest.raises(KeyboardInterrupt):
+            run_stages(asked, run, ["train"])
+    assert not (run.path / name).exists()
+    run_stages(asked, run, ["train"])
+
+    (verdict,) = [verdict for verdict in verify(asked, run, ["records"]) if verdict.name == "told_of"]
+    assert f"it does not tell that the stage {Path(name).parent} ended" not in verdict.why
+    assert "which recipe was stored" not in verdict.why
+
+
+def test_a_lack_of_memory_anywhere_is_told_as_that(capsys):
+    def lacking() -> None:
+        raise MemoryError
+
+    assert guarded(lacking) == 4
+    said = capsys.readouterr().err
+    assert "error: out of memory" in said
+    assert "unexpected" not in said
