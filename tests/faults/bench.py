@@ -97,8 +97,8 @@ class Bench:
                 )
         shutil.rmtree(place, ignore_errors=True)
         return Seen(
-            name=fault.name, group=fault.group, first=code, again=again, said=_last(said), lost=lost, wrong=tuple(wrong),
-            seconds=round(time.perf_counter() - begun, 1),
+            name=fault.name, group=fault.group, first=code, again=again, said=_last(said, self.root), lost=lost,
+            wrong=tuple(wrong), seconds=round(time.perf_counter() - begun, 1),
         )  # fmt: skip
 
 
@@ -210,6 +210,8 @@ def _weights(folder: Path) -> dict[str, str]:
     }
 
 
-def _last(said: str) -> str:
+def _last(said: str, root: Path) -> str:
+    """The last line of what a command said, without where this machine keeps what is passing."""
+    said = said.replace(f"{root}/", "")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     return lines[-1][:160] if lines else ""

@@ -153,7 +153,7 @@ def closed(request: pytest.FixtureRequest, run: Run, monkeypatch: pytest.MonkeyP
         for module in ("finetune.core.files", "finetune.report.files"):
             monkeypatch.setattr(
                 f"{module}.write_text",
-                lambda path, text: refuse() if path.is_relative_to(run.path) else write(path, text),
+                lambda path, *rest: refuse() if path.is_relative_to(run.path) else write(path, *rest),
             )
     else:
         monkeypatch.setattr("filelock.FileLock.acquire", refuse)
