@@ -191,7 +191,8 @@ def sft_job(recipe: Recipe, run: Run, out: Path) -> Job:
 def dpo_job(recipe: Recipe, run: Run, out: Path) -> Job:
     """The alignment that this recipe asks for: of the trained model, or of the fetched one where nothing is trained."""
     assert recipe.align is not None
-    base, adapter = evidence.phases(run, recipe).get("trained") or evidence.phases(run, recipe)["base"]
+    before = evidence.phases(run, recipe.model_copy(update={"align": None}))  # its own report may be damaged
+    base, adapter = before.get("trained") or before["base"]
     method = recipe.train.method if recipe.train else "lora"
     lora = recipe.train.lora if recipe.train else Lora()
     return Job(
