@@ -146,11 +146,12 @@ class Training:
     def _take_step(self, began: float) -> tuple[Step, bool]:
         batches, rate = self._taken(self.step), self.learning_rate(self.step + 1)
         rows = [row for batch in batches for row in batch]
+        numbers = tuple(row.number for row in rows)
         gradient = Gradient()
-        with taking(self.step + 1, [row.number for row in rows]):
+        with taking(self.step + 1, numbers):
             loss, extra = self._loss(rows, gradient)
             norm = self._norm(gradient, self._weight(rows))
-        skipped = skips(self.options, step=self.step + 1, loss=loss, grad_norm=norm, rows=[row.number for row in rows])
+        skipped = skips(self.options, step=self.step + 1, loss=loss, grad_norm=norm, rows=numbers)
         if not skipped:
             self._move(gradient, norm, rate, rows)
         self.step += 1
@@ -165,7 +166,7 @@ class Training:
                 seconds=time.perf_counter() - began,
                 tokens=sum(row.tokens for row in rows),
                 trained_tokens=sum(len(row.chosen) + len(row.rejected) for row in rows),
-                rows=tuple(row.number for row in rows),
+                rows=numbers,
                 epoch=self.step / self.steps_per_epoch,
                 skipped=int(skipped),
                 extra=extra,

@@ -54,7 +54,7 @@ class Guard(TrainerCallback):
         losses = torch.stack([loss.detach().float() for loss, _ in self.batches]).tolist()
         loss = next((value for value in losses if not math.isfinite(value)), sum(losses))
         of_bad = [rows for value, (_, rows) in zip(losses, self.batches, strict=True) if not math.isfinite(value)]
-        rows = [row for rows in of_bad or [rows for _, rows in self.batches] for row in rows]
+        rows = [row for batch in of_bad or [rows for _, rows in self.batches] for row in batch]
         found = None if self._scales() else float(norm)
         self.skipping = skips(self.job.options, step=self._number, loss=loss, grad_norm=found, rows=rows)
         if self.skipping:
