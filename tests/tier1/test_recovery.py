@@ -286,6 +286,30 @@ def test_the_experiment_of_a_resume_goes_on_as_the_training_was_adapted(town, fa
     assert [v.name for v in verify(asked, run, ["resume"]) if v.refuted] == []
 
 
+@pytest.mark.parametrize(
+    ("nan", "large_from", "kinds"),
+    [(8, 5, ["shrink", *["rollback"] * 3]), (3, 9, [*["rollback"] * 3, "shrink"])],
+    ids=["shrunk, then rolled back", "rolled back, then shrunk"],
+)
+def test_what_was_adapted_before_stays_so(wanted, failing, nan, large_from, kinds):
+    """Each rollback halves the rate again, a shrunk batch keeps it, and no shrinking counts as a rollback."""
+    asked = wanted(on_nan="rollback", on_oom="shrink")
+
+    def fault(training: Training, rows: list[Any]) -> float | None:
+        if training.step + 1 >= large_from and training._batch > 1:
+            raise MemoryError
+        return nan_at(nan, above=0.2e-4)(training, rows)  # type: ignore[func-returns-value]
+
+    failing(fault)
+    run = trained(asked)
+
+    adapted = run.require("train").metrics["adaptations"]
+    assert [each["kind"] for each in adapted] == kinds
+    assert adapted[-1]["learning_rate_share"] == 1 / 8
+    assert adapted[-1]["per_device_train_batch_size"] == 1
+    assert refuted(asked, run) <= {"loss_end"}, "an eighth of the rate learns less"
+
+
 def test_one_row_that_does_not_fit_ends_the_training(wanted, failing):
     failing(fails_at(5, MemoryError()))
     with pytest.raises(StageError, match=r"out of memory.*Lower train\.per_device_train_batch_size") as told:
@@ -294,7 +318,7 @@ def test_one_row_that_does_not_fit_ends_the_training(wanted, failing):
 
 
 @pytest.mark.parametrize(
-    ("batch", "accumulation", "smaller"), [(8, 1, 4), (3, 1, 1), (6, 2, 3), (3, 2, 1), (2, 5, 1), (5, 2, 2)]
+    ("batch", "accumulation", "smaller"), [(8, 1, 4), (3, 1, 1), (6, 2, 3), (3, 2, 1), (2, 5, 1), (5, 2, 2), (9, 1, 3)]
 )
 def test_the_smaller_batch_makes_up_the_same_step(batch, accumulation, smaller):
     assert recovery._smaller(batch, accumulation) == smaller
@@ -320,8 +344,13 @@ def test_a_report_that_tells_no_adaptation_is_found_out(wanted, failing):
     ("losses", "settings", "blamed"),
     [
         ([2.0, 1.9, 1.8], {}, "most likely these rows' fault"),
-        ([2.0, 1.9, 30.0], {}, "learning rate's fault: the loss had risen from 1.9 to 30"),
+        (
+            [2.0, 1.9, 30.0],
+            {},
+            "learning rate's fault: the loss had risen from 1.9 to 30 at train.learning_rate 0.1. Set 0.01",
+        ),
         ([2.0, 1.9, 30.0], {"dtype": "float16"}, "precision's fault: float16 holds numbers up to 65,504"),
+        ([2.0, 1.9, 30.0], {"fp16": True}, "precision's fault: float16 holds numbers up to 65,504"),
         ([], {}, "fault of the base or of these rows"),
     ],
 )
@@ -330,7 +359,7 @@ def test_a_step_that_is_no_number_says_whose_fault_it_most_likely_is(losses, set
     rows.write_text('{"row": 4, "file": "data.jsonl", "line": 5}\n', encoding="utf-8")
     job = Job(
         objective="sft", method="lora", model=tmp_path, out=tmp_path / "out", rows=rows, settings=settings,
-        options={"learning_rate": 0.1, "per_device_train_batch_size": 2},
+        options={"learning_rate": 0.1, "per_device_train_batch_size": 2, "fp16": settings.get("fp16", False)},
     )  # fmt: skip
     error = NotFiniteError(step=len(losses) + 1, loss=math.nan, grad_norm=None, rows=[4])
 
