@@ -228,7 +228,7 @@ def _sources() -> dict[str, str]:
 
 ODDS = """{%- set a = [1, 2.5, 'x', none, true, [], (1, 2), {'k': [1]}] -%}{%- set ns = namespace(n=0, t=()) -%}
 {%- macro m(x, y=3) -%}{{ x ~ y ~ caller() if caller else x + y }}{%- endmacro -%}
-{{ a }}{{ a | tojson }}{{ a | tojson(indent=2) }}{{ 2 ** 10 }}{{ 7 % 3 }}{{ '%s-%5.1f|%-4d|' % ('a', 2.345, 7) }}
+{{ a }}{{ a | tojson }}{{ a | tojson(indent=2) }}{{ 2 ** 10 }}{{ 1000000 * 1000000 }}{{ 7 % 3 }}{{ '%s-%5.1f|%-4d|' % ('a', 2.345, 7) }}
 {{ '{:>5}{:<{w}}|{a[0]}'.format('x', 'y', w=4, a=[9]) }}{{ ', '.join(['a', 'b']) }}{{ 'a-b-c'.split('-') | join('+') }}
 {{ 'x'.center(5) }}{{ 'abc'.replace('b', 'dd') }}{{ 'a\nb' | indent(2) }}{{ 'abc' | center(9) }}{{ m(1) }}{{ undefined_name }}
 {%- for x in a if x is not none -%}{{ loop.index }}/{{ loop.length }}:{{ loop.first }}{{ loop.previtem }}{{ x }};

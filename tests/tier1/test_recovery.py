@@ -13,6 +13,7 @@ import pytest
 
 from finetune import recovery
 from finetune.backends import Job
+from finetune.backends import failing as failing_steps
 from finetune.backends.failing import NoMemoryError, NotFiniteError, StepError
 from finetune.backends.fake_training import Training
 from finetune.checks import verify
@@ -95,6 +96,44 @@ def fails_at(step: int, error: BaseException) -> Fault:
 def too_large(training: Training, rows: list[Any]) -> None:
     if training.step + 1 >= 5 and training._batch > 1:
         raise MemoryError
+
+
+# -- what a step is -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "what"),
+    [
+        (1.0, 2.0, ""),
+        (1.0, None, ""),
+        (math.nan, 2.0, "its loss is nan"),
+        (math.inf, None, "its loss is inf"),
+        (-math.inf, 2.0, "its loss is -inf"),
+        (1.0, math.nan, "its gradient is nan"),
+        (1.0, math.inf, "its gradient is inf"),
+    ],
+)
+def test_what_is_no_finite_number_ends_a_training_unless_it_is_asked_for_otherwise(loss, grad_norm, what):
+    step = {"step": 3, "loss": loss, "grad_norm": grad_norm, "rows": [4]}
+
+    assert failing_steps.not_finite(loss, grad_norm) == what
+    assert not failing_steps.skips({"on_nan": "ignore"}, **step)
+    assert failing_steps.skips({"on_nan": "skip"}, **step) == bool(what)
+    for stops in ({}, {"on_nan": "stop"}, {"on_nan": "rollback"}):
+        if not what:
+            assert not failing_steps.skips(stops, **step)
+            continue
+        with pytest.raises(NotFiniteError, match=what) as told:
+            failing_steps.skips(stops, **step)
+        assert (told.value.step, told.value.rows) == (3, (4,))
+
+
+def test_a_step_that_failed_leaves_the_one_before_unless_the_training_goes_further_back():
+    nan = NotFiniteError(step=3, loss=math.nan, grad_norm=None, rows=[])
+    for error in (nan, NoMemoryError("out of memory", step=3), StepError("ValueError", step=3)):
+        for policy in ("stop", "skip", "rollback", "ignore"):
+            kept = failing_steps.leaves_checkpoint(error, {"on_nan": policy})
+            assert kept == (policy != "rollback" or error is not nan), (error, policy)
 
 
 # -- stop ----------------------------------------------------------------------------------------------------------------
@@ -349,6 +388,7 @@ def test_a_report_that_tells_no_adaptation_is_found_out(wanted, failing):
             {},
             "learning rate's fault: the loss had risen from 1.9 to 30 at train.learning_rate 0.1. Set 0.01",
         ),
+        ([2.0, 1.9, 3.9], {}, "learning rate's fault: the loss had risen from 1.9 to 3.9"),
         ([2.0, 1.9, 30.0], {"dtype": "float16"}, "precision's fault: float16 holds numbers up to 65,504"),
         ([2.0, 1.9, 30.0], {"fp16": True}, "precision's fault: float16 holds numbers up to 65,504"),
         ([], {}, "fault of the base or of these rows"),
