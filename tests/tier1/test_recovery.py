@@ -136,6 +136,21 @@ def test_a_step_that_failed_leaves_the_one_before_unless_the_training_goes_furth
             assert kept == (policy != "rollback" or error is not nan), (error, policy)
 
 
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("[METAL] Insufficient Memory"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (ValueError("out of memory"), False),
+        (RuntimeError("shapes do not match"), False),
+    ],
+)
+def test_what_is_a_lack_of_memory(error, memory):
+    assert failing_steps.is_out_of_memory(error) == memory
+
+
 # -- stop ----------------------------------------------------------------------------------------------------------------
 
 

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from finetune.backends import get
+from finetune.backends.failing import NotFiniteError
+from finetune.backends.torch.guarding import Guard
 from finetune.checks import verify
 from finetune.core.files import write_jsonl
 from finetune.errors import StageError
@@ -24,7 +27,7 @@ SHORT = {
     "max_steps": 8, "per_device_train_batch_size": 4, "save_steps": 3, "save_total_limit": None,
     "lora": {"r": 4, "lora_dropout": 0.1},
 }  # fmt: skip
-Fault = Callable[[Any, dict[str, Any]], None]
+Fault = Callable[[Any, dict[str, Any]], float | None]  # raises, or gives what the batch's loss is multiplied by
 
 
 @pytest.fixture
@@ -42,8 +45,9 @@ def failing(monkeypatch):
 
     def install(fault: Fault) -> None:
         def step(self: Any, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
-            fault(self, inputs)
-            return real(self, model, inputs, *more, **named)
+            factor = fault(self, inputs)
+            loss = real(self, model, inputs, *more, **named)
+            return loss if factor is None else loss * factor
 
         monkeypatch.setattr(transformers.Trainer, "training_step", step)
 
@@ -207,6 +211,75 @@ def test_steps_that_are_no_numbers_are_skipped_and_told(short, failing, tmp_path
     assert all(math.isfinite(facts.norm) for facts in weights(run).values())
     assert run.require("train").metrics["steps_without_effect"] == 0
     assert refuted(recipe, run) == set()
+
+
+HALVES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
+def nan_in_one_batch(step: int) -> Fault:
+    """The loss of a step's second batch is none, each time that the step is taken; its gradient is as it was."""
+    batches = [0]
+
+    def fault(trainer: Any, inputs: dict[str, Any]) -> float | None:
+        if trainer.state.global_step + 1 != step:
+            return None
+        batches[0] += 1
+        return None if batches[0] % 2 else math.nan
+
+    return fault
+
+
+def test_a_loss_that_is_none_in_one_batch_ends_the_training_with_the_rows_of_that_batch(short, failing, tmp_path):
+    recipe = short(**HALVES)
+    failing(nan_in_one_batch(6))
+    with pytest.raises(
+        StageError, match=r"step 6 could not be taken \(its rows: row \d+ of \S+, row \d+ of \S+\): its loss"
+    ):
+        trained(recipe, tmp_path / "run")
+
+    (event,) = Run(tmp_path / "run").events("bad_step")
+    assert len(event["rows"]) == 2
+
+
+def test_a_loss_that_is_none_in_one_batch_leaves_the_others_as_they_are(short, failing, tmp_path):
+    recipe = short(**HALVES, on_nan="skip", max_steps=24, save_steps=24, logging_steps=4)
+    failing(nan_in_one_batch(6))
+    run = trained(recipe, tmp_path / "run")
+
+    assert [step["step"] for step in evidence.steps(run, "train") if step.get("skipped")] == [8]
+    assert all(math.isfinite(loss) for loss in losses(run))
+    assert refuted(recipe, run) == set()
+
+
+def test_a_loss_that_is_none_is_logged_where_nobody_is_to_mind(short, failing, tmp_path):
+    recipe = short(**HALVES, on_nan="ignore")
+    failing(nan_in_one_batch(6))
+    run = trained(recipe, tmp_path / "run")
+
+    # transformers sums losses up, and takes the sum off itself when it logs: none stays none.
+    assert [math.isnan(loss) for loss in losses(run)] == [False] * 5 + [True] * 3
+    assert "loss_finite" in refuted(recipe, run)
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_a_gradient_beyond_float16_is_the_scalers_own_affair(scales):
+    """It finds its scale by what overflows, and skips such steps itself."""
+    import torch
+
+    guard = Guard.__new__(Guard)
+    scaler = torch.amp.GradScaler("cpu", enabled=scales)
+    state = SimpleNamespace(global_step=2)
+    guard.trainer = SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler), state=state)  # type: ignore[assignment]
+    guard.job = SimpleNamespace(options={"on_nan": "stop"})  # type: ignore[assignment]
+    guard.batches, guard.losses = [(torch.tensor(1.0), (7,))], []
+    guard.norm_of = lambda model: torch.tensor(math.inf)
+
+    if scales:
+        assert math.isinf(guard._norm(None))
+        assert guard.losses == [1.0]
+    else:
+        with pytest.raises(NotFiniteError, match=r"step 3 .*its gradient is inf"):
+            guard._norm(None)
 
 
 def test_a_rate_that_is_too_high_is_halved_from_the_last_checkpoint_on(short, failing, tmp_path):
