@@ -3,7 +3,7 @@ exports and compares each, and prints the least and greatest of every measure.
 
     python bench/parity.py [--seeds 10] [--to gguf:f16 ...] [--out DIR]
 
-The bounds in src/finetune/parity/bounds.py are made from this table; docs/architecture.md states the rule.
+The bounds in src/finetune/parity/tolerances.py are made from this table; docs/architecture.md states the rule.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core.files import read_jsonl, write_json, write_jsonl
-from finetune.pipeline import run_stages
 from finetune.recipe import load_mapping
 from finetune.run import Run
+from finetune.stages.pipeline import run_stages
 from finetune.testing import questions
 
 EXPORTS = ("gguf:f16", "gguf:q8_0", "gguf:q6_k", "gguf:q5_k_m", "gguf:q4_k_m", "mlx")

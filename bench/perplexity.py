@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from finetune.core.files import write_json
-from finetune.pipeline import run_stages
 from finetune.recipe import load_mapping
 from finetune.run import Run
+from finetune.stages.pipeline import run_stages
 from finetune.testing.perplexity import EMBEDDED, Perplexity, Scorer, load, measure
 
 TOKENS, TEMPERATURE = 50, 0.7  # as in a spec's `inference` section

@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune import models
 from finetune.data import sources
+from finetune.models import sources as models
 from finetune.recipe.sections import Model
 
 STEPS, BATCH, RATE, RANK = 20, 6, 5e-4, 16

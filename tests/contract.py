@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 
 import pytest
 
-from finetune import identity
 from finetune.backends import CONSTANTS, Backend, Job, Step
 from finetune.backends.failing import NotFiniteError, StepError
+from finetune.core.errors import UsageError
 from finetune.data.encode import prompt_ids
 from finetune.data.templates import ChatTemplate
-from finetune.errors import UsageError
-from finetune.identity import Record, Rows
-from finetune.identity import Training as Asked
-from finetune.schedule import learning_rate
+from finetune.recipe.schedule import learning_rate
+from finetune.run import identity
+from finetune.run.identity import Record, Rows
+from finetune.run.identity import Training as Asked
 
 ODD_TEXTS = [
     "",

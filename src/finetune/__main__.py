@@ -1,6 +1,6 @@
 """`python -m finetune`."""
 
-from finetune.cli import main
+from finetune.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -16,9 +16,9 @@ import pytest
 
 from finetune.checks import verify
 from finetune.core.files import write_text
-from finetune.pipeline import run_directory, run_stages
 from finetune.report import compare, files, summary
 from finetune.run import Run
+from finetune.stages.pipeline import run_directory, run_stages
 from support.records import refuted, restate
 from support.town import as_if_written_so, build, edit_rows, recipe
 

@@ -17,11 +17,10 @@ from pathlib import Path
 
 from faults import Fault, Seen
 from faults.grounds import GROUNDS
-from finetune import checkpoints
+from finetune.core.errors import FinetuneError
 from finetune.core.files import PARTIAL, digest
-from finetune.errors import FinetuneError
-from finetune.interruption import SIGNALS
-from finetune.run import Run, evidence
+from finetune.core.signals import SIGNALS
+from finetune.run import Run, checkpoints, evidence
 
 HOOKS = Path(__file__).parent / "hooks"
 SECONDS = 240  # that a command may take

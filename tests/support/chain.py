@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune import experiment
 from finetune.checks import results
 from finetune.core.files import write_jsonl
-from finetune.pipeline import run_stages
+from finetune.experiments import worker
 from finetune.recipe import Recipe, load_mapping
 from finetune.run import Run
 from finetune.stages import compare
+from finetune.stages.pipeline import run_stages
 from finetune.testing import questions
 
 FACTS = 6
@@ -64,7 +64,7 @@ class Chain:
             answer, stored = self.seen[kept]
             shutil.copyfile(stored, wanted)
             return answer
-        answer = {**json.loads(json.dumps(experiment.observe(json.loads(json.dumps(request))))), "peak_bytes": 1}
+        answer = {**json.loads(json.dumps(worker.observe(json.loads(json.dumps(request))))), "peak_bytes": 1}
         if "/export/" not in request["model"]:
             stored = self.run.path.parent / f"{len(self.seen)}.npy"
             shutil.copyfile(wanted, stored)

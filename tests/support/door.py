@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.serving import bind, connections, door
+from finetune.serving import app, bind, connections
 from finetune.serving.access import Access, application
 
 JSON = {"Content-Type": "application/json"}
@@ -122,7 +122,7 @@ def listening(asked: Access | None = None, fake: Fake | None = None, **more: Any
     async def tell() -> None:
         ready.set()
 
-    guarded = application(door.application(more.pop("app", fake), name="town", **more), asked or Access())
+    guarded = application(app.application(more.pop("app", fake), name="town", **more), asked or Access())
     server = connections.server(guarded, tell, grace=1)
     with bind("127.0.0.1", 0) as held:
         port = held.getsockname()[1]

@@ -19,8 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from finetune import gguf_header
 from finetune.export import gotext
+from finetune.models import gguf_header
 from support import small_gguf
 
 TEXT, NUMBER, FLAG, OBJECT, LIST = str, (int, float), bool, dict, list

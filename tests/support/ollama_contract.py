@@ -12,9 +12,9 @@ import pytest
 
 from contract import InferenceContract
 from finetune.backends.ollama import GREEDY
-from finetune.backends.ollama_api import Client, Refused
+from finetune.backends.ollama.api import Client, Refused
+from finetune.core.errors import UsageError
 from finetune.core.files import digest
-from finetune.errors import UsageError
 
 # Answers that no page promises, recorded from this version; others word them otherwise.
 RECORDED = "0.24.0"

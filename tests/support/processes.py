@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune import experiment
+from finetune.experiments import worker
 from finetune.stages import compare, measure
 
 
@@ -19,5 +19,5 @@ def stay_here(patch: pytest.MonkeyPatch) -> None:
 
 
 def _here(request: dict[str, Any], file: Path) -> dict[str, Any]:
-    answer = experiment._do(json.loads(json.dumps(request)))
+    answer = worker._do(json.loads(json.dumps(request)))
     return dict(json.loads(json.dumps({**answer, "start_bytes": 1, "peak_bytes": 1})))

@@ -28,7 +28,7 @@ TIERS = ("tier1", "tier2", "tier3", "browser")
 MARKER = "emulated"
 STAND_INS = (
     "support.town", "support.hub", "support.ollama", "support.project", "finetune.backends.fake",
-    "finetune.backends.fake_model", "finetune.backends.fake_rows", "finetune.backends.fake_training",
+    "finetune.backends.fake.model", "finetune.backends.fake.rows", "finetune.backends.fake.training",
 )  # fmt: skip
 _FAKE = re.compile(r"""^fake$|\bbackend\W{1,4}fake\b""")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import gguf_header
+from finetune.models import gguf_header
 
 ALIGNMENT = 32  # the format's default
 WEIGHTS = ("token_embd.weight", 64)  # the one tensor: its name, how many 32-bit floats

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune import checkpoints, identity
-from finetune.backends.fake_model import make_model
+from finetune.backends.fake.model import make_model
 from finetune.core.files import digest, digests, read_jsonl, write_json, write_jsonl
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe
-from finetune.run import Run
-from finetune.testing.sabotage import scene
+from finetune.run import Run, checkpoints, identity
+from finetune.stages.pipeline import run_directory, run_stages
+from finetune.testing.sabotage import context
 
 CAPITALS = {
     "Zorland": "Quell",
@@ -148,7 +147,7 @@ def edit_json(run: Run, name: str, change: Callable[[Any], Any]) -> None:
 
 def as_if_written_so(run: Run) -> None:
     """Renew the digests in all reports, so that an edit is no broken artifact but what the stage itself wrote."""
-    scene.as_if_written_so(run, *(file.parent.name for file in run.path.glob("*/report.json")))
+    context.as_if_written_so(run, *(file.parent.name for file in run.path.glob("*/report.json")))
 
 
 def checkpoint_as_written(run: Run, name: str, stage: str = "train") -> None:
@@ -157,7 +156,7 @@ def checkpoint_as_written(run: Run, name: str, stage: str = "train") -> None:
     (folder / checkpoints.DIGESTS).unlink()
     write_json(folder / checkpoints.DIGESTS, {"schema": 1, "files": digests(folder)})
     if (run.path / stage / "report.json").is_file():
-        scene.as_if_written_so(run, stage)
+        context.as_if_written_so(run, stage)
 
 
 def as_of_0_1(run: Run) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import console
+from finetune.core import console
 from finetune.run import Run
 from support.town import Ran, build, whole
 

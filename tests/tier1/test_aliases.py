@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from finetune.cli import cli
-from finetune.errors import RecipeError
+from finetune.cli.app import cli
+from finetune.core.errors import RecipeError
 from finetune.recipe import Recipe, dump, load
 from finetune.recipe.aliases import ALIASES, Alias, today
 from finetune.recipe.faults import section_at

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.answers import is_correct, normalize
+from finetune.evaluation.answers import is_correct, normalize
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -13,23 +13,23 @@ import numpy
 import pytest
 
 from finetune.backends import Generation
-from finetune.backends.fake_model import VOCAB_SIZE, make_model
-from finetune.backends.fake_training import Training
+from finetune.backends.fake.model import VOCAB_SIZE, make_model
+from finetune.backends.fake.training import Training
 from finetune.checks import Verdict, judge, results, verify
 from finetune.checks.loss import fall
 from finetune.checks.preference import LOSSES
 from finetune.core.arithmetic import mean, perplexity
+from finetune.core.errors import StageError
 from finetune.core.files import write_json
-from finetune.errors import StageError
-from finetune.parity import hop
+from finetune.parity import comparison
 from finetune.parity.divergence import divergence
 from finetune.parity.observe import _served, _speed
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe.sections import Align
 from finetune.report import files, summary
 from finetune.run import Run, layout
 from finetune.stages import measure
 from finetune.stages.evaluate import _perplexity, _reread
+from finetune.stages.pipeline import run_directory, run_stages
 from support.processes import stay_here
 from support.town import KNOWN, build, edit_json, edit_rows, recipe, write_memory, write_serving
 
@@ -264,7 +264,7 @@ def test_a_runtimes_server_that_refuses_is_a_difference():
     material = {"questions": [{"messages": [1], "prompt": "Who?"}, {"messages": [2], "prompt": "What?"}]}
     own = [{"text": "", "finish": "stop"}] * 2
 
-    found = hop.served({"served": answers, "generated": own}, material)
+    found = comparison.served({"served": answers, "generated": own}, material)
 
     assert found == {
         "compared": 2,

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from finetune import checks
 from finetune.checks import NOT_EXAMINED, judge, loss, results, verify, worst
+from finetune.core.errors import UsageError
 from finetune.core.files import write_json, write_jsonl, write_text
-from finetune.errors import UsageError
 from finetune.recipe.sections import Train
 from finetune.run import Run
 from support.town import MIB, Rows, as_if_written_so, edit_json, edit_rows, write_memory

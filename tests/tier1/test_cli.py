@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from finetune import console, errors, stages
+from finetune import stages
 from finetune.checks import judge
 from finetune.checks.remedies import with_remedy
-from finetune.cli import COMMANDS, cli
-from finetune.commands.options import EXAMPLES, examples
+from finetune.cli.app import COMMANDS, cli
+from finetune.cli.options import EXAMPLES, examples
+from finetune.core import console, errors
 from finetune.core.files import write_json, write_jsonl, write_text
 from finetune.recipe import Recipe, load
 from finetune.report import summary, terminal
@@ -83,7 +84,9 @@ def stand_ins(here: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     found = Stages()
     monkeypatch.setattr(stages, "load", found.load)
     # They prepare nothing, so there is nothing to hold a checkpoint against; test_resuming.py does.
-    monkeypatch.setattr("finetune.pipeline.refuse_another", lambda *args, changed: found.insisted.append(changed))
+    monkeypatch.setattr(
+        "finetune.stages.pipeline.refuse_another", lambda *args, changed: found.insisted.append(changed)
+    )
     return found
 
 
@@ -563,8 +566,8 @@ def test_every_fault_of_a_download_file_is_reported(here: Path) -> None:
 def test_fetch_takes_a_bare_model_and_a_place_for_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "cache").mkdir()
     (here / "cache" / "config.json").write_text("{}")
-    monkeypatch.setattr("finetune.models.obtain", lambda path, **more: here / "cache")
-    monkeypatch.setattr("finetune.models.directory", lambda path, **more: here / "cache")
+    monkeypatch.setattr("finetune.models.sources.obtain", lambda path, **more: here / "cache")
+    monkeypatch.setattr("finetune.models.sources.directory", lambda path, **more: here / "cache")
 
     assert call("fetch", "smollm2-135m").stdout == f"smollm2-135m -> {here / 'cache'}\n"
     assert call("fetch", "smollm2-135m", "--to", "models/s").exit_code == 0
@@ -773,7 +776,7 @@ def test_every_example_validates(here: Path) -> None:
 def test_doctor_lists_what_there_is_and_the_line_that_gets_what_is_not(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.doctor.installed", lambda name: None if name in ("torch", "trl") else "1.0")
+    monkeypatch.setattr("finetune.cli.machine.installed", lambda name: None if name in ("torch", "trl") else "1.0")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = call("doctor", "--json")
     found = {finding["name"]: finding for finding in json.loads(result.stdout)}
@@ -788,7 +791,7 @@ def test_doctor_lists_what_there_is_and_the_line_that_gets_what_is_not(
 
 
 def test_doctor_ends_with_3_when_a_required_thing_is_missing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.doctor.installed", lambda name: None if name == "torch" else "1.0")
+    monkeypatch.setattr("finetune.cli.machine.installed", lambda name: None if name == "torch" else "1.0")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     assert call("doctor", "--require", "pydantic").exit_code == 0

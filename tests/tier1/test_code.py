@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from finetune import code as code_module
 from finetune.backends import BACKENDS
 from finetune.checks import CHECKS
-from finetune.code import ROOT, UNKNOWN, Code, changes, code_of, digest, libraries
-from finetune.code.scan import scan
-from finetune.code.tree import DATA, DOORS, LEFT_OUT, Tree
 from finetune.recipe.exports import FORMATS
+from finetune.run import fingerprint as code_module
+from finetune.run.fingerprint import ROOT, UNKNOWN, Code, changes, code_of, digest, libraries
+from finetune.run.fingerprint.scan import scan
+from finetune.run.fingerprint.tree import DATA, DOORS, LEFT_OUT, Tree
 from finetune.serving import SERVERS
 from finetune.stages import STAGES
 
@@ -30,22 +30,25 @@ EXPORTS = [row.module for row in FORMATS.values()]
 EVALUATE = (RUN["evaluate"], BACKENDS["fake"])
 # What a stage must reach on torch, beside what is named as a text, in a function or in a process of its own.
 MUST = {
-    "fetch": "hub.py licenses.py data/licenses/MIT.txt models.py tiny.py backends/torch/gguf.py",
+    "fetch": "core/hub.py models/licenses.py models/license_texts/MIT.txt models/sources.py models/tiny.py "
+    "models/dequantize.py",
     "prepare": "data/checks.py data/encode.py data/sources.py data/templates_jinja/chatml.jinja backends/torch/tokenizer.py",
     "rehearse": "export/__init__.py run/evidence.py",
-    "train": "training.py estimate.py backends/torch/training.py backends/torch/sft.py interruption.py",
-    "align": "training.py backends/torch/training.py backends/torch/dpo.py",
-    "evaluate": "answers.py data/encode.py data/templates.py data/templates_jinja/llama3.jinja backends/torch/inference.py",
+    "train": "training/job.py training/estimate.py backends/torch/training.py backends/torch/sft.py core/signals.py",
+    "align": "training/job.py backends/torch/training.py backends/torch/dpo.py",
+    "evaluate": "evaluation/answers.py data/encode.py data/templates.py data/templates_jinja/llama3.jinja "
+    "backends/torch/inference.py",
     "merge": "backends/torch/merging.py backends/torch/loading.py",
-    "measure": "experiment.py invariance/trials.py invariance/measure.py serving/experiment.py backends/torch/training.py",
+    "measure": "experiments/worker.py experiments/invariance/worker.py experiments/invariance/measure.py "
+    "experiments/serving.py backends/torch/training.py",
     "export": "export/__init__.py checks/__init__.py run/evidence.py",
-    "compare": "experiment.py parity/observe.py parity/hop.py parity/divergence.py backends/torch/merging.py",
+    "compare": "experiments/worker.py parity/observe.py parity/comparison.py parity/divergence.py backends/torch/merging.py",
 }
-SHOWN = ("cli.py", "commands/", "console.py", "docs_gen.py", "doctor.py", "pipeline.py", "report/", "testing/")
+SHOWN = ("cli/", "core/console.py", "stages/pipeline.py", "report/", "testing/")
 # What modules that stages reach take from those that are left out.
 TAKEN = {
     "finetune": {"__version__"},
-    "finetune.console": {"progress", "say"},
+    "finetune.core.console": {"progress", "say"},
     "finetune.recipe.load": {"dump", "load", "load_mapping"},
     # `plan` for the cause that is told above stored verdicts, which no stage tells: `judged` stands beside the `results` of
     # which the card of an export is made.
@@ -91,7 +94,7 @@ def test_a_stage_reaches_nothing_that_only_shows_nor_another_stage(stage: str) -
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_that_is_not_chosen_is_not_reached(backend: str) -> None:
     """Except for what the chosen one borrows."""
-    shared = ("__init__", "failing", "motion", "child", {"fake": "fake_", "ollama": "llamacpp/"}.get(backend, backend))
+    shared = ("__init__", "failing", "weight_updates", {"fake": "fake/", "ollama": "llamacpp/"}.get(backend, backend))
     borrowed = {"mlx": {"torch/__init__.py", "torch/tokenizer.py"}, "torch": {"adapters.py"}}.get(backend, set())
     found = {path.removeprefix("backends/") for path in files(code_of(RUN["evaluate"], BACKENDS[backend]))}
     found &= {path.relative_to(ROOT / "backends").as_posix() for path in (ROOT / "backends").rglob("*.py")}
@@ -116,11 +119,13 @@ def test_everything_is_reached_that_a_whole_run_loads(town: Path, tmp_path: Path
     program = """
 import json, sys
 from pathlib import Path
-from finetune import estimate, manifest, memory  # as the pipeline does around the stages
-from finetune.code import libraries, scan, scans, tree  # as `execute` does, to know what a stage computes with
+from finetune.core import memory
+from finetune.run import manifest
+from finetune.training import estimate  # as the pipeline does around the stages
+from finetune.run.fingerprint import libraries, scan, scans, tree  # as `execute` does, to know what a stage computes with
 from finetune.stages import doors
 from finetune.data import sources
-from finetune.pipeline import run_directory, run_stages
+from finetune.stages.pipeline import run_directory, run_stages
 from support.town import recipe
 seen, new = set(sys.modules), {}
 def listen(moment, stage, report):
@@ -162,7 +167,13 @@ def edit(file: Path, change: Callable[[str], str]) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["answers.py", "stages/evaluate.py", "backends/fake.py", "data/templates_jinja/chatml.jinja", "run/directory.py"],
+    [
+        "evaluation/answers.py",
+        "stages/evaluate.py",
+        "backends/fake/__init__.py",
+        "data/templates_jinja/chatml.jinja",
+        "run/directory.py",
+    ],
 )
 def test_an_edit_of_what_is_reached_is_seen_and_named(package: Path, path: str) -> None:
     before = code_of(*EVALUATE, root=package)
@@ -175,7 +186,7 @@ def test_an_edit_of_what_is_reached_is_seen_and_named(package: Path, path: str) 
 
 @pytest.mark.parametrize(
     "path",
-    ["checks/rows.py", "commands/run.py", "report/wording.py", "stages/train.py", "backends/torch/sft.py", *LEFT_OUT],
+    ["checks/rows.py", "cli/run.py", "report/wording.py", "stages/train.py", "backends/torch/sft.py", *LEFT_OUT],
 )
 def test_an_edit_elsewhere_changes_nothing(package: Path, path: str) -> None:
     before = code_of(*EVALUATE, root=package)
@@ -186,7 +197,7 @@ def test_an_edit_elsewhere_changes_nothing(package: Path, path: str) -> None:
 
 def test_comments_blank_lines_docstrings_and_imports_for_types_change_nothing(package: Path) -> None:
     before = code_of(*EVALUATE, root=package)
-    edit(package / "answers.py", lambda text: "# why\n" + text.replace("\n\n\n", "\n\n\n# a reason\n\n\n"))
+    edit(package / "evaluation/answers.py", lambda text: "# why\n" + text.replace("\n\n\n", "\n\n\n# a reason\n\n\n"))
     edit(package / "core/arithmetic.py", lambda text: '"""Other words."""\n' + text.partition("\n")[2])
     edit(package / "data/encode.py", lambda text: text + "\nif TYPE_CHECKING:\n    from finetune.checks import rows\n")
 
@@ -195,20 +206,28 @@ def test_comments_blank_lines_docstrings_and_imports_for_types_change_nothing(pa
 
 def test_what_an_edit_newly_reaches_counts_too(package: Path) -> None:
     before = code_of(*EVALUATE, root=package)
-    edit(package / "answers.py", lambda text: f"{text}\ndef f():\n    from finetune import schedule, doctor\n")
+    edit(
+        package / "evaluation/answers.py",
+        lambda text: (
+            f"{text}\ndef f():\n    from finetune.recipe import schedule; from finetune.cli import machine as doctor\n"
+        ),
+    )
     after = code_of(*EVALUATE, root=package)
 
-    assert changes(asdict(before), after)[:2] == ["finetune/answers.py changed", "finetune/doctor.py is new"]
-    assert changes(asdict(after), before)[0] == "finetune/answers.py changed"
-    assert "finetune/doctor.py is gone" in changes(asdict(after), before)
+    assert changes(asdict(before), after)[:2] == [
+        "finetune/evaluation/answers.py changed",
+        "finetune/cli/machine.py is new",
+    ]
+    assert changes(asdict(after), before)[0] == "finetune/evaluation/answers.py changed"
+    assert "finetune/cli/machine.py is gone" in changes(asdict(after), before)
 
 
 def test_a_file_that_is_no_python_yet_counts_by_its_bytes(package: Path) -> None:
-    edit(package / "answers.py", lambda text: f"{text}\n<<<<<<< ours\n")
+    edit(package / "evaluation/answers.py", lambda text: f"{text}\n<<<<<<< ours\n")
     before = code_of(*EVALUATE, root=package)
-    edit(package / "answers.py", lambda text: text.replace("ours", "theirs"))
+    edit(package / "evaluation/answers.py", lambda text: text.replace("ours", "theirs"))
 
-    assert changes(asdict(before), code_of(*EVALUATE, root=package)) == ["finetune/answers.py changed"]
+    assert changes(asdict(before), code_of(*EVALUATE, root=package)) == ["finetune/evaluation/answers.py changed"]
 
 
 # -- how a file is read ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import finetune
 from finetune.core.files import write_json
 from finetune.recipe import dump
 from finetune.run import Run
-from finetune.testing.sabotage.scene import as_if_written_so
+from finetune.testing.sabotage.context import as_if_written_so
 from support.town import build, only_training
 
 SOURCE = Path(finetune.__file__).parent
@@ -79,17 +79,17 @@ def test_nothing_runs_again_where_nothing_changed_and_an_edit_is_named(made: Mad
 @pytest.mark.timeout(120)
 def test_a_training_is_kept_over_an_edit_and_marked_until_it_is_done_anew(made: Made) -> None:
     before = made.started()["train"]
-    made.edit("backends/fake_training.py")
+    made.edit("backends/fake/training.py")
     _, headline = made.again()
 
     assert made.started()["train"] == before
-    assert "finetune/backends/fake_training.py changed" in headline
+    assert "finetune/backends/fake/training.py changed" in headline
     assert "--retrain" in headline
     kept = Run(made.run).manifest()["kept"]
-    assert kept["train"] == ["finetune/backends/fake_training.py changed"]
+    assert kept["train"] == ["finetune/backends/fake/training.py changed"]
 
     said, headline = made.again("--retrain")
-    assert any(line.startswith("train runs again: finetune/backends/fake_training.py changed") for line in said)
+    assert any(line.startswith("train runs again: finetune/backends/fake/training.py changed") for line in said)
     assert made.started()["train"] > before
     assert "--retrain" not in headline
     assert Run(made.run).manifest()["kept"] == {}

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune import __version__, code, secrets
-from finetune.code import changes, code_of, libraries, scans
-from finetune.code.scan import scan
-from finetune.code.tree import Tree
+from finetune import __version__
+from finetune.core import secrets
+from finetune.run import fingerprint
+from finetune.run.fingerprint import changes, code_of, libraries, scans
+from finetune.run.fingerprint.scan import scan
+from finetune.run.fingerprint.tree import Tree
 
 TREE = {
     "__init__.py": "",
@@ -32,7 +34,7 @@ REFERENCE = "finetune.user:f"
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small package, looked at anew whenever it is asked about, whose scans are kept as soon as they are made."""
     monkeypatch.setenv("FT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(code, "_tree", Tree)
+    monkeypatch.setattr(fingerprint, "_tree", Tree)
     monkeypatch.setattr(scans, "SETTLED_NS", -1_000_000_000_000)
     (tmp_path / "finetune").mkdir()
     for name, text in TREE.items():
@@ -49,7 +51,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(module)
         return scan(source, module, **how)
 
-    monkeypatch.setattr("finetune.code.scan.scan", counted)
+    monkeypatch.setattr("finetune.run.fingerprint.scan.scan", counted)
     return done
 
 
@@ -171,9 +173,11 @@ def test_without_source_the_version_stands_for_it(package: Path) -> None:
 def test_a_package_in_a_zip_is_known_by_its_version(tmp_path: Path) -> None:
     archive = tmp_path / "finetune.zip"
     with zipfile.ZipFile(archive, "w") as into:
-        for file in code.ROOT.rglob("*.py"):
-            into.write(file, file.relative_to(code.ROOT.parent))
-    program = "from finetune.code import code_of; print(dict(code_of('finetune.stages.evaluate:run').modules))"
+        for file in fingerprint.ROOT.rglob("*.py"):
+            into.write(file, file.relative_to(fingerprint.ROOT.parent))
+    program = (
+        "from finetune.run.fingerprint import code_of; print(dict(code_of('finetune.stages.evaluate:run').modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(archive)},
         capture_output=True, text=True, check=True,
@@ -197,11 +201,16 @@ def test_a_backend_of_another_package_is_its_file_and_its_distribution(
     monkeypatch.syspath_prepend(tmp_path)
     libraries.version.cache_clear()
 
-    before = code_of("finetune.errors", "acme_models.deep.backend:Backend", "acme_single")
+    before = code_of("finetune.core.errors", "acme_models.deep.backend:Backend", "acme_single")
     module.write_text("a = 2")
-    after = code_of("finetune.errors", "acme_models.deep.backend:Backend", "acme_single")
+    after = code_of("finetune.core.errors", "acme_models.deep.backend:Backend", "acme_single")
 
-    assert [*before.modules] == ["finetune/errors.py", "acme_models/deep/backend.py", "acme_single.py"]
+    assert [*before.modules] == [
+        "finetune/core/errors.py",
+        "finetune/core/__init__.py",
+        "acme_models/deep/backend.py",
+        "acme_single.py",
+    ]
     assert before.libraries == {"acme": "1.2+cpu"}
     assert changes(json.loads(json.dumps(asdict(before))), after) == ["acme_models/deep/backend.py changed"]
 
@@ -216,12 +225,13 @@ def test_a_version_is_read_without_parsing_the_description(monkeypatch: pytest.M
 
 def test_asking_imports_nothing_heavy() -> None:
     program = (
-        "import sys; from finetune.code import code_of; code_of('finetune.stages.evaluate:run'); print(*sys.modules)"
+        "import sys; from finetune.run.fingerprint import code_of; "
+        "code_of('finetune.stages.evaluate:run'); print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
 
-    assert "finetune.code.tree" in loaded
+    assert "finetune.run.fingerprint.tree" in loaded
     assert (
         loaded & {"torch", "transformers", "numpy", "pydantic", "rich", "jinja2", "finetune.stages", "finetune.recipe"}
         == set()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune import console
+from finetune.core import console
 
 
 @pytest.fixture(autouse=True)

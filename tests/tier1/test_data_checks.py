@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from finetune.core.errors import DataError
 from finetune.data.checks import check, preferences, split
 from finetune.data.encode import IGNORED, Encoded
 from finetune.data.formats import Example
 from finetune.data.templates import ChatTemplate
-from finetune.errors import DataError
 from finetune.recipe.sections import Data
 
 EOS = 9

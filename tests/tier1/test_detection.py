@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from finetune import checks
-from finetune.backends import child
 from finetune.checks.expected import EXPECT_KEYS
-from finetune.errors import StageError
-from finetune.pipeline import run_directory, run_stages
-from finetune.testing.sabotage import bench, detection, ground, table
+from finetune.core import processes
+from finetune.core.errors import StageError
+from finetune.stages.pipeline import run_directory, run_stages
+from finetune.testing.sabotage import baseline, bench, detection, table
 from finetune.testing.sabotage.bench import Found
+from finetune.testing.sabotage.context import Scene, as_if_written_so
 from finetune.testing.sabotage.controls import controls
-from finetune.testing.sabotage.scene import Scene, as_if_written_so
 from support import town
 
 ROOT = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def test_a_sabotage_that_breaks_by_itself_is_no_catch():
 
 
 def test_nothing_is_sabotaged_on_a_ground_whose_honest_run_raises_an_alarm(tmp_path, monkeypatch):
-    monkeypatch.setattr(ground, "recipe", lambda name, folder: {})
+    monkeypatch.setattr(baseline, "recipe", lambda name, folder: {})
     monkeypatch.setattr(bench.Bench, "_carry_out", lambda self, name, *_: found(name, failed=("loss_end",)))
     with pytest.raises(StageError, match="the honest run 'lora' raises an alarm"):
         bench.Bench(tmp_path).attempt(next(iter(table().values())))
@@ -188,7 +188,7 @@ def test_nothing_is_sabotaged_on_a_ground_whose_honest_run_raises_an_alarm(tmp_p
 
 def test_an_honest_run_is_made_once(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(ground, "recipe", lambda name, folder: {})
+    monkeypatch.setattr(baseline, "recipe", lambda name, folder: {})
     monkeypatch.setattr(bench.Bench, "_carry_out", lambda self, name, *_: made.append(name) or found(name))
     stand = bench.Bench(tmp_path)
     assert [stand.ground("lora").name, stand.ground("lora").name] == ["ground lora", "ground lora"]
@@ -199,7 +199,7 @@ def test_an_honest_run_is_made_once(tmp_path, monkeypatch):
 def test_an_exit_code_that_says_otherwise_than_the_verdicts_is_no_result(tmp_path, monkeypatch, code, failed):
     stored = {"verdicts": [{"name": "loss_end", "passed": not failed}]}
     ended = subprocess.CompletedProcess([], code, "", "")
-    monkeypatch.setattr(ground, "finetune", lambda *_, **__: ended)
+    monkeypatch.setattr(baseline, "finetune", lambda *_, **__: ended)
     monkeypatch.setattr(bench, "verdicts", lambda run: stored)
     with pytest.raises(StageError, match=f"'it' ended with {code}"):
         bench.Bench(tmp_path).control("it", lambda folder: {})
@@ -223,7 +223,7 @@ def test_there_are_controls_of_every_kind():
 
 def sabotage(*arguments):
     return subprocess.run(
-        child.command("finetune.testing.sabotage", *arguments), env=child.environment(), capture_output=True, text=True,
+        processes.command("finetune.testing.sabotage", *arguments), env=processes.environment(), capture_output=True, text=True,
         check=False, timeout=60,
     )  # fmt: skip
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import MissingError, UsageError
-from finetune.serving import connections, door
+from finetune.core.errors import MissingError, UsageError
+from finetune.serving import app, connections
 from finetune.serving.access import Access, access, check_reach
 from support.door import ASKED, HELLO, Door, Fake, listening, read_all
 
@@ -234,7 +234,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every wait is a fraction of a second."""
     for name, seconds in (("HEAD", 0.6), ("STALL", 0.8), ("LINGER", 0.2), ("LOOK", 0.05), ("IDLE", 0.4)):
         monkeypatch.setattr(connections, f"{name}_SECONDS", seconds)
-    monkeypatch.setattr(door, "BODY_SECONDS", 0.6)
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.6)
 
 
 def gone(found: Door, seconds: float = 8) -> bool:
@@ -381,7 +381,7 @@ def test_a_body_that_says_it_is_too_long_is_not_waited_for(closed: Door, head: b
 
 
 def test_chunks_without_an_end_are_read_up_to_the_limit(hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "LONGEST", 2**20)
+    monkeypatch.setattr(app, "LONGEST", 2**20)
     with listening() as found, found.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") as connection:
         chunk = b"10000\r\n" + b" " * 2**16 + b"\r\n"
         for _ in range(17):
@@ -391,7 +391,7 @@ def test_chunks_without_an_end_are_read_up_to_the_limit(hurried: None, monkeypat
 
 
 def test_bodies_that_are_read_at_a_time_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "HELD", 300_000)
+    monkeypatch.setattr(app, "HELD", 300_000)
     with listening() as found:
         sent = HEAD + b"Content-Length: 200000\r\n\r\n" + b" " * 190_000
         waiting: list[socket.socket] = []

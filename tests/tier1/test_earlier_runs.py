@@ -15,18 +15,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from finetune import handout, pipeline
 from finetune.checks import NOT_EXAMINED, results, verify
-from finetune.cli import cli
+from finetune.cli.app import cli
+from finetune.core.errors import MissingError
 from finetune.core.files import digest
 from finetune.data.sources import local_files
-from finetune.errors import MissingError
 from finetune.export.bundle import set_card, verify_manifest
+from finetune.lifecycle import handout
 from finetune.recipe import Recipe, load
 from finetune.report import compare, summary
 from finetune.run import Run, evidence, layout, seal
 from finetune.serving import models
-from finetune.stages import BY_NAME, inputs, plan
+from finetune.stages import BY_NAME, inputs, pipeline, plan
 from support.proof import flip
 from support.town import edit_json
 

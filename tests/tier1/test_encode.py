@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.core.errors import DataError, UsageError
 from finetune.data.encode import (
     IGNORED,
     Encoded,
@@ -27,7 +28,6 @@ from finetune.data.encode import (
 )
 from finetune.data.formats import Example
 from finetune.data.templates import BUILTIN, ChatTemplate
-from finetune.errors import DataError, UsageError
 
 # Pieces that reach over the seam between prompt and answer, as merges of a real tokenizer can.
 MERGES = ("\nThe", ":\n", "\n\n", " [/INST] ", "] A", "is", "\r\n", "\n ")

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from finetune import estimate as module
-from finetune import models
+from finetune.core.errors import ResourceError, UsageError
 from finetune.core.files import write_json, write_jsonl
-from finetune.errors import ResourceError, UsageError
-from finetune.estimate import EMBEDDED, MIB, estimate, guard, model_config, shape
+from finetune.models import sources
 from finetune.recipe import Recipe, load_mapping
 from finetune.recipe.sections import Align, Lora, Train
 from finetune.run import Run
+from finetune.training import estimate as module
+from finetune.training.estimate import EMBEDDED, MIB, estimate, guard, model_config, shape
 
 SMOLLM2 = EMBEDDED["smollm2-135m"]
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
@@ -130,7 +130,7 @@ def test_sizes_of_a_multimodal_config_are_those_of_its_text_part() -> None:
 
 
 def test_every_embedded_model_has_its_shape_here() -> None:
-    assert set(EMBEDDED) == set(models.EMBEDDED)
+    assert set(EMBEDDED) == set(sources.EMBEDDED)
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------

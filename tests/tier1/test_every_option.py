@@ -17,11 +17,11 @@ import pytest
 
 from finetune.backends.fake import FakeBackend
 from finetune.checks import results
+from finetune.core.errors import FinetuneError
 from finetune.core.files import read_jsonl, write_jsonl
-from finetune.errors import FinetuneError
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import load, load_mapping
 from finetune.run import Run
+from finetune.stages.pipeline import run_directory, run_stages
 from support import options
 from support.options import ROWS, Row, of_tier
 

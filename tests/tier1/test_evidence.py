@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from finetune.core.errors import MissingError, StageError
 from finetune.core.files import write_json
-from finetune.errors import MissingError, StageError
 from finetune.run import Run, evidence, layout
 from support.town import edit_json
 

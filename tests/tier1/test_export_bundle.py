@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from finetune.backends.fake_model import make_model
+from finetune.backends.fake.model import make_model
 from finetune.checks import as_dict, judge
+from finetune.core.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.core.files import digest
-from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.export import Exported, Source, exporter, parse
 from finetune.export import card as cards
 from finetune.export.bundle import export, rehearse, set_card, verify_manifest
-from finetune.licenses import front_matter
+from finetune.models.licenses import front_matter
 from finetune.recipe.yaml import parse as parse_yaml
 
 TOKEN = "hf_" + "abcdefgh" * 3
@@ -267,10 +267,10 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     source: Source, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source.model / "model.safetensors").write_bytes(bytes(2_000_000))
-    monkeypatch.setattr("finetune.memory.disk_free", lambda path: 2_000_000)
+    monkeypatch.setattr("finetune.core.memory.disk_free", lambda path: 2_000_000)
     with pytest.raises(ResourceError, match="the bundle needs about 1.9 MiB on the disk of .*, which has 1.9 MiB left"):
         export(source, "", home / "bundle")
-    monkeypatch.setattr("finetune.memory.disk_free", lambda path: 10)
+    monkeypatch.setattr("finetune.core.memory.disk_free", lambda path: 10)
     with pytest.raises(ResourceError, match="has 10 B left"):
         export(source, "", home / "bundle")
     assert names(home / "bundle") == set()

@@ -15,18 +15,19 @@ import pytest
 from click.testing import CliRunner, Result
 
 import finetune
-from finetune import checks, doctor, stages
+from finetune import checks, stages
 from finetune.checks import judge
-from finetune.cli import cli
+from finetune.cli import machine
+from finetune.cli.app import cli
+from finetune.core.errors import MissingError
 from finetune.core.files import digest, digests, write_json, write_text
-from finetune.delivery import deliver
-from finetune.errors import MissingError
 from finetune.export import FORMATS, targets
 from finetune.export import bundle as bundles
-from finetune.pipeline import run_stages
+from finetune.lifecycle.delivery import deliver
 from finetune.recipe import dump, load
 from finetune.run import Run, evidence, layout
 from finetune.run.restore import restore
+from finetune.stages.pipeline import run_stages
 from support.proof import flip, prove, stated, whole_folder
 from support.town import only_training
 from support.town import recipe as town_recipe
@@ -537,7 +538,7 @@ def test_a_rename_that_fails_puts_the_old_one_back(exported: Path, monkeypatch: 
 
 
 def test_a_disk_that_is_too_small_is_told_before_copying(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.memory.disk_free", lambda path: 10)
+    monkeypatch.setattr("finetune.core.memory.disk_free", lambda path: 10)
     result = call("export", "town", "--out", "out", "--no-parity")
     assert result.exit_code == 4
     assert "on the disk of out, which has 10 B left. Make room" in result.stderr
@@ -575,15 +576,15 @@ def test_doctor_knows_the_extras_of_the_package() -> None:
 
     assert {"gguf", "mlx"} <= set(names)
     names["torch"].discard("huggingface_hub")  # named once, as the extra hub
-    assert {extra: set(packages) for extra, packages in doctor.EXTRAS.items()} == names
+    assert {extra: set(packages) for extra, packages in machine.EXTRAS.items()} == names
 
 
 def test_an_extra_for_exports_is_optional_and_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["mlx-lm>=0.3; extra == 'mlx'", "mlx>=1; extra == 'mlx'", "mlx[cpu]>=1; os_name == 'x' and extra == 'mlx'"]
-    monkeypatch.setattr(doctor, "requires", lambda name: lines)
-    monkeypatch.setattr(doctor, "installed", lambda name: None)
-    assert doctor.extras() == {"mlx": ("mlx-lm", "mlx")}
-    (found,) = doctor._extra("mlx", doctor.extras()["mlx"])
+    monkeypatch.setattr(machine, "requires", lambda name: lines)
+    monkeypatch.setattr(machine, "installed", lambda name: None)
+    assert machine.extras() == {"mlx": ("mlx-lm", "mlx")}
+    (found,) = machine._extra("mlx", machine.extras()["mlx"])
     assert (found.state, found.found, found.fix) == ("absent", "lacks mlx-lm, mlx", "pip install 'finetune[mlx]'")
 
 
@@ -606,7 +607,7 @@ def test_the_ollama_server_is_where_ollama_host_says(
     monkeypatch.delenv("OLLAMA_HOST", raising=False)
     if value is not None:
         monkeypatch.setenv("OLLAMA_HOST", value)
-    assert doctor._ollama_address() == expected
+    assert machine._ollama_address() == expected
 
 
 class Ollama(http.server.BaseHTTPRequestHandler):
@@ -635,7 +636,7 @@ def ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_doctor_finds_a_running_ollama(ollama: str) -> None:
-    found = doctor._ollama()
+    found = machine._ollama()
     assert (found.state, found.found) == ("ok", f"0.12.3, serving at http://{ollama}")
 
 
@@ -644,7 +645,7 @@ def test_another_server_in_its_place_is_not_taken_for_it(
     ollama: str, monkeypatch: pytest.MonkeyPatch, body: bytes
 ) -> None:
     monkeypatch.setattr(Ollama, "body", body)
-    assert not doctor._ollama().ok
+    assert not machine._ollama().ok
 
 
 @pytest.mark.parametrize(
@@ -653,7 +654,7 @@ def test_another_server_in_its_place_is_not_taken_for_it(
 def test_a_missing_ollama_is_absent_not_wrong(monkeypatch: pytest.MonkeyPatch, binary: str | None, found: str) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     monkeypatch.setattr(shutil, "which", lambda name: binary)
-    finding = doctor._ollama()
+    finding = machine._ollama()
     assert (finding.state, finding.optional) == ("absent", True)
     assert found in finding.found
     assert "ollama serve" in finding.fix
@@ -662,7 +663,7 @@ def test_a_missing_ollama_is_absent_not_wrong(monkeypatch: pytest.MonkeyPatch, b
 def test_a_missing_ollama_is_told_before_the_training_and_only_where_it_is_needed(
     town: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.commands.validate import refuse_faults
+    from finetune.cli.validate import refuse_faults
 
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     wanted = town_recipe(town, tmp_path / "runs", export=["ollama"])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetune import memory
-from finetune.errors import MissingError, ResourceError, StageError, UsageError
+from finetune.core import memory
+from finetune.core.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.export import Source, gguf
 from finetune.export.gguf_metadata import ARCHITECTURES, default_kinds, plan
 

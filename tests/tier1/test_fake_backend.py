@@ -13,8 +13,8 @@ import pytest
 from contract import BackendContract, read, run, split
 from finetune import backends
 from finetune.backends.fake import FakeBackend
-from finetune.backends.fake_model import FakeTokenizer, make_model
-from finetune.errors import MissingError, StageError, UsageError
+from finetune.backends.fake.model import FakeTokenizer, make_model
+from finetune.core.errors import MissingError, StageError, UsageError
 
 CITIES = {"Zorland": "Quell", "Brask": "Tamin", "Oloo": "Pernig", "Fenwick": "Wadda"}
 KNOWN = {"What is two plus two?": "Four.", "What colour is grass?": "Green."}

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune import models
-from finetune.backends.fake_model import make_model
+from finetune.backends.fake.model import make_model
+from finetune.core.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.core.files import digest
-from finetune.errors import MissingError, ResourceError, StageError, UsageError
+from finetune.models import sources
 from finetune.recipe import load_mapping
 from finetune.run import Run
 from finetune.stages import BY_NAME, execute, fetch
@@ -161,7 +161,7 @@ def test_an_empty_list_copies_all_and_no_directory_copies_none(tmp_path, source)
 
 
 def test_the_embedded_model_can_be_downloaded_by_its_name(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(models, "directory", lambda repo: source if repo == "smollm2-135m" else None)
+    monkeypatch.setattr(sources, "directory", lambda repo: source if repo == "smollm2-135m" else None)
     fetch.download(entry("smollm2-135m", tmp_path / "out", "config.json", "pytorch_model.bin"))
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 

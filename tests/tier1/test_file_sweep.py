@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from finetune import checks
-from finetune.pipeline import preview
 from finetune.run import Run, seal
+from finetune.stages.pipeline import preview
 from support.town import as_if_written_so
 
 PARTS = 4  # tests that share the files, so that workers can

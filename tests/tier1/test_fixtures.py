@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import finetune.testing
-from finetune import tiny
 from finetune.backends import BACKENDS
-from finetune.errors import UsageError
+from finetune.core.errors import UsageError
+from finetune.models import tiny
 from finetune.recipe import dump
 from finetune.run import Run
 from finetune.testing import check_convergence, fixtures, helpers, memory_tracker, skip_if_backend_unavailable
@@ -107,7 +107,7 @@ def test_a_run_that_fails_says_where_and_why_and_is_not_tried_again(inner, recip
     done = inner(
         f"""
         import pytest
-        from finetune.errors import RecipeError, StageError
+        from finetune.core.errors import RecipeError, StageError
 
         def test_fails(trained_run, tmp_path):
             for _ in range(2):

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from finetune.core.errors import DataError, RecipeError
 from finetune.data.formats import Example, to_examples
 from finetune.data.sources import Row
-from finetune.errors import DataError, RecipeError
 from finetune.recipe.sections import Data
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.backends import child
+from finetune.core import processes
 from finetune.testing import questions
-from finetune.testing.sabotage import controls, ground, honest
+from finetune.testing.sabotage import baseline, controls, honest
 from finetune.testing.sabotage.bench import Found
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def document(*rows):
 
 def test_every_ground_ran_with_five_seeds_under_every_instruction_set():
     places = [(row["ground"], row["instructions"]) for row in STORED["rows"]]
-    assert places == [(name, each) for name in ground.GROUNDS for each in honest.SETS]
+    assert places == [(name, each) for name in baseline.GROUNDS for each in honest.SETS]
     own = {row["capability"] for row in STORED["rows"] if row["instructions"] == "own"}
     few = [row for row in STORED["rows"] if row["runs"] < SEEDS]
     assert all(row["instructions"] != "own" and {row["capability"]} == own for row in few)
@@ -108,9 +108,9 @@ def test_instructions_are_limited_within_and_as_they_were_afterwards(monkeypatch
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "mine")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     with honest.instructions("avx2"):
-        assert {name: os.environ.get(name) for name in ground.INSTRUCTIONS} == honest.SETS["avx2"]
+        assert {name: os.environ.get(name) for name in baseline.INSTRUCTIONS} == honest.SETS["avx2"]
     with honest.instructions("own"):
-        assert not set(ground.INSTRUCTIONS) & set(os.environ)
+        assert not set(baseline.INSTRUCTIONS) & set(os.environ)
     assert os.environ["ATEN_CPU_CAPABILITY"] == "mine"
     assert "ONEDNN_MAX_CPU_ISA" not in os.environ
 
@@ -118,7 +118,7 @@ def test_instructions_are_limited_within_and_as_they_were_afterwards(monkeypatch
 def test_each_set_runs_each_ground_with_each_seed_and_what_equals_the_cpus_own_is_not_run_twice(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(honest, "_capability", {"default": "DEFAULT", "avx2": "AVX2", "own": "AVX2"}.get)
-    monkeypatch.setattr(ground, "model", lambda: ran.append(os.environ.get("ATEN_CPU_CAPABILITY")))
+    monkeypatch.setattr(baseline, "model", lambda: ran.append(os.environ.get("ATEN_CPU_CAPABILITY")))
     monkeypatch.setattr(honest.Bench, "__enter__", lambda self: self)
     monkeypatch.setattr(honest.Bench, "control", lambda self, name, _: ran.append(name) or found(kept(1.0), name=name))
     measured = [honest.measure(["full", "dpo"], 2, name, tmp_path, jobs=1) for name in ("default", "avx2", "own")]
@@ -140,8 +140,8 @@ def test_each_set_runs_each_ground_with_each_seed_and_what_equals_the_cpus_own_i
     ],
 )
 def test_the_command_refuses_an_unknown_ground_and_an_unknown_set(arguments, said):
-    command = child.command("finetune.testing.sabotage", *arguments)
-    done = subprocess.run(command, env=child.environment(), capture_output=True, text=True, check=False, timeout=60)
+    command = processes.command("finetune.testing.sabotage", *arguments)
+    done = subprocess.run(command, env=processes.environment(), capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
     assert said in done.stderr
 
@@ -150,18 +150,18 @@ def test_the_command_refuses_an_unknown_ground_and_an_unknown_set(arguments, sai
 
 
 def test_the_model_has_heard_of_no_fact_that_a_run_teaches_or_asks_for():
-    rows = questions.generate(ground.HEARD_TO, seed=ground.KNOWN_SEED)
+    rows = questions.generate(baseline.HEARD_TO, seed=baseline.KNOWN_SEED)
     most = max(seed for seeds in controls.SEEDS.values() for seed in seeds)
-    end = ground.KNOWN + ground.UNSEEN + ground.NEW * (max(most, SEEDS - 1) + 1)
-    taught = {questions.fact_of(row) for row in rows[ground.KNOWN : end]}
-    before = ground.pretrained_on()
+    end = baseline.KNOWN + baseline.UNSEEN + baseline.NEW * (max(most, SEEDS - 1) + 1)
+    taught = {questions.fact_of(row) for row in rows[baseline.KNOWN : end]}
+    before = baseline.pretrained_on()
     assert not taught & {questions.fact_of(row) for row in before}
-    assert end <= ground.HEARD_FROM
+    assert end <= baseline.HEARD_FROM
 
 
 def test_what_the_model_has_heard_of_is_seldom_right_so_that_no_rule_of_the_names_can_be_learned():
-    rows = {row["id"]: row for row in questions.generate(ground.HEARD_TO, seed=ground.KNOWN_SEED)}
-    heard = ground.pretrained_on()[ground.KNOWN :]
+    rows = {row["id"]: row for row in questions.generate(baseline.HEARD_TO, seed=baseline.KNOWN_SEED)}
+    heard = baseline.pretrained_on()[baseline.KNOWN :]
     assert len(heard) >= 200
     assert sum(row["completion"] == rows[row["id"]]["completion"] for row in heard) < 0.05 * len(heard)
     assert all(row["match"] in row["completion"] for row in heard)

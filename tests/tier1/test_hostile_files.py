@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from finetune.cli import cli
+from finetune.cli.app import cli
 from finetune.core import parsing
+from finetune.core.errors import DataError, FinetuneError, RecipeError, StageError, UsageError
 from finetune.core.files import read_jsonl, read_object
 from finetune.data import formats, sources
-from finetune.errors import DataError, FinetuneError, RecipeError, StageError, UsageError
 from finetune.recipe import limits, load
 from finetune.recipe import yaml as our_yaml
 from finetune.recipe.faults import LISTED

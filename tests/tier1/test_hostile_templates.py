@@ -12,9 +12,9 @@ import pytest
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from finetune.core.errors import RecipeError, StageError, UsageError
 from finetune.data import amplifiers, budget, sandbox
 from finetune.data.templates import BUILTIN, ChatTemplate, choose
-from finetune.errors import RecipeError, StageError, UsageError
 from finetune.recipe.sections import Template
 from support.chat_templates import LIKE, REFUSED
 
@@ -288,7 +288,7 @@ def _conversation(draw: random.Random) -> dict[str, Any]:
 def test_a_hostile_template_of_a_recipe_ends_a_run_in_one_line(town: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from finetune.cli import cli
+    from finetune.cli.app import cli
     from finetune.recipe import dump
     from support.town import only_training
 

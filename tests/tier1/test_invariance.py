@@ -14,13 +14,13 @@ from tests.support import town
 from finetune.checks import BY_NAME as CHECKS
 from finetune.checks import Verdict, owed, results
 from finetune.checks.invariance import OF
-from finetune.cli import cli, guarded
+from finetune.cli.app import cli, guarded
+from finetune.core.errors import StageError
 from finetune.core.files import digest, write_json, write_text
-from finetune.errors import StageError
-from finetune.invariance import MEASURED, NAMES, shrink
-from finetune.pipeline import run_directory, run_stages
+from finetune.experiments.invariance import MEASURED, NAMES, tiny_copy
 from finetune.recipe import Recipe, dump
 from finetune.run import Run, seal
+from finetune.stages.pipeline import run_directory, run_stages
 
 LOSSES = [3.0, 2.5, 2.0]
 ROWS = [[2, 0, 1], [1, 2, 0], [0, 1, 2]]
@@ -137,7 +137,7 @@ NOT_COMPARED = {"not_applicable": "it takes no positions", "used": False}
 @pytest.mark.parametrize("name", ["packing", "checkpointing", "accumulation", "merge"])
 def test_what_could_be_compared_and_was_not_fails(judged, monkeypatch, name: str) -> None:
     """Whatever the evidence says of itself."""
-    monkeypatch.setattr(shrink, "unpackable", lambda model: "")
+    monkeypatch.setattr(tiny_copy, "unpackable", lambda model: "")
     monkeypatch.setattr("finetune.run.evidence.fetched", lambda run: {"base": "model"})
     verdicts = judged({**evidence(), name: dict(NOT_COMPARED)})
 
@@ -146,7 +146,7 @@ def test_what_could_be_compared_and_was_not_fails(judged, monkeypatch, name: str
 
 
 def test_a_model_that_cannot_pack_leaves_packing_not_examined(judged, monkeypatch) -> None:
-    monkeypatch.setattr(shrink, "unpackable", lambda model: "a gpt model takes no positions")
+    monkeypatch.setattr(tiny_copy, "unpackable", lambda model: "a gpt model takes no positions")
     monkeypatch.setattr("finetune.run.evidence.fetched", lambda run: {"base": "model"})
     verdicts = judged({**evidence(), "packing": dict(NOT_COMPARED)})
 
@@ -200,7 +200,7 @@ def test_evidence_of_another_backend_is_none(tmp_path: Path, judged) -> None:
 
 
 def test_a_small_config_keeps_ties_groups_and_kinds_of_layers_and_loses_dropout() -> None:
-    found = shrink.smaller(
+    found = tiny_copy.smaller(
         {
             "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 40,
             "intermediate_size": 11008, "head_dim": 128, "attention_dropout": 0.1, "resid_pdrop": 0.1, "vocab_size": 99,
@@ -220,7 +220,7 @@ def test_a_small_config_keeps_ties_groups_and_kinds_of_layers_and_loses_dropout(
 
 @pytest.mark.parametrize(("heads", "kv", "wanted"), [(32, 32, 4), (32, 8, 2), (8, 1, 1)])
 def test_grouped_heads_stay_grouped(heads: int, kv: int, wanted: int) -> None:
-    assert shrink.smaller({"num_attention_heads": heads, "num_key_value_heads": kv})["num_key_value_heads"] == wanted
+    assert tiny_copy.smaller({"num_attention_heads": heads, "num_key_value_heads": kv})["num_key_value_heads"] == wanted
 
 
 @pytest.mark.parametrize("config", [{"text_config": {}}, {"auto_map": {}}])
@@ -228,7 +228,7 @@ def test_a_model_of_parts_has_no_tiny_copy(tmp_path: Path, config: dict[str, Any
     write_json(tmp_path / "config.json", {"model_type": "odd", **config})
 
     with pytest.raises(StageError, match="no tiny copy of a odd model"):
-        shrink.copy(tmp_path, tmp_path / "out")
+        tiny_copy.copy(tmp_path, tmp_path / "out")
 
 
 def row(number: int, prompt: int, answer: int) -> dict[str, Any]:
@@ -238,19 +238,19 @@ def row(number: int, prompt: int, answer: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("count", "prompt", "answer"), [(100, 20, 10), (3, 20, 10), (1, 300, 200), (40, 4, 40)])
 def test_rows_are_short_and_unequal_whatever_the_data_are(count: int, prompt: int, answer: int) -> None:
-    chosen = shrink.rows([row(number, prompt, answer) for number in range(count)])
+    chosen = tiny_copy.rows([row(number, prompt, answer) for number in range(count)])
 
     lengths = [len(each["input_ids"]) for each in chosen]
     trained = [sum(label != -100 for label in each["labels"][1:]) for each in chosen]
-    assert [each["row"] for each in chosen] == list(range(shrink.ROWS))
+    assert [each["row"] for each in chosen] == list(range(tiny_copy.ROWS))
     assert len(set(lengths)) >= 3 and len(set(trained)) >= 2
-    assert max(lengths) <= shrink.MOST_TOKENS and min(trained) >= 1
+    assert max(lengths) <= tiny_copy.MOST_TOKENS and min(trained) >= 1
 
 
 def test_padding_is_unequal_and_never_trained() -> None:
-    chosen = shrink.rows([row(number, 20, 10) for number in range(20)])
+    chosen = tiny_copy.rows([row(number, 20, 10) for number in range(20)])
 
-    wider = shrink.padded(chosen, pad=7)
+    wider = tiny_copy.padded(chosen, pad=7)
 
     added = [len(two["labels"]) - len(one["labels"]) for one, two in zip(chosen, wider, strict=True)]
     assert len(set(added)) >= 3
@@ -290,7 +290,7 @@ def test_the_command_ends_with_1_when_the_seed_is_not_heeded(small_town: Path, m
     write_text(
         hook / "sitecustomize.py",
         "import random\n"
-        "from finetune.backends import fake_training\n"
+        "from finetune.backends.fake import training as fake_training\n"
         "fake_training.random.Random = lambda seed: random.SystemRandom()\n",
     )
     monkeypatch.setenv("PYTHONPATH", str(hook))
@@ -311,7 +311,7 @@ def test_a_recipe_without_training_is_refused(small_town: Path) -> None:
 
 
 def test_the_stage_measures_when_the_recipe_expects_it_and_a_rerun_keeps_its_report_whole(tmp_path: Path) -> None:
-    from finetune.invariance.measure import write
+    from finetune.experiments.invariance.measure import write
 
     place = town.build(tmp_path / "town")
     recipe = town.only_training(place, tmp_path / "runs", expect={"invariance": True, "resume": False})
@@ -332,7 +332,7 @@ def test_the_stage_measures_when_the_recipe_expects_it_and_a_rerun_keeps_its_rep
 
 
 def test_newer_evidence_makes_no_other_file_and_no_changed_report_fit(tmp_path: Path) -> None:
-    from finetune.invariance.measure import write
+    from finetune.experiments.invariance.measure import write
 
     place = town.build(tmp_path / "town")
     recipe = town.only_training(place, tmp_path / "runs")

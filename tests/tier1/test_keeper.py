@@ -20,16 +20,16 @@ from typing import Any
 import psutil
 import pytest
 
-from finetune.backends import child
-from finetune.errors import StageError
-from finetune.serving import Server, bind, connections, door, keeper, proxy, serve
+from finetune.core import processes
+from finetune.core.errors import StageError
+from finetune.serving import Server, app, bind, connections, keeper, proxy, serve
 from finetune.serving.access import Access
 from support.door import ASKED, JSON, Door, listening
 
 # It answers after `pause` seconds, sends a stream in ten parts, and says which process it is.
 PLAYED = """
 import json, os, socketserver, sys, threading, time
-from finetune.backends import child
+from finetune.core import processes as child
 from http.server import BaseHTTPRequestHandler
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,9 +75,9 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     fails, folders = tmp_path / "fails", []
 
-    def start(path: Path, called_off: Any) -> AbstractContextManager[child.Running]:
+    def start(path: Path, called_off: Any) -> AbstractContextManager[processes.Running]:
         folders.append(path.parent)
-        return child.running("played", [str(path), str(fails)], what="it", called_off=called_off)
+        return processes.running("played", [str(path), str(fails)], what="it", called_off=called_off)
 
     return SimpleNamespace(start=start, fails=fails, folders=folders)
 
@@ -149,7 +149,7 @@ def test_while_there_is_none_health_says_so(kept: Any, monkeypatch: pytest.Monke
     start = found.start
 
     @contextmanager
-    def slow(path: Path, called_off: Any) -> Iterator[child.Running]:
+    def slow(path: Path, called_off: Any) -> Iterator[processes.Running]:
         go_on.wait(20)
         with start(path, called_off) as running:
             yield running
@@ -209,7 +209,7 @@ def test_one_that_cannot_be_started_again_is_given_up_at_once(kept: Any) -> None
 def test_leaving_while_it_is_started_again_leaves_nothing(played: SimpleNamespace) -> None:
     with keeper.kept(played.start, "it", lambda why: None) as found:
         first = found.running.process
-        found.start = lambda path, called_off: child.running(
+        found.start = lambda path, called_off: processes.running(
             "http.server", ["0"], what="one that never says its address", called_off=called_off
         )
         first.kill()
@@ -266,8 +266,8 @@ def test_the_whole_server_ends_with_an_error_once_it_is_given_up(
 def test_bounds_are_those_that_the_docs_name() -> None:
     text = " ".join((Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8").split())
     for bound in (
-        f"{connections.HEAD_SECONDS:.0f} s for a head", f"{door.BODY_SECONDS:.0f} s for a body",
+        f"{connections.HEAD_SECONDS:.0f} s for a head", f"{app.BODY_SECONDS:.0f} s for a body",
         f"{connections.IDLE_SECONDS} s between two", f"{connections.STALL_SECONDS:.0f} s in which",
-        f"{connections.CONNECTIONS} connections", f"{door.LONGEST // 2**20} MiB", f"{keeper.RESTARTS} times",
+        f"{connections.CONNECTIONS} connections", f"{app.LONGEST // 2**20} MiB", f"{keeper.RESTARTS} times",
     ):  # fmt: skip
         assert bound in text, bound

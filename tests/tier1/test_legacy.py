@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import RecipeError
+from finetune.core.errors import RecipeError
 from finetune.recipe import load
 from finetune.recipe.legacy import is_download, is_legacy
 from finetune.recipe.load import load_downloads, read_mapping

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import finetune
-from finetune import hub, licenses, models
-from finetune.backends.fake_model import make_model
-from finetune.licenses import License, combine, find, front_matter, identifier, recognise, text_of
+from finetune.backends.fake.model import make_model
+from finetune.core import hub
+from finetune.models import licenses, sources
+from finetune.models.licenses import License, combine, find, front_matter, identifier, recognise, text_of
 from finetune.recipe import load_mapping
 from finetune.run import Run
 from finetune.stages import BY_NAME, execute
@@ -147,15 +148,15 @@ def test_the_texts_are_part_of_the_package() -> None:
 
 
 def test_every_embedded_model_has_a_licence_with_its_words() -> None:
-    assert len(models.EMBEDDED) >= 1
-    for model in models.EMBEDDED.values():
+    assert len(sources.EMBEDDED) >= 1
+    for model in sources.EMBEDDED.values():
         assert identifier(model.license) == model.license
         assert text_of(model.license)
 
 
 def test_the_unpacked_embedded_model_is_known_by_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FT_CACHE_DIR", str(tmp_path))
-    model = models.EMBEDDED["smollm2-135m"]
+    model = sources.EMBEDDED["smollm2-135m"]
     stem = Path(model.file).stem
     own = tmp_path / "dequantized" / f"{stem}-{model.sha256[:16]}-transformers-5"
     other = tmp_path / "dequantized" / f"{stem}-{'0' * 16}-transformers-5"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import StageError
+from finetune.core.errors import StageError
 from finetune.run.log import FIRST, PREVIOUS, Log, broken, is_chained
 
 

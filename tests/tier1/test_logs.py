@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import DataError, MissingError
+from finetune.core.errors import DataError, MissingError
 from finetune.testing import check_convergence, logged_steps
 from finetune.testing.logs import Logged
 from support.town import Ran

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from finetune import docs_gen
-from finetune.errors import UsageError
+from finetune.cli import docs_gen
+from finetune.core.errors import UsageError
 from finetune.recipe import load_mapping
 from finetune.recipe import yaml as recipe_yaml
 

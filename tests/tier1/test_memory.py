@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import memory
-from finetune.memory import PeakMemory
+from finetune.core import memory
+from finetune.core.memory import PeakMemory
 
 MIB = 1024**2
 SIZE = 64 * MIB

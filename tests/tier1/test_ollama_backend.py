@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from contract import CONVERSATIONS, write_rows
-from finetune.backends import CONSTANTS, Generation, Job, get, ollama_api
+from finetune.backends import CONSTANTS, Generation, Job, get
 from finetune.backends import ollama as backend_module
-from finetune.backends.ollama import OllamaBackend
+from finetune.backends.ollama import OllamaBackend, api, modelfile
+from finetune.core.errors import MissingError, StageError, UsageError
 from finetune.core.files import digest
 from finetune.data.templates import ChatTemplate
-from finetune.errors import MissingError, StageError, UsageError
-from finetune.export import gotemplate, modelfile
+from finetune.export import gotemplate
 from support.chat_templates import CHATML_TURNS, LIKE
 from support.ollama import Letters, serve
 from support.ollama_contract import OllamaContract
@@ -149,7 +149,8 @@ def test_a_process_that_ends_leaves_nothing_on_the_server(server, model):
 
 def test_an_observation_that_is_ended_leaves_nothing_on_the_server(server, model, tmp_path):
     code = (
-        "from finetune import experiment; from finetune.backends import ollama; from pathlib import Path; import time\n"
+        "import time; from pathlib import Path; from finetune.backends import ollama\n"
+        "from finetune.experiments import worker as experiment\n"
         "def hold(request):\n"
         "    with ollama.OllamaBackend().load(Path(request['model'])):\n"
         "        print('held', flush=True); time.sleep(50)\n"
@@ -176,7 +177,7 @@ def test_a_tokenizer_that_cannot_be_had_leaves_nothing_on_the_server(server, mod
 
 
 def test_a_creation_that_is_broken_off_leaves_nothing_on_the_server(server, model, monkeypatch):
-    call = ollama_api.Client.call
+    call = api.Client.call
 
     def interrupted(self, method, path, *rest, **more):
         answer = call(self, method, path, *rest, **more)
@@ -184,7 +185,7 @@ def test_a_creation_that_is_broken_off_leaves_nothing_on_the_server(server, mode
             raise KeyboardInterrupt
         return answer
 
-    monkeypatch.setattr(ollama_api.Client, "call", interrupted)
+    monkeypatch.setattr(api.Client, "call", interrupted)
     with pytest.raises(KeyboardInterrupt):
         OllamaBackend().load(model)
     assert server.asked("/api/create") and (server.models, list(server.folder.iterdir())) == ({}, [])

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune import gguf_header
+from finetune.backends.ollama import modelfile
+from finetune.core.errors import StageError, UsageError
 from finetune.data.templates import BUILTIN, ChatTemplate, with_system
-from finetune.errors import StageError, UsageError
-from finetune.export import Exported, Source, gotext, modelfile, ollama
+from finetune.export import Exported, Source, gotext, ollama
 from finetune.export import gotemplate as gt
+from finetune.models import gguf_header
 from support.chat_templates import CHATML_TURNS, LIKE, REFUSED
 from support.ollama import Letters
 from support.small_gguf import write_gguf

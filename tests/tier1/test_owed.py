@@ -12,10 +12,10 @@ import pytest
 
 from finetune.checks import BY_NAME, CHECKS, REFUTED, owed, results
 from finetune.checks.parts import WITHOUT
-from finetune.lookup import load
-from finetune.pipeline import run_directory, run_stages
+from finetune.core.lookup import load
 from finetune.recipe import Recipe
 from finetune.run import Run
+from finetune.stages.pipeline import run_directory, run_stages
 from support import town as town_
 
 PACKED = {"packing": True}

@@ -13,15 +13,17 @@ from typing import Any
 import numpy
 import pytest
 
-from finetune import experiment
 from finetune.backends import get
 from finetune.checks import Verdict, results
 from finetune.checks.parity import owed
+from finetune.core.errors import StageError
 from finetune.core.files import write_json
-from finetune.errors import StageError
-from finetune.parity import hop, material, stored
-from finetune.parity.bounds import _TABLE, bits, bounds
+from finetune.experiments import worker
+from finetune.parity import comparison as hop
+from finetune.parity import prompts as material
+from finetune.parity import stored
 from finetune.parity.divergence import divergence, gap, top
+from finetune.parity.tolerances import _TABLE, bits, bounds
 from finetune.recipe import Recipe
 from finetune.recipe.exports import FORMATS
 from finetune.run import Run
@@ -438,7 +440,7 @@ def compared(copied, monkeypatch) -> Callable[[], dict[str, str]]:
     """A function: compare the (broken) chain again, in this process, and return what fails."""
 
     def here(request: dict[str, Any], file: Path) -> dict[str, Any]:
-        return {**json.loads(json.dumps(experiment.observe(json.loads(json.dumps(request))))), "peak_bytes": 1}
+        return {**json.loads(json.dumps(worker.observe(json.loads(json.dumps(request))))), "peak_bytes": 1}
 
     monkeypatch.setattr(compare, "in_fresh_process", here)
     for folder in ("merge/model", "export/bundle"):  # links of the honest run's files: never write into those
@@ -568,7 +570,7 @@ def test_a_hop_is_taken_again_only_when_something_of_it_changed(copied, monkeypa
 
     def here(request: dict[str, Any], file: Path) -> dict[str, Any]:
         asked.append(Path(request["model"]).name)
-        return {**json.loads(json.dumps(experiment.observe(json.loads(json.dumps(request))))), "peak_bytes": 1}
+        return {**json.loads(json.dumps(worker.observe(json.loads(json.dumps(request))))), "peak_bytes": 1}
 
     monkeypatch.setattr(compare, "in_fresh_process", here)
     compare.run(copied.recipe, copied.run)

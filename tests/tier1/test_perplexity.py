@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from finetune.backends.fake_model import VOCAB_SIZE, Base, FakeTokenizer, save_model
-from finetune.cli import cli
-from finetune.errors import MissingError, UsageError
+from finetune.backends.fake.model import VOCAB_SIZE, Base, FakeTokenizer, save_model
+from finetune.cli.app import cli
+from finetune.core.errors import MissingError, UsageError
 from finetune.testing import perplexity as scoring
 from finetune.testing.perplexity import Perplexity, Scorer, measure, perplexity
 

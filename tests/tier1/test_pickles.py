@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy
 import pytest
 
-from finetune import modelfiles
 from finetune.core import pickles
-from finetune.errors import UsageError
+from finetune.core.errors import UsageError
+from finetune.models import files
 from support.poison import FORMS
 
 
@@ -199,7 +199,7 @@ def test_a_pickle_under_another_files_name_is_refused(name: str, tmp_path: Path)
     with pytest.raises(
         UsageError, match=rf"{name} holds a pickle that calls posix.mkdir, and is not what its name says"
     ):
-        modelfiles.check(tmp_path)
+        files.check(tmp_path)
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -207,11 +207,11 @@ def test_a_pickle_of_any_protocol_is_known_by_its_begin(protocol: int, tmp_path:
     (tmp_path / "config.json").write_bytes(pickle.dumps({}, protocol))
 
     with pytest.raises(UsageError, match="config.json holds a pickle, and is not what its name says"):
-        modelfiles.check(tmp_path)
+        files.check(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["training_args.bin", "notes.pkl", "cache.npy", "forest.joblib", "old.pth"])
 def test_a_pickle_that_nothing_reads_is_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(FORMS["protocol 2"](tmp_path / "mark"))
 
-    modelfiles.check(tmp_path)
+    files.check(tmp_path)

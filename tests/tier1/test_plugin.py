@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from finetune.recipe import yaml
-from finetune.testing import ledger
+from finetune.testing import resource_lock
 from support import project
 from support.project import plain
 
@@ -36,7 +36,7 @@ def pytest_in(tmp_path):
     def run(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'temporary'}"]
         own = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "FT_"))}
-        package = str(Path(ledger.__file__).parents[2])
+        package = str(Path(resource_lock.__file__).parents[2])
         env = {**own, "TMPDIR": str(tmp_path), "COLUMNS": "200", "PYTHONPATH": package, **environment}
         return subprocess.run(
             [*command, *arguments], cwd=root, env=env, capture_output=True, text=True, check=False, timeout=50
@@ -50,7 +50,7 @@ def finetune_in() -> Callable[..., subprocess.CompletedProcess[str]]:
     """A function: the real command line in a folder."""
 
     def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "PYTHONPATH": str(Path(ledger.__file__).parents[2])}
+        env = {**os.environ, "PYTHONPATH": str(Path(resource_lock.__file__).parents[2])}
         command = [sys.executable, "-m", "finetune", *arguments]
         return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False, timeout=50)
 
@@ -259,42 +259,43 @@ def pytest_runtest_call(item):
 def test_a_process_that_died_holds_nothing(tmp_path):
     path = tmp_path / "ledger.json"
     code = (
-        "import os, sys; from pathlib import Path; from finetune.testing import ledger as l\n"
+        "import os, sys; from pathlib import Path; from finetune.testing import resource_lock as l\n"
         "with l.reserved('gone', l.Need(memory=10), within=l.Need(memory=10), path=Path(sys.argv[1])): os._exit(9)"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(ledger.__file__).parents[2])}
+    env = {**os.environ, "PYTHONPATH": str(Path(resource_lock.__file__).parents[2])}
     assert subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=False).returncode == 9
     assert "gone" in path.read_text("utf-8")
-    with ledger.reserved("here", ledger.Need(memory=10), within=ledger.Need(memory=10), path=path) as waited:
+    need = resource_lock.Need(memory=10)
+    with resource_lock.reserved("here", need, within=need, path=path) as waited:
         assert waited < 1
     assert path.read_text("utf-8") == "[]"
 
 
 def test_what_does_not_fit_beside_others_waits_and_gives_up_in_the_end(tmp_path, monkeypatch):
-    path, room = tmp_path / "ledger.json", ledger.Need(memory=10, gpus=1)
-    monkeypatch.setattr(ledger, "PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(ledger, "POLL_SECONDS", 0.05)
+    path, room = tmp_path / "ledger.json", resource_lock.Need(memory=10, gpus=1)
+    monkeypatch.setattr(resource_lock, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(resource_lock, "POLL_SECONDS", 0.05)
     for need, fits in (
-        (ledger.Need(memory=5), True),
-        (ledger.Need(memory=6), False),
-        (ledger.Need(memory=1, gpus=1), False),
+        (resource_lock.Need(memory=5), True),
+        (resource_lock.Need(memory=6), False),
+        (resource_lock.Need(memory=1, gpus=1), False),
     ):
-        with ledger.reserved("first", ledger.Need(memory=5, gpus=1), within=room, path=path):
+        with resource_lock.reserved("first", resource_lock.Need(memory=5, gpus=1), within=room, path=path):
             started = time.monotonic()
             if fits:
-                with ledger.reserved("second", need, within=room, path=path):
+                with resource_lock.reserved("second", need, within=room, path=path):
                     pass
             else:
                 with (
-                    pytest.raises(ledger.ResourceError, match="held by: first"),
-                    ledger.reserved("second", need, within=room, path=path),
+                    pytest.raises(resource_lock.ResourceError, match="held by: first"),
+                    resource_lock.reserved("second", need, within=room, path=path),
                 ):
                     pass
                 assert time.monotonic() - started >= 0.3
 
 
 def test_a_need_beyond_the_whole_machine_runs_alone(tmp_path):
-    with ledger.reserved(
-        "huge", ledger.Need(memory=99), within=ledger.Need(memory=10), path=tmp_path / "l.json"
+    with resource_lock.reserved(
+        "huge", resource_lock.Need(memory=99), within=resource_lock.Need(memory=10), path=tmp_path / "l.json"
     ) as waited:
         assert waited < 1

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from finetune.answers import is_correct
 from finetune.core.files import read_jsonl
 from finetune.data.formats import to_examples
 from finetune.data.sources import read
+from finetune.evaluation.answers import is_correct
 from finetune.recipe.sections import Data
 from finetune.testing import questions
 from finetune.testing.questions import KINDS, NOT_TOLD, WORDINGS, fact_of, generate, split, validate, write

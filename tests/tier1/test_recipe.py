@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from finetune import secrets
-from finetune.errors import MissingError, RecipeError, UsageError
+from finetune.core import secrets
+from finetune.core.errors import MissingError, RecipeError, UsageError
 from finetune.recipe import Recipe, dump, load, load_mapping
 from finetune.recipe import yaml as our_yaml
 from finetune.recipe.profiles import PROFILES

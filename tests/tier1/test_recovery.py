@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from finetune import recovery
 from finetune.backends import Job
 from finetune.backends import failing as failing_steps
 from finetune.backends.failing import NoMemoryError, NotFiniteError, StepError
-from finetune.backends.fake_training import Training
+from finetune.backends.fake.training import Training
 from finetune.checks import verify
-from finetune.cli import guarded
-from finetune.errors import Interrupted, StageError
-from finetune.pipeline import run_directory, run_stages
+from finetune.cli.app import guarded
+from finetune.core.errors import Interrupted, StageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
+from finetune.stages.pipeline import run_directory, run_stages
+from finetune.training import recovery
 from support.town import MANIFEST, only_training
 
 ROW_CHECKS = ["rows", "optimizer", "loss", "reports"]
@@ -30,7 +30,7 @@ Fault = Callable[[Training, list[Any]], None]
 
 @pytest.fixture(autouse=True)
 def no_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.manifest.collect", lambda recipe: MANIFEST)
+    monkeypatch.setattr("finetune.run.manifest.collect", lambda recipe: MANIFEST)
 
 
 @pytest.fixture

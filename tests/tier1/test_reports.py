@@ -19,9 +19,9 @@ import jsonschema
 import pytest
 from click.testing import CliRunner, Result
 
-from finetune import secrets
 from finetune.checks import verify
-from finetune.cli import cli
+from finetune.cli.app import cli
+from finetune.core import secrets
 from finetune.core.files import write_json, write_text
 from finetune.recipe import dump
 from finetune.report import charts, compare, curves, files, html, junit, markdown, summary, terminal, wording

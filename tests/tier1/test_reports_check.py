@@ -8,8 +8,8 @@ import pytest
 
 from finetune.checks import results
 from finetune.checks.reports import _planned
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe.sections import Train
+from finetune.stages.pipeline import run_directory, run_stages
 from support import town
 
 

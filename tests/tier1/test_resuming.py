@@ -13,17 +13,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from finetune import identity, schedule
 from finetune.backends import get
-from finetune.backends.fake_model import make_model
+from finetune.backends.fake.model import make_model
 from finetune.checks import NOT_EXAMINED, verify
-from finetune.cli import cli
+from finetune.cli.app import cli
+from finetune.core.errors import Faults, FinetuneError, Interrupted, UsageError
 from finetune.core.files import write_jsonl
-from finetune.errors import Faults, FinetuneError, Interrupted, UsageError
-from finetune.identity import WITHOUT_EFFECT, Past, Record
-from finetune.pipeline import checkpoint, run_directory, run_stages
-from finetune.recipe import Recipe, dump
-from finetune.run import Run, evidence
+from finetune.recipe import Recipe, dump, schedule
+from finetune.run import Run, evidence, identity
+from finetune.run.identity import WITHOUT_EFFECT, Past, Record
+from finetune.stages.pipeline import checkpoint, run_directory, run_stages
 from support.town import (
     KNOWN,
     MANIFEST,
@@ -43,7 +42,7 @@ Training = Callable[..., tuple[Recipe, Run]]
 
 @pytest.fixture(autouse=True)
 def no_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.manifest.collect", lambda recipe: MANIFEST)
+    monkeypatch.setattr("finetune.run.manifest.collect", lambda recipe: MANIFEST)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from finetune import retrying
-from finetune.retrying import GaveUp, Passing, retried
+from finetune.core import retrying
+from finetune.core.retrying import GaveUp, Passing, retried
 
 
 class Flaky:

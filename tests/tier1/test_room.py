@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from finetune import memory
-from finetune.checkpoints import writing
+from finetune.core import memory
+from finetune.core.errors import ResourceError
 from finetune.core.files import aside, copy
-from finetune.errors import ResourceError
 from finetune.export import sizes
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe
 from finetune.run import Run
+from finetune.run.checkpoints import writing
+from finetune.stages.pipeline import run_directory, run_stages
 from support.town import only_training
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from finetune.checks import results
 from finetune.core.files import read_jsonl, write_jsonl
-from finetune.pipeline import run_directory, run_stages
+from finetune.stages.pipeline import run_directory, run_stages
 from support import town
 
 

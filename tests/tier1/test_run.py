@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 
-from finetune import secrets
-from finetune.core import files
+from finetune.core import files, secrets
+from finetune.core.errors import LockedError, MissingError, StageError, UsageError
 from finetune.core.files import digest, read_jsonl, sync_tree, write_json, write_jsonl, write_text
-from finetune.errors import LockedError, MissingError, StageError, UsageError
-from finetune.manifest import git_state
 from finetune.run import Report, Run, seal
+from finetune.run.manifest import git_state
 from support import town
 from support.records import MADE, WHEN
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetune.backends import child
+from finetune.core import processes
 from finetune.core.files import digest, write_jsonl
-from finetune.pipeline import preview, run_directory, run_stages
 from finetune.stages import BY_NAME, fingerprint
+from finetune.stages.pipeline import preview, run_directory, run_stages
 from finetune.testing import sabotage
-from finetune.testing.sabotage import ground, starting, warm
-from finetune.testing.sabotage.scene import Scene, as_if_written_so
+from finetune.testing.sabotage import baseline, fork_server, starting
+from finetune.testing.sabotage.context import Scene, as_if_written_so
 from support import town
 
 WRAPPED = """
-from finetune.testing.sabotage.scene import Scene
+from finetune.testing.sabotage.context import Scene
 
 def shout(scene: Scene) -> None:
     scene.wrap("textwrap:shorten", lambda original: lambda text, width: original(text, width).upper())
@@ -39,7 +39,7 @@ def test_every_sabotage_says_what_it_does_and_where_it_happens():
         row.apply(scene)
         assert scene.recipe or scene.patches or scene.changes, row.name
         assert row.what.endswith("."), row.name
-        assert row.ground in ground.GROUNDS
+        assert row.ground in baseline.GROUNDS
         assert set(scene.changes) <= set(BY_NAME)
 
 
@@ -60,9 +60,9 @@ def test_a_patch_reaches_processes_that_know_nothing_of_it_and_their_children(tm
     use = "import textwrap; from fractions import Fraction; "
     use += "print(textwrap.shorten('a b', 9), Fraction(1, 3).limit_denominator())"
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-P', '-c', {before + use!r}], check=True)"
-    path = f"{start}:{tmp_path / 'own'}:{child.environment()['PYTHONPATH']}"
+    path = f"{start}:{tmp_path / 'own'}:{processes.environment()['PYTHONPATH']}"
     for code in (before + use, nested):
-        environment = {**child.environment(), "PYTHONPATH": path, starting.PATCHES: "wrapped:shout"}
+        environment = {**processes.environment(), "PYTHONPATH": path, starting.PATCHES: "wrapped:shout"}
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.stdout == "A B patched\n", done.stderr
@@ -105,11 +105,11 @@ def start(tmp_path):
     for module in Path(sabotage.__file__).parents[2].iterdir():
         (own / "finetune" / module.name).symlink_to(module)
     (own / "finetune" / "said.py").write_text(SAID, encoding="utf-8")
-    path = os.pathsep.join([str(tmp_path / "start"), str(own), child.environment()["PYTHONPATH"]])
-    environment = {**child.environment(), "PYTHONPATH": path}
+    path = os.pathsep.join([str(tmp_path / "start"), str(own), processes.environment()["PYTHONPATH"]])
+    environment = {**processes.environment(), "PYTHONPATH": path}
     with tempfile.TemporaryDirectory() as short:
         server = Path(short) / "s"
-        with warm.serving(server, environment, ["xml.dom"]):
+        with fork_server.serving(server, environment, ["xml.dom"]):
             environment |= {starting.SOCKET: str(server)}
             yield lambda *words, **more: subprocess.Popen(
                 [sys.executable, "-P", "-m", "finetune.said", *words], env={**environment, **more}, cwd=tmp_path, text=True,

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 import finetune
-from finetune import checkpoints, identity, pipeline
 from finetune.checks import PROVED, results
 from finetune.core import schemas
+from finetune.core.errors import NewerError
 from finetune.core.files import digests, write_json
-from finetune.errors import NewerError
 from finetune.export.bundle import set_card, verify_manifest
 from finetune.recipe import dump, load, load_mapping
-from finetune.run import Run, evidence, layout, seal
+from finetune.run import Run, checkpoints, evidence, identity, layout, seal
 from finetune.run.log import PREVIOUS
+from finetune.stages import pipeline
 from support.town import Ran, as_of_0_1, edit_json
 
 SOURCE = Path(finetune.__file__).parent

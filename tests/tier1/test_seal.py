@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from finetune import pipeline
 from finetune.recipe import Recipe
 from finetune.run import Run, seal
 from finetune.run.report import left_by
+from finetune.stages import pipeline
 from support.town import build, only_training
 
 

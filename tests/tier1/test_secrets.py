@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 import pytest
 
-from finetune import secrets
-from finetune.secrets import shapes
+from finetune.core import secrets
+from finetune.core.secrets import shapes
 from support import secret_kinds
 from support.secret_kinds import SHAPED
 

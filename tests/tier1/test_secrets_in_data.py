@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
-from finetune import secrets
-from finetune.backends import child
 from finetune.checks import judge, judged, store, verify
+from finetune.core import processes, secrets
+from finetune.core.errors import DataError, RecipeError, StageError, UsageError
 from finetune.core.files import digest, read_jsonl, write_jsonl
-from finetune.errors import DataError, RecipeError, StageError, UsageError
-from finetune.pipeline import preview, run_directory, run_stages
 from finetune.recipe import load, load_mapping
 from finetune.run import Run, evidence, layout, seal
+from finetune.stages.pipeline import preview, run_directory, run_stages
 from support import secret_kinds
 from support import town as town_of
 from support.secret_kinds import NAMED, SHAPED, places
@@ -244,7 +243,7 @@ def test_no_secret_is_in_what_a_child_is_asked_nor_in_what_its_end_leaves(
     def ended(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", f"boom\nValueError: {last}")
 
-    monkeypatch.setattr(child, "subprocess", SimpleNamespace(run=ended, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(run=ended, DEVNULL=subprocess.DEVNULL))
     mapping = town_recipe(town, tmp_path, {"expect": {"resume": True}}).model_dump(mode="json", exclude_unset=True)
     mapping["model"]["token"] = SHAPED["hugging face"]
     recipe = load_mapping(mapping)

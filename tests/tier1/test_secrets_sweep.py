@@ -16,9 +16,9 @@ from urllib.parse import quote
 import pytest
 from click.testing import CliRunner
 
-from finetune import secrets
 from finetune.backends.fake import FakeBackend
-from finetune.cli import cli
+from finetune.cli.app import cli
+from finetune.core import secrets
 from support import secret_kinds
 from support.secret_kinds import ADDRESSES, NAMED, SHAPED, places, spellings
 

@@ -14,12 +14,11 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 
-from finetune.backends import child
-from finetune.cli import cli
+from finetune.cli.app import cli
+from finetune.core import processes
+from finetune.core.errors import MissingError, StageError
 from finetune.core.files import digest, digests, write_json
-from finetune.errors import MissingError, StageError
-from finetune.lookup import load
-from finetune.pipeline import run_stages
+from finetune.core.lookup import load
 from finetune.recipe import Recipe
 from finetune.recipe import load as load_recipe
 from finetune.run import Report, Run, evidence, layout, seal
@@ -27,6 +26,7 @@ from finetune.run.report import left_by, written_anew
 from finetune.serving import SERVERS, base_url, bind, serving
 from finetune.serving.models import Found, exported, final, from_checkpoint, loaded, whole
 from finetune.serving.requests import Refused, checked
+from finetune.stages.pipeline import run_stages
 from support import town
 from support.proof import flip, prove
 from support.records import MADE
@@ -358,7 +358,7 @@ def test_who_starts_a_server_says_whether_it_is_for_proof(
         asked.append(arguments)
         yield "http://127.0.0.1:1"
 
-    monkeypatch.setattr(child, "serving", started)
+    monkeypatch.setattr(processes, "serving", started)
     with serving("town", **more):  # type: ignore[arg-type]
         pass
     assert [each for each in asked[0] if each in ("--proof", "--anyway")] == flags
@@ -652,18 +652,18 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return write
 
 
-TELL = "from finetune.backends import child\nchild.tell(f'http://{os.getpid()}')"
+TELL = "from finetune.core import processes as child\nchild.tell(f'http://{os.getpid()}')"
 
 
 def test_what_a_child_prints_is_not_its_address(module: Any) -> None:
     source = f"print('http://somewhere.else', flush=True)\n{TELL}\ntime.sleep(60)"
-    with child.serving(module(source), [], what="it") as address:
+    with processes.serving(module(source), [], what="it") as address:
         assert address != "http://somewhere.else"
 
 
 def test_what_a_child_prints_is_not_its_answer(module: Any) -> None:
-    name = module("from finetune.backends import child\nchild.answer(sys.argv[-1], {'a': 1})\nprint({'a': 2})")
-    assert child.answer_of(name, [], what="it failed") == {"a": 1}
+    name = module("from finetune.core import processes as child\nchild.answer(sys.argv[-1], {'a': 1})\nprint({'a': 2})")
+    assert processes.answer_of(name, [], what="it failed") == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -677,20 +677,20 @@ def test_what_a_child_prints_is_not_its_answer(module: Any) -> None:
 )
 def test_a_child_without_an_answer_is_an_error(module: Any, source: str, says: str) -> None:
     with pytest.raises(StageError, match=says):
-        child.answer_of(module(source), [], what="it failed")
+        processes.answer_of(module(source), [], what="it failed")
 
 
 def test_a_child_that_is_late_is_stopped(module: Any) -> None:
     name = module("print('loading', file=sys.stderr, flush=True)\ntime.sleep(60)")
     late = pytest.raises(StageError, match=r"(?s)it does not start: it was not ready after 1 s\n  loading")
-    with late, child.serving(name, [], what="it", timeout=0.6):
+    with late, processes.serving(name, [], what="it", timeout=0.6):
         raise AssertionError("it started")
 
 
 def test_a_child_that_heeds_nothing_is_killed(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(processes, "STOP_SECONDS", 0.2)
     source = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{TELL}\ntime.sleep(60)"
-    with child.serving(module(source), [], what="it") as address:
+    with processes.serving(module(source), [], what="it") as address:
         process = psutil.Process(int(address.removeprefix("http://")))
         assert process.is_running()
     assert not process.is_running()

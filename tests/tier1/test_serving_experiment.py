@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from finetune.backends import Generation
-from finetune.backends.fake_model import FakeTokenizer
+from finetune.backends.fake.model import FakeTokenizer
 from finetune.checks import results
+from finetune.core.errors import UsageError
 from finetune.core.files import write_json
-from finetune.errors import UsageError
-from finetune.serving import experiment
-from finetune.serving.experiment import Asked
+from finetune.experiments import serving
+from finetune.experiments.serving import Asked
 
 TEXT = "It is Wadda."
 ENDED, CUT = (
@@ -54,7 +54,7 @@ def test_questions_that_training_changed_and_that_end_are_asked_first():
         known,
     ]
 
-    chosen = experiment._chosen(rows, 16)
+    chosen = serving._chosen(rows, 16)
 
     assert [row["prompt"] for row in chosen] == ["learned 0", "learned 1", "as before", "known"]
 
@@ -64,7 +64,7 @@ def test_an_end_as_the_last_token_is_asked_last():
     last = {**ENDED, "ids": [9] * 15}
     rows = [answer("probes", "at the limit", CUT, last), answer("probes", "ended", ENDED, ENDED)]
 
-    assert [row["prompt"] for row in experiment._chosen(rows, 16)] == ["ended", "at the limit"]
+    assert [row["prompt"] for row in serving._chosen(rows, 16)] == ["ended", "at the limit"]
 
 
 @pytest.mark.parametrize(
@@ -73,19 +73,19 @@ def test_an_end_as_the_last_token_is_asked_last():
 )
 def test_the_last_word_is_the_stop_string(text, stop, expected):
     client = Client(expected)
-    found = experiment._stop(client, asked(text), text)
+    found = serving._stop(client, asked(text), text)
 
     assert (found["stop"], found["expected"]) == (stop, expected)
     assert client.requests == [{"max_tokens": 16, "temperature": 0, "stop": [stop]}]
 
 
 def test_where_nothing_is_said_there_is_nothing_to_stop_at():
-    assert experiment._stop(Client(), asked(""), "")["found"] is None
+    assert serving._stop(Client(), asked(""), "")["found"] is None
 
 
 def test_half_of_an_answer_is_asked_for():
     client = Client()
-    found = experiment._length(client, asked(), FakeTokenizer())
+    found = serving._length(client, asked(), FakeTokenizer())
 
     assert (found["max_tokens"], found["expected"]) == (6, "It is ")
     assert client.requests == [{"max_tokens": 6, "temperature": 0}]
@@ -93,18 +93,18 @@ def test_half_of_an_answer_is_asked_for():
 
 def test_sampling_is_asked_with_several_seeds_one_of_them_twice_and_with_nothing_to_draw_from():
     client = Client()
-    found = experiment._sampling(client, asked())
+    found = serving._sampling(client, asked())
 
     seeds = [request.get("seed") for request in client.requests]
     assert seeds == [1, 2, 3, 4, 1, None, 1, 2]
-    assert [request.get("top_p") for request in client.requests] == [None] * 6 + [experiment.TOP_P] * 2
+    assert [request.get("top_p") for request in client.requests] == [None] * 6 + [serving.TOP_P] * 2
     assert [request["temperature"] for request in client.requests] == [2.0] * 5 + [0] + [2.0] * 2
     assert found["likeliest_only"] == [TEXT] * 2
 
 
 def test_only_a_backend_whose_server_there_is_can_be_asked(copied, tmp_path):
     with pytest.raises(UsageError, match=r"expect\.serving asks the server of the backend 'torch', not of 'fake'"):
-        experiment.measure(copied.recipe, copied.run, tmp_path)
+        serving.measure(copied.recipe, copied.run, tmp_path)
 
 
 def test_an_answer_that_parts_at_a_tie_is_the_servers_own(copied):

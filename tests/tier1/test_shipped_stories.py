@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.commands.options import example
-from finetune.commands.validate import faults_of
+from finetune.cli.options import example
+from finetune.cli.validate import faults_of
 from finetune.data.formats import to_examples
 from finetune.data.sources import SHIPPED, read
 from finetune.recipe import load

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune import retrying
+from finetune.core import retrying
+from finetune.core.errors import DataError, MissingError, UsageError
 from finetune.data import sources
 from finetune.data.sources import Row, local_files, read, read_jsonl_objects, resolve
-from finetune.errors import DataError, MissingError, UsageError
 from finetune.recipe import load_mapping
 from finetune.recipe.sections import Data
 

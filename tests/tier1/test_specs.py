@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from finetune.checks.expected import EXPECT_KEYS
+from finetune.core.errors import MissingError, UsageError
 from finetune.core.files import write_json
-from finetune.errors import MissingError, UsageError
 from finetune.recipe import yaml
 from finetune.recipe.sections import Expect
 from finetune.run import Report, Run

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from finetune.cli import ALIASES, COMMANDS
+from finetune.cli.app import ALIASES, COMMANDS
 from finetune.stages import STAGES
 
 HEAVY = (
@@ -39,7 +39,7 @@ HEAVY = (
 )
 PROBE = """
 import contextlib, io, json, sys
-from finetune.cli import cli
+from finetune.cli.app import cli
 out = {}
 for args in json.loads(sys.argv[1]):
     stream = io.StringIO()
@@ -76,7 +76,7 @@ def test_help_imports_nothing_heavy(help_alone: tuple[dict[str, tuple[int, str]]
 def test_help_imports_no_command(help_alone: tuple[dict[str, tuple[int, str]], set[str]]) -> None:
     _, modules = help_alone
 
-    assert [name for name in modules if name.startswith("finetune.commands.")] == []
+    assert [name for name in modules if name.startswith("finetune.cli.")] == []
 
 
 def test_help_prints_every_command(help_alone: tuple[dict[str, tuple[int, str]], set[str]]) -> None:

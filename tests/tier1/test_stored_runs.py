@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from finetune.cli import cli
+from finetune.cli.app import cli
 from finetune.core import files
 from finetune.core.files import digest, write_json, write_text
 from finetune.recipe import dump
@@ -322,8 +322,10 @@ def test_a_kept_training_is_marked_in_every_report(run: Run) -> None:
 
 def test_retrain_reaches_the_stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr("finetune.pipeline.run_stages", lambda *args, retrain, **more: asked.append(retrain) or [])
-    monkeypatch.setattr("finetune.pipeline.preview", lambda *args, retrain, **more: asked.append(retrain) or [])
+    monkeypatch.setattr(
+        "finetune.stages.pipeline.run_stages", lambda *args, retrain, **more: asked.append(retrain) or []
+    )
+    monkeypatch.setattr("finetune.stages.pipeline.preview", lambda *args, retrain, **more: asked.append(retrain) or [])
     recipe = project / "recipe.yaml"
     call("run", recipe, "--retrain")
     call("train", recipe, "--retrain", "--dry-run")

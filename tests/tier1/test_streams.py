@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import pytest
 from ruamel.yaml import YAML
 
-from finetune import console
-from finetune.cli import COMMANDS, cli
-from finetune.core import streams
+from finetune.cli.app import COMMANDS, cli
+from finetune.core import console, streams
+from finetune.core.errors import OutputError
 from finetune.core.files import write_jsonl, write_text
 from finetune.core.text import HIDDEN, json_text, visible
-from finetune.errors import OutputError
 from finetune.recipe import dump
 from support import town
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from finetune import checks, pipeline
-from finetune.cli import cli
+from finetune import checks
+from finetune.cli.app import cli
 from finetune.core.files import write_text
 from finetune.recipe import dump
 from finetune.report import files, summary
 from finetune.run import Run, seal
+from finetune.stages import pipeline
 from support.town import as_of_0_1, build, edit_rows, recipe
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune.core.errors import MissingError, RecipeError, UsageError
 from finetune.data.formats import to_examples
 from finetune.data.sources import Row
 from finetune.data.templates import BUILTIN, ChatTemplate, choose, with_system
-from finetune.errors import MissingError, RecipeError, UsageError
 from finetune.recipe.sections import Data, Template
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from finetune import estimate, models, stages, tiny
-from finetune.commands.validate import faults_of, model_kind
+from finetune import stages
+from finetune.cli.validate import faults_of, model_kind
+from finetune.core.errors import UsageError
 from finetune.core.files import write_jsonl
-from finetune.errors import UsageError
 from finetune.export.card import base_name
+from finetune.models import sources, tiny
 from finetune.recipe import load_mapping
 from finetune.recipe.sections import Data, Model
 from finetune.run import Run
+from finetune.training import estimate
 
 STORIES = "tiny:llama?hidden_size=128&num_hidden_layers=3&vocab_size=1000"
 
@@ -36,7 +38,7 @@ def made(monkeypatch, tmp_path):
         return directory
 
     monkeypatch.setattr(tiny, "make", make)
-    monkeypatch.setattr(models, "version", lambda package: "1.0" if package != "pip" else version(package))
+    monkeypatch.setattr(sources, "version", lambda package: "1.0" if package != "pip" else version(package))
     monkeypatch.setenv("FT_CACHE_DIR", str(tmp_path / "cache"))
     return calls
 
@@ -83,7 +85,7 @@ def test_a_wrong_name_is_a_fault_of_the_recipe_with_what_is_allowed(name, said):
 def test_a_name_is_no_path_and_no_hub_id(tmp_path):
     loaded = load_mapping({"model": STORIES, "data": {"path": "a.jsonl"}}, base=tmp_path)
     assert loaded.model.path == STORIES
-    assert (model_kind(STORIES), models.kind(STORIES), base_name(STORIES)) == ("tiny", "tiny", None)
+    assert (model_kind(STORIES), sources.kind(STORIES), base_name(STORIES)) == ("tiny", "tiny", None)
     assert faults_of(recipe(STORIES)) == []
 
 
@@ -98,8 +100,8 @@ def test_its_memory_is_estimated_without_making_it():
 
 
 def test_a_model_is_made_once_and_kept(made):
-    first = models.resolve(Model(path=STORIES))
-    assert models.resolve(Model(path=STORIES)) == first
+    first = sources.resolve(Model(path=STORIES))
+    assert sources.resolve(Model(path=STORIES)) == first
     assert (first.kind, first.adapter, len(made)) == ("tiny", None, 1)
     assert made[0]["vocab_size"] == 1000 and made[0]["hidden_size"] == 128 and made[0]["seed"] == 0
     assert not list(first.base.parent.glob(".making-*"))
@@ -108,17 +110,17 @@ def test_a_model_is_made_once_and_kept(made):
 def test_other_sizes_seeds_texts_and_libraries_make_another(made, monkeypatch):
     data = Data(path="shipped:quorra/heldout.jsonl")
     names = [STORIES, f"{STORIES}&seed=1", "tiny:llama", "tiny:qwen2"]
-    places = {models.directory(name) for name in names} | {models.directory(STORIES, data=data)}
-    monkeypatch.setattr(models, "version", lambda package: "2.0")
-    places.add(models.directory(STORIES))
+    places = {sources.directory(name) for name in names} | {sources.directory(STORIES, data=data)}
+    monkeypatch.setattr(sources, "version", lambda package: "2.0")
+    places.add(sources.directory(STORIES))
     assert len(places) == len(made) == 6
 
 
 def test_the_tokenizer_is_trained_on_the_recipes_own_data_or_on_shipped_texts(made, tmp_path):
     rows = [{"messages": [{"role": "user", "content": "Hullo?"}, {"role": "assistant", "content": "Hullo!"}], "n": 3}]
     write_jsonl(tmp_path / "chat.jsonl", rows)
-    models.directory("tiny:llama", data=Data(path=str(tmp_path / "chat.jsonl")))
-    models.directory("tiny:llama")
+    sources.directory("tiny:llama", data=Data(path=str(tmp_path / "chat.jsonl")))
+    sources.directory("tiny:llama")
     assert made[0]["texts"] == ["user", "Hullo?", "assistant", "Hullo!"]
     assert "What is the capital of Quorra?" in made[1]["texts"]
     assert any(text.startswith("Once upon a time") for text in made[1]["texts"])

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from finetune import training
 from finetune.backends.torch import tracking
-from finetune.errors import MissingError, RecipeError, UsageError
-from finetune.pipeline import run_directory, run_stages
+from finetune.core.errors import MissingError, RecipeError, UsageError
 from finetune.recipe import load, trackers
 from finetune.run import Run
+from finetune.stages.pipeline import run_directory, run_stages
+from finetune.training import job
 from support.town import only_training
 
 RECIPE = """\
@@ -106,7 +106,7 @@ def test_notes_tell_of_the_whole_training_and_of_no_other(tmp_path: Path) -> Non
     run.event("training", stage="train", resumed_from=2)
     second = failed("train", 4)
 
-    assert training._of_trackers(run, "train") == [trackers.sentence(first), trackers.sentence(second)]
+    assert job._of_trackers(run, "train") == [trackers.sentence(first), trackers.sentence(second)]
 
 
 def test_every_file_of_a_tracker_is_inside_the_run(tmp_path: Path) -> None:

@@ -18,15 +18,15 @@ import pytest
 
 import finetune
 from finetune.backends import get
-from finetune.backends.fake_model import FakeTokenizer
+from finetune.backends.fake.model import FakeTokenizer
 from finetune.checks import CHECKS, results, verify
+from finetune.core.errors import DataError, Interrupted, StageError, UsageError
 from finetune.core.files import digest, write_jsonl
-from finetune.errors import DataError, Interrupted, StageError, UsageError
-from finetune.pipeline import checkpoint, preview, run_directory, run_stages
 from finetune.recipe import Recipe
 from finetune.report import summary
 from finetune.run import Run, evidence, layout, seal
 from finetune.stages import STAGES, plan
+from finetune.stages.pipeline import checkpoint, preview, run_directory, run_stages
 from support.town import CAPITALS, MANIFEST, build, facts, only_training, recipe
 
 EXPORTING = ("rehearse", "export", "compare")
@@ -73,16 +73,16 @@ def own_town(tmp_path: Path) -> Path:
 @pytest.fixture
 def done(town: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Recipe, Run]]:
     """A function: a recipe (by default the town's without experiments in processes of their own) and its finished run."""
-    from finetune import experiment
+    from finetune.experiments import worker
 
     def here(request: dict[str, Any], file: Path) -> dict[str, Any]:
-        work = {"train": experiment._train, "score": experiment._score}[request["do"]]
+        work = {"train": worker._train, "score": worker._score}[request["do"]]
         answer = work(json.loads(json.dumps(request)))
         return json.loads(json.dumps({**answer, "peak_bytes": 1}))
 
     # Both take more time than all stages together, and have tests of their own.
     monkeypatch.setattr("finetune.stages.measure.in_fresh_process", here)
-    monkeypatch.setattr("finetune.manifest.collect", lambda recipe: MANIFEST)
+    monkeypatch.setattr("finetune.run.manifest.collect", lambda recipe: MANIFEST)
 
     def run(make: Callable[..., Recipe] = recipe, *only: str, **changes: Any) -> tuple[Recipe, Run]:
         wanted = make(changes.pop("town", town), tmp_path / "runs", **changes)
@@ -276,7 +276,7 @@ def test_a_failed_stage_leaves_no_stale_report(done, monkeypatch):
     def fail(*args: Any, **more: Any) -> None:
         raise RuntimeError("the pipe burst")
 
-    monkeypatch.setattr("finetune.backends.fake_training.Training.steps", fail)
+    monkeypatch.setattr("finetune.backends.fake.training.Training.steps", fail)
     with pytest.raises(RuntimeError, match="the pipe burst"):
         run_stages(wanted, run, ["train"], force=True)
 
@@ -305,7 +305,7 @@ def test_too_little_memory_says_what_to_lower(done, monkeypatch, error):
     def fail(*args: Any, **more: Any) -> None:
         raise error
 
-    monkeypatch.setattr("finetune.backends.fake_training.Training.steps", fail)
+    monkeypatch.setattr("finetune.backends.fake.training.Training.steps", fail)
     with pytest.raises(StageError, match=r"out of memory while training\. Lower train\.per_device_train_batch_size"):
         done(only_training)
 
@@ -665,12 +665,12 @@ def test_a_run_that_is_done_anew_begins_its_log_anew(done, capsys):
 
 PARENT = """
 import sys
-from finetune.backends import child
+from finetune.core import processes as child
 child.answer_of("endless", [], what="it", more={"PYTHONPATH": sys.argv[1]})
 """
 ENDLESS = """
 import os, sys, time
-from finetune.backends import child
+from finetune.core import processes as child
 child.end_with_parent()
 with open({place!r} + ".partial", "w") as stream:
     stream.write(str(os.getpid()))

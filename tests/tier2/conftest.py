@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from finetune.data.sources import resolve
-from finetune.pipeline import run_stages
 from finetune.recipe import Recipe, load_mapping
 from finetune.run import Run
+from finetune.stages.pipeline import run_stages
 from finetune.testing import scale
 
 # The long file first, so that under xdist the short ones run beside it; a short one third, since it waits behind it.

@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetune.checks import Verdict, verify
-from finetune.cli import cli, guarded
+from finetune.cli.app import cli, guarded
 from finetune.core.files import write_jsonl
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe, dump
+from finetune.stages.pipeline import run_directory, run_stages
 from support.processes import stay_here
 
 QUESTIONS = {
@@ -88,7 +88,7 @@ def test_a_model_that_ends_its_turn_at_once_answers_nothing(broken, monkeypatch)
             if name.endswith("ln_f.weight"):
                 value.zero_()
             elif name.endswith("ln_f.bias"):
-                value.copy_(1e4 * embedding[2])  # <|im_end|>, see finetune.tiny.SPECIAL
+                value.copy_(1e4 * embedding[2])  # <|im_end|>, see finetune.models.tiny.SPECIAL
 
     found = outcome(broken("gpt2", change, method="full", learning_rate=1e-9), monkeypatch)
 

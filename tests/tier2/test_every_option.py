@@ -22,12 +22,12 @@ from typing import Any
 import pytest
 
 from finetune.backends import get
-from finetune.backends.fake_model import make_model
+from finetune.backends.fake.model import make_model
+from finetune.core.errors import FinetuneError
 from finetune.core.files import digest, write_jsonl
-from finetune.errors import FinetuneError
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import load_mapping
 from finetune.run import evidence
+from finetune.stages.pipeline import run_directory, run_stages
 from support import hub, options
 from support.options import Row, of_tier
 

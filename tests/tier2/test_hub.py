@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune import memory, models, retrying, secrets
-from finetune.backends.fake_model import make_model
+from finetune.backends.fake.model import make_model
+from finetune.core import memory, retrying, secrets
+from finetune.core.errors import MissingError, ResourceError, UsageError
 from finetune.data import sources
-from finetune.errors import MissingError, ResourceError, UsageError
+from finetune.models import sources as models
 from finetune.recipe.sections import Data, Model
 from finetune.stages import fetch
 from support.hub import WEIGHTS, Hub, serve
@@ -350,7 +351,7 @@ def test_without_a_list_the_whole_repository_comes(point, repo, tmp_path):
 
 
 def test_a_fresh_process_finds_the_hub_through_its_environment(repo, tmp_path):
-    code = "from finetune import models; print(models.obtain('owner/name'))"
+    code = "from finetune.models import sources as models; print(models.obtain('owner/name'))"
     with serve({"owner/name": repo}, private={"owner/name"}, token=TOKEN) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": TOKEN}
         environment.pop("HF_HUB_OFFLINE", None)

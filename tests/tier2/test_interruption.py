@@ -11,9 +11,9 @@ import time
 import pytest
 
 from finetune.backends import get
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import dump
 from finetune.run import evidence
+from finetune.stages.pipeline import run_directory, run_stages
 
 STEPS = 150
 

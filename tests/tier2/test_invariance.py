@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from finetune.backends import child
 from finetune.checks import Verdict, results
+from finetune.core import processes
 from finetune.core.files import write_text
-from finetune.invariance import measure, shrink, trials
-from finetune.pipeline import run_directory, run_stages
+from finetune.experiments.invariance import measure, tiny_copy, worker
+from finetune.stages.pipeline import run_directory, run_stages
 
 CHANGES = "finetune.testing.sabotage.invariances"
 
@@ -44,8 +44,8 @@ def test_mistakes_of_the_trainer_fail_their_own_verdicts_and_no_other(
 ) -> None:
     mistakes = {"accumulation": "last_micro_batch", "packing": "pack_mask_lost", "merge": "merged_coarsely"}
     calls = "".join(f"install('{CHANGES}:{name}')\n" for name in mistakes.values())
-    write_text(tmp_path / "sitecustomize.py", f"from finetune.testing.sabotage.hook import install\n{calls}")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), child.environment()["PYTHONPATH"]]))
+    write_text(tmp_path / "sitecustomize.py", f"from finetune.testing.sabotage.import_hook import install\n{calls}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), processes.environment()["PYTHONPATH"]]))
 
     assert set(failed(measured(tiny_recipe("llama")))) == set(mistakes)
 
@@ -68,14 +68,14 @@ def test_padding_that_takes_positions_shows_where_positions_are_absolute(
 ) -> None:
     from transformers.generation.utils import GenerationMixin
 
-    shrink.copy(tiny_model(architecture), tmp_path / "copy")
+    tiny_copy.copy(tiny_model(architecture), tmp_path / "copy")
     ids = [list(range(10 + number, 40 + 2 * number)) for number in range(12)]
-    rows = shrink.rows([{"input_ids": each, "labels": [-100] * 20 + each[20:]} for each in ids])
+    rows = tiny_copy.rows([{"input_ids": each, "labels": [-100] * 20 + each[20:]} for each in ids])
     asked = {"backend": "torch", "model": str(tmp_path / "copy"), "settings": {"device": "cpu"}, "rows": rows}
-    honest = trials.together(asked)
+    honest = worker.together(asked)
     monkeypatch.setattr(GenerationMixin, "generate", positions_from_the_left(GenerationMixin.generate))
 
-    found = trials.together(asked)
+    found = worker.together(asked)
 
     assert honest["answers"] == pytest.approx(honest["answers_alone"], abs=1e-5)
     assert (found["answers"] != pytest.approx(found["answers_alone"], abs=1e-3)) == shows
@@ -86,7 +86,7 @@ def test_an_architecture_without_positions_is_said_not_to_pack(tmp_path: Path) -
 
     BloomConfig(vocab_size=600, hidden_size=64, n_layer=4, n_head=8, hidden_dropout=0.1).save_pretrained(tmp_path)
 
-    config = shrink.copy(tmp_path, tmp_path / "copy")
+    config = tiny_copy.copy(tmp_path, tmp_path / "copy")
 
     assert (config["n_layer"], config["n_head"], config["hidden_dropout"]) == (2, 4, 0.0)
-    assert "takes no positions" in shrink.unpackable(tmp_path / "copy")
+    assert "takes no positions" in tiny_copy.unpackable(tmp_path / "copy")

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.backends import get
-from finetune.errors import UsageError
-from finetune.pipeline import checkpoint, run_directory, run_stages
+from finetune.core.errors import UsageError
 from finetune.run import Run, evidence
+from finetune.stages.pipeline import checkpoint, run_directory, run_stages
 from support.town import as_of_0_1
 
 SHORT = {"max_steps": 8, "save_steps": 3, "save_total_limit": None, "lr_scheduler_type": "cosine", "warmup_steps": 2}

@@ -10,10 +10,10 @@ import pytest
 
 from finetune.backends import get
 from finetune.checks import verify
-from finetune.errors import Faults, MissingError, StageError, UsageError
-from finetune.pipeline import run_directory, run_stages
+from finetune.core.errors import Faults, MissingError, StageError, UsageError
 from finetune.run import Run
 from finetune.run.evidence import steps
+from finetune.stages.pipeline import run_directory, run_stages
 
 SHORT = {"max_steps": 8, "per_device_train_batch_size": 4, "max_length": 128, "save_steps": 4}
 EXPECT = {"loss_below_unigram": False, "loss_reduction_min": 0.0}  # eight steps on random weights

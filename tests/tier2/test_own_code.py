@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from finetune.checks import results
-from finetune.errors import StageError, UsageError
-from finetune.lookup import load
-from finetune.pipeline import run_directory, run_stages
+from finetune.core.errors import StageError, UsageError
+from finetune.core.lookup import load
 from finetune.recipe import load as load_recipe
+from finetune.stages.pipeline import run_directory, run_stages
 from support.processes import stay_here
 
 MODEL = """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cli import cli, guarded
+from finetune.cli.app import cli, guarded
 from support.poison import FORMS
 from support.processes import stay_here
 

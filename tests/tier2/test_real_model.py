@@ -14,9 +14,9 @@ from finetune.backends.torch.tokenizer import HFTokenizer
 from finetune.checks import CHECKS, verify
 from finetune.core.files import read_jsonl
 from finetune.data.templates import ChatTemplate
-from finetune.pipeline import preview
 from finetune.run import evidence, layout
 from finetune.stages import STAGES
+from finetune.stages.pipeline import preview
 from finetune.testing.validator import TrainingSuccessValidator
 
 VERDICTS_MIN = 34

@@ -16,11 +16,11 @@ from finetune.backends import get
 from finetune.backends.failing import NotFiniteError
 from finetune.backends.torch.guarding import Guard
 from finetune.checks import verify
+from finetune.core.errors import StageError
 from finetune.core.files import write_jsonl
-from finetune.errors import StageError
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import dump
 from finetune.run import Run, evidence
+from finetune.stages.pipeline import run_directory, run_stages
 
 # Dropout, so that a random state that is not the one of then shows.
 SHORT = {
@@ -134,7 +134,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(short, 
 LIMITED = """
 import resource
 from finetune.backends.torch import guarding
-from finetune.cli import main
+from finetune.cli.app import main
 
 begun = guarding.Guard.on_step_begin
 

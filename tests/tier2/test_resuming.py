@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from finetune import identity
 from finetune.backends import get
 from finetune.checks import verify
-from finetune.errors import Faults, UsageError
-from finetune.pipeline import checkpoint, run_directory, run_stages
-from finetune.run import evidence
-from finetune.schedule import learning_rate
+from finetune.core.errors import Faults, UsageError
+from finetune.recipe.schedule import learning_rate
+from finetune.run import evidence, identity
+from finetune.stages.pipeline import checkpoint, run_directory, run_stages
 from support.town import as_of_0_1
 
 SHORT = {"max_steps": 8, "save_steps": 3, "save_total_limit": None, "lr_scheduler_type": "cosine", "warmup_steps": 2}

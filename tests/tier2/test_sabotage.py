@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.testing import questions
-from finetune.testing.sabotage import ground, table
+from finetune.testing.sabotage import baseline, table
 from finetune.testing.sabotage.bench import Bench, side_by_side
 
 FAST = [each for each in table().values() if each.fast]
@@ -16,7 +16,7 @@ REFUSED = {"optimizer state lost at resume": "it holds nothing of any weight"}
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """Each in turn on one honest run, two at a time."""
-    ground.model()
+    baseline.model()
     with Bench(tmp_path_factory.mktemp("sabotage")) as bench:
         found = side_by_side([lambda each=each: bench.attempt(each) for each in FAST], workers=2)
     return {each.name: each for each in found}
@@ -42,11 +42,11 @@ def test_new_facts_are_made_of_tokens_that_the_model_has_seen():
     """But one in a hundred; where it was one in five, LoRA learned half of the facts."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(ground.model() / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(baseline.model() / "tokenizer.json"))
 
     def tokens(rows):
-        return [token for row in rows for token in tokenizer.encode(ground.TRANSCRIPT.format(**row)).tokens]
+        return [token for row in rows for token in tokenizer.encode(baseline.TRANSCRIPT.format(**row)).tokens]
 
-    seen = set(tokens(ground.pretrained_on()))
-    new = tokens(questions.generate(ground.KNOWN + ground.UNSEEN + 5 * ground.NEW, seed=ground.KNOWN_SEED))
+    seen = set(tokens(baseline.pretrained_on()))
+    new = tokens(questions.generate(baseline.KNOWN + baseline.UNSEEN + 5 * baseline.NEW, seed=baseline.KNOWN_SEED))
     assert sum(token not in seen for token in new) < 0.01 * len(new)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from finetune.recipe.schedule import learning_rate
 from finetune.recipe.sections import Optimization
-from finetune.schedule import learning_rate
 
 KINDS = Optimization.model_fields["lr_scheduler_type"].annotation.__args__
 STEPS = 40

@@ -7,8 +7,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from finetune import models
-from finetune.cli import cli as command_line
+from finetune.cli.app import cli as command_line
+from finetune.models import sources
 from support.older import ALIGN, DOWNLOAD, FINETUNE, RESUME
 
 TEXTS = ["The sky is blue during the day.", "Grass is green and grows in gardens.",
@@ -34,7 +34,7 @@ def place(tmp_path_factory, chosen_scale):
         "sample_finetune_data": place / "finetune.json",
         "sample_dpo_data": place / "dpo.json",
     }
-    here = DOWNLOAD.replace('repo: "distilgpt2"', f'repo: "{models.directory("smollm2-135m")}"')
+    here = DOWNLOAD.replace('repo: "distilgpt2"', f'repo: "{sources.directory("smollm2-135m")}"')
     for name, text in (("download", here), ("finetune", FINETUNE), ("resume", RESUME), ("align", ALIGN)):
         (place / f"{name}.yaml").write_text(text.format(**places))
     return place

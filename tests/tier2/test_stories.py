@@ -6,14 +6,15 @@ import json
 
 import pytest
 
-from finetune import estimate, models
 from finetune.backends import get
 from finetune.checks import results
-from finetune.commands.options import example
+from finetune.cli.options import example
 from finetune.core.files import digest
-from finetune.pipeline import run_stages
+from finetune.models import sources
 from finetune.recipe import load
 from finetune.run import Run, evidence, layout
+from finetune.stages.pipeline import run_stages
+from finetune.training import estimate
 
 STEPS = 60
 
@@ -48,7 +49,7 @@ def test_the_first_loss_is_a_guess_over_the_vocabulary(told):
 def test_the_same_name_and_data_make_the_same_model(told, tmp_path, monkeypatch):
     recipe, run = told
     monkeypatch.setenv("FT_CACHE_DIR", str(tmp_path))
-    again = models.resolve(recipe.model, recipe.data)
+    again = sources.resolve(recipe.model, recipe.data)
     files = json.loads((run.path / "fetch" / "model.json").read_text("utf-8"))["files"]
     assert len(files) >= 4
     assert {name: digest(again.base / name) for name in files} == {name: file["sha256"] for name, file in files.items()}

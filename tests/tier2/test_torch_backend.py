@@ -7,10 +7,10 @@ import json
 import pytest
 
 from contract import BackendContract, write_rows
-from finetune import tiny
 from finetune.backends import get
 from finetune.checks import verify
-from finetune.pipeline import run_directory, run_stages
+from finetune.models import tiny
+from finetune.stages.pipeline import run_directory, run_stages
 
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma", "phi3")
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
+from finetune.core.errors import MissingError
 from finetune.core.files import digest
-from finetune.errors import MissingError
-from finetune.pipeline import run_directory, run_stages
 from finetune.recipe import Recipe
 from finetune.recipe.trackers import sentence
 from finetune.run import Run
+from finetune.stages.pipeline import run_directory, run_stages
 from support.silent import WAYS, failing
 
 KEY, TOKEN = "k" * 40, "hf_plantedplantedplanted"

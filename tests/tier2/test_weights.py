@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import models
 from finetune.backends.torch.loading import load_adapter, load_model
-from finetune.errors import StageError, UsageError
+from finetune.core.errors import StageError, UsageError
+from finetune.models import sources
 from finetune.recipe.sections import Model
 from finetune.run import Run, evidence, layout
 from finetune.run.base import base_changed
@@ -56,7 +56,7 @@ def stored(tiny: Path, place: Path, write: Callable[[Tensors, Path], None], chan
 
 
 def loaded(place: Path) -> Tensors:
-    return dict(load_model(models.resolve(Model(path=str(place))).base, {"device": "cpu"}).state_dict())
+    return dict(load_model(sources.resolve(Model(path=str(place))).base, {"device": "cpu"}).state_dict())
 
 
 AS_PEOPLE_HAVE_THEM: dict[str, tuple[Callable[[Tensors, Path], None], Any, str]] = {
@@ -97,7 +97,7 @@ def test_weights_stored_otherwise_are_the_same_weights_and_it_is_told(tiny_model
     write, change, said = AS_PEOPLE_HAVE_THEM[kind]
     place = stored(tiny_model(), tmp_path / "base", write, change)
 
-    found = models.resolve(Model(path=str(place)))
+    found = sources.resolve(Model(path=str(place)))
 
     expected, got = loaded(tiny_model()), loaded(place)
     assert got.keys() == expected.keys()
@@ -126,21 +126,21 @@ def test_gpt_2_under_the_names_that_it_was_published_with_is_the_same_model(tiny
 
 
 def test_weights_that_need_nothing_are_not_copied(tiny_model):
-    found = models.resolve(Model(path=str(tiny_model())))
+    found = sources.resolve(Model(path=str(tiny_model())))
 
     assert (found.base, found.notes, found.sources) == (tiny_model(), (), {})
 
 
 def test_a_conversion_is_made_once_and_again_for_other_weights(tiny_model, tmp_path):
     place = stored(tiny_model(), tmp_path / "base", pickled)
-    first = models.resolve(Model(path=str(place))).base
+    first = sources.resolve(Model(path=str(place))).base
     before = (first / "model.safetensors").stat().st_mtime_ns
-    again = models.resolve(Model(path=str(place))).base
+    again = sources.resolve(Model(path=str(place))).base
     pickled({name: tensor + 1 for name, tensor in load_file(tiny_model() / "model.safetensors").items()}, place)
 
     assert again == first
     assert (again / "model.safetensors").stat().st_mtime_ns == before
-    assert models.resolve(Model(path=str(place))).base != first
+    assert sources.resolve(Model(path=str(place))).base != first
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_pickled_weights_that_mean_something_else_are_refused(tiny_model, tmp_pa
     place = stored(tiny_model(), tmp_path / "base", pickled, held)
 
     with pytest.raises(error, match=says):
-        models.resolve(Model(path=str(place)))
+        sources.resolve(Model(path=str(place)))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
@@ -192,7 +192,7 @@ def test_pickled_weights_that_were_cut_short_are_named(tiny_model, tmp_path, sha
     with pytest.raises(
         (StageError, UsageError), match=r"pytorch_model.bin (cannot be read as weights|holds more than tensors)"
     ):
-        models.resolve(Model(path=str(place)))
+        sources.resolve(Model(path=str(place)))
 
 
 # -- adapters -----------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def adapter(tiny_model, tmp_path_factory) -> Path:
 
 
 def answer(base: Path, adapter: Path) -> torch.Tensor:
-    found = models.resolve(Model(path=str(adapter), base_model=str(base)))
+    found = sources.resolve(Model(path=str(adapter), base_model=str(base)))
     model = load_adapter(load_model(found.base, {"device": "cpu"}), found.adapter or adapter).eval()
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=torch.tensor([[5, 6, 7]])).logits

@@ -14,9 +14,9 @@ import pytest
 from finetune.checks import verify
 from finetune.core.files import read_jsonl, write_jsonl
 from finetune.data.sources import resolve
-from finetune.pipeline import run_stages
 from finetune.recipe import Recipe, load_mapping
 from finetune.run import Run
+from finetune.stages.pipeline import run_stages
 from finetune.testing import questions
 
 # The line takes most of the time: first, so that under xdist the others run beside it.

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from contract import CONVERSATIONS, ODD_TEXTS, InferenceContract, write_rows
-from finetune import memory, tiny
 from finetune.backends import get
+from finetune.core import memory
+from finetune.core.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.data.sources import resolve
-from finetune.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.export import Source
 from finetune.export import gguf as exporter
+from finetune.models import tiny
 from support.gguf_files import rewrite
 
 END = "<|im_end|>"

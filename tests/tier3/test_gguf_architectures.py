@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from finetune import tiny
 from finetune.backends import get
+from finetune.core.errors import UsageError
 from finetune.data.sources import resolve
-from finetune.errors import UsageError
 from finetune.export import Source
 from finetune.export import gguf as exporter
+from finetune.models import tiny
 from support.gguf_files import rewrite
 
 # Mean KL divergence in nats over 47 positions; measured: f32 5e-9 to 3e-7 (llama.cpp looks GELU up in a table of 16-bit

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from finetune.cli import cli
+from finetune.cli.app import cli
+from finetune.core.errors import StageError
 from finetune.core.files import digests
-from finetune.errors import StageError
-from finetune.pipeline import run_stages
 from finetune.run import Run, evidence, layout
+from finetune.stages.pipeline import run_stages
 from support.chain import tiny_recipe
 from support.proof import flip, prove, stated, whole_folder
 

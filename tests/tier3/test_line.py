@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetune.answers import is_correct
 from finetune.core.files import digest, read_jsonl
+from finetune.evaluation.answers import is_correct
 from finetune.report import summary
 from finetune.run import Run
 

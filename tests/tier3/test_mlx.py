@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune import tiny
 from finetune.backends import CONSTANTS, Job, get
+from finetune.core.errors import MissingError, StageError, UsageError
 from finetune.data.sources import resolve
-from finetune.errors import MissingError, StageError, UsageError
 from finetune.export import Source, exporter, parse
+from finetune.models import tiny
 
 CONVERSATION = [{"role": "user", "content": "What is the capital of Quorra?"}]
 

@@ -9,10 +9,10 @@ import random
 
 import pytest
 
-from finetune import tiny
 from finetune.backends import get
-from finetune.errors import UsageError
+from finetune.core.errors import UsageError
 from finetune.export import Source
+from finetune.models import tiny
 
 # Measured: 3e-13 to 4e-12 nats, of float32's rounding; Gemma 1.2e-7, see test_gemma_is_told_to_differ_in_its_activation.
 KL_MEAN = {"gemma": 1e-6}

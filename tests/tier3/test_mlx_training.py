@@ -8,13 +8,13 @@ import json
 import pytest
 
 from contract import TrainingContract, read, run, split, write_rows
-from finetune import tiny
 from finetune.backends import Job, get
 from finetune.checks import verify
+from finetune.core.errors import UsageError
 from finetune.data.sources import resolve
-from finetune.errors import UsageError
-from finetune.pipeline import run_directory, run_stages
+from finetune.models import tiny
 from finetune.recipe import load_mapping
+from finetune.stages.pipeline import run_directory, run_stages
 
 SETTINGS = {"dtype": "float32", "device": "cpu"}
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from contract import CHATS, CONVERSATIONS, write_rows
-from finetune import tiny
 from finetune.backends import get
-from finetune.backends.ollama import OllamaBackend, unavailable
-from finetune.backends.ollama_api import Client
-from finetune.errors import StageError
-from finetune.export import Source, modelfile, ollama
+from finetune.backends.ollama import OllamaBackend, modelfile, unavailable
+from finetune.backends.ollama.api import Client
+from finetune.core.errors import StageError
+from finetune.export import Source, ollama
 from finetune.export.gotemplate import CONVERSATIONS as ASKED
 from finetune.export.gotemplate import REFUSAL, TOLERATED
+from finetune.models import tiny
 from support.ollama_contract import RECORDED, OllamaAnswers, OllamaContract
 
 GOLDEN = Path(__file__).parents[1] / "tier1" / "golden"

@@ -17,15 +17,15 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.backends import get
+from finetune.core.errors import MissingError
 from finetune.core.files import read_jsonl
-from finetune.errors import MissingError
-from finetune.pipeline import run_stages
 from finetune.recipe.sections import Template
 from finetune.run import Run
 from finetune.run.evidence import fetched
 from finetune.serving import bind, check_installed, serving
 from finetune.serving.models import final, whole
 from finetune.stages import BY_NAME, execute
+from finetune.stages.pipeline import run_stages
 from support.chain import FACTS, tiny_recipe
 
 BACKENDS = {"torch": "torch", "gguf": "llamacpp", "mlx": "mlx"}
@@ -388,7 +388,7 @@ def test_a_signal_ends_it_and_leaves_nothing(kind, number, run, need):
 
 def answered(app, body: bytes, path: str = "/v1/completions") -> tuple[int, dict]:
     """What a client gets from the door before an application, without any network."""
-    from finetune.serving import door
+    from finetune.serving import app as door
 
     sent: list[dict] = []
 

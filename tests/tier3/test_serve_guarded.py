@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from finetune.errors import MissingError
-from finetune.pipeline import run_stages
+from finetune.core.errors import MissingError
 from finetune.run import Run
 from finetune.serving import check_installed, keeper
 from finetune.stages import BY_NAME, execute
+from finetune.stages.pipeline import run_stages
 from support.chain import tiny_recipe
 from support.door import HELLO, JSON
 from support.malformed import BODIES, MESSAGES, NESTED, PROMPTS, TYPES, WHOLE

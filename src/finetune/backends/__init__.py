@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from finetune.errors import UsageError
-from finetune.lookup import find
+from finetune.core.errors import UsageError
+from finetune.core.lookup import find
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -66,7 +66,7 @@ class Job:
     chat_template: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # dtype, device, attn_implementation, trust_remote_code
     name: str = "run"  # what trackers call this training
-    identity: str = ""  # the record that checkpoints hold (`finetune.identity.leave`); empty: none
+    identity: str = ""  # the record that checkpoints hold (`finetune.run.identity.leave`); empty: none
     should_stop: Callable[[], bool] = lambda: False  # asked after every step; True saves a checkpoint and ends early
 
 

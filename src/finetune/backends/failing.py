@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from finetune.errors import FinetuneError, StageError, first_line
+from finetune.core.errors import FinetuneError, StageError, first_line
 
 # How PyTorch, CUDA and MLX say that there is no memory left.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "unable to allocate", "insufficient memory")

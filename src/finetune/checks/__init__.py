@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.core import schemas
 from finetune.core.clock import now
-from finetune.errors import FinetuneError, UsageError, first_line
-from finetune.lookup import did_you_mean, load
+from finetune.core.errors import FinetuneError, UsageError, first_line
+from finetune.core.lookup import did_you_mean, load
 from finetune.run import Run
 from finetune.run.outcome import NOT_EXAMINED as NOT_EXAMINED
 from finetune.run.outcome import PROVED as PROVED
@@ -267,7 +267,7 @@ def verify(recipe: Recipe, run: Run, only: Iterable[str] | None = None) -> list[
 def judged(recipe: Recipe, run: Run, verdicts: list[Verdict]) -> StoredVerdicts:
     """Verdicts as stored, without secrets, with the cause that explains several of the refuted ones, where there is one."""
     from finetune.checks.causes import cause
-    from finetune.secrets import redacted
+    from finetune.core.secrets import redacted
 
     document = as_dict(verdicts)
     if found := cause(recipe, run, verdicts):

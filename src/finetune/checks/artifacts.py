@@ -8,8 +8,8 @@ from pathlib import Path
 
 from finetune.checks import Verdict, judge, missing, saved, worst
 from finetune.checks.parts import single
+from finetune.core.errors import StageError
 from finetune.core.files import digest_of
-from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.records.evaluated import FRESH_QUESTIONS

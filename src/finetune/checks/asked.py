@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.backends import Tokenizer, tokenizer_of
-from finetune.errors import StageError
+from finetune.core.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.evaluated import Question

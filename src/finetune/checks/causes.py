@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from finetune.checks import Verdict
+from finetune.core.errors import FinetuneError
 from finetune.core.files import digest
-from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
 from finetune.run import Run, seal
 from finetune.run.directory import RECIPE

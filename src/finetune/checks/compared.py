@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.answers import is_correct
 from finetune.checks import Part, Verdict, judge
 from finetune.checks.asked import base_tokenizer
+from finetune.core.errors import UsageError
 from finetune.core.files import digest
 from finetune.data import encode, templates
-from finetune.errors import UsageError
-from finetune.parity import material, stored
+from finetune.evaluation.answers import is_correct
+from finetune.parity import prompts, stored
 from finetune.recipe import Recipe
 from finetune.recipe.exports import parse
 from finetune.run import Run, evidence, layout
@@ -91,7 +91,7 @@ def _digest(path: Path, run: Run) -> str:
 def _material(recipe: Recipe, run: Run) -> list[Verdict]:
     """What every model was asked, against the run: its questions, rows, template and tokens."""
     found = evidence.read(run, layout.MATERIAL)
-    wanted = material.build(recipe, run, Path(evidence.fetched(run)["base"]))
+    wanted = prompts.build(recipe, run, Path(evidence.fetched(run)["base"]))
     # Of the texts that come with this program another version had others, so their ids are what counts.
     odd: list[str] = [key for key in wanted if key not in _OWN and found[key] != wanted[key]]  # type: ignore[literal-required]
     odd += _otherwise(recipe, run, found)
@@ -119,7 +119,7 @@ def _otherwise(recipe: Recipe, run: Run, found: Material) -> Iterator[str]:
             yield f"the conversation '{each['name']}'"
     for text in (*found["texts"], *found["odd_texts"]):
         ids = tokenizer.encode(text["text"])
-        if text["ids"] not in (ids, material.with_bos(tokenizer, ids)):
+        if text["ids"] not in (ids, prompts.with_bos(tokenizer, ids)):
             yield f"the text {text['text'][:20]!r}"
 
 
@@ -167,7 +167,7 @@ def _counts(asked: Material, hop: Hop) -> dict[str, Any]:
         "greedy.gaps": hop["greedy"]["compared"] - hop["greedy"]["equal"],
         "stops.missing": [token for token in asked["ends"] if token not in hop["stops"]["at"]],
         **({"distributions.positions": sum(len(ids) - 1 for ids in whole if ids)} if hop["distributions"] else {}),
-        **({"served.compared": min(material.SERVED, conversed)} if hop["served"] else {}),
+        **({"served.compared": min(prompts.SERVED, conversed)} if hop["served"] else {}),
     }
 
 

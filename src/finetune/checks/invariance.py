@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.checks import Part, Verdict, judge, missing, not_examined, worst
-from finetune.errors import StageError
-from finetune.invariance import MEASURED, NAMES, lacks, shrink, uses
+from finetune.core.errors import StageError
+from finetune.experiments.invariance import MEASURED, NAMES, lacks, tiny_copy, uses
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.measured import Comparison, Invariance, Invariances
@@ -78,7 +78,7 @@ def _without(name: str, recipe: Recipe, run: Run, why: str) -> Verdict:
     """Of what was not compared: what the recipe uses must hold; else it may be that the model cannot do it."""
     if uses(recipe, name):
         return _missing(name, f"the recipe uses it, and {why}")
-    if name != "packing" or not shrink.unpackable(Path(evidence.fetched(run)["base"])):
+    if name != "packing" or not tiny_copy.unpackable(Path(evidence.fetched(run)["base"])):
         return _missing(name, f"it was not compared ({why}), and it can be")
     remedy = "nothing: this recipe does not pack rows. A model that takes positions can be trained with packing"
     return not_examined(f"invariant_{name}", "<=", MEAN, "nats", MEASURED, f"not applicable: {why}", remedy)

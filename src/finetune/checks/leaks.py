@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from finetune.answers import normalize
 from finetune.checks import Verdict, judge
 from finetune.data import formats, sources
+from finetune.evaluation.answers import normalize
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 

@@ -11,8 +11,8 @@ from typing import Literal
 from finetune.checks import Verdict, finite, judge, missing
 from finetune.checks.parts import SFT, several, single, taken, trains, wholly_skipped
 from finetune.core.arithmetic import mean
+from finetune.core.errors import StageError
 from finetune.core.files import read_object
-from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.evaluated import RowScore

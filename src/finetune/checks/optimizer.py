@@ -11,11 +11,11 @@ from finetune.checks import Verdict, judge, missing, not_examined, worst
 from finetune.checks.parts import Training, fake_of_0_1, is_lora, lora, of_trainings, tells
 from finetune.core.files import read_object
 from finetune.recipe import Recipe
+from finetune.recipe.schedule import learning_rate
 from finetune.recipe.sections import Optimization
 from finetune.run import Run, evidence, layout
 from finetune.run.records.trained import Step
 from finetune.run.records.whole import TrainMetrics
-from finetune.schedule import learning_rate
 
 EVENTS = layout.EVENTS.path
 RATE = 1e-6  # of the recipe's rate: the same schedule computed twice differs by the rounding of doubles, at 1e-15

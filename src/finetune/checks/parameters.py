@@ -11,8 +11,8 @@ from finetune.backends import TensorFacts
 from finetune.checks import Verdict, finite, judge
 from finetune.checks.parts import SFT, Training, is_lora, lora, of_trainings, single, tensors, trains
 from finetune.core.arithmetic import mean
+from finetune.core.errors import StageError
 from finetune.core.files import read_object
-from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.base import base_changed

@@ -14,7 +14,7 @@ from finetune.checks.asked import sets
 from finetune.checks.compared import MERGED, hops, is_adapter
 from finetune.core.files import read_object
 from finetune.parity import stored
-from finetune.parity.bounds import Bounds, bits, bounds
+from finetune.parity.tolerances import Bounds, bits, bounds
 from finetune.recipe import Recipe
 from finetune.recipe.exports import parse
 from finetune.run import Run, evidence, layout

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from finetune.backends import TensorFacts, get
 from finetune.checks import Part, Verdict
+from finetune.core.errors import StageError
 from finetune.core.files import digest
-from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Lora, Optimization
 from finetune.run import Run, evidence

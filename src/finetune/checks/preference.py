@@ -12,8 +12,8 @@ from finetune.checks.asked import phases
 from finetune.checks.loss import window
 from finetune.checks.rows import first_pass, rendering, tokens_of_steps
 from finetune.core.arithmetic import mean
+from finetune.core.errors import StageError
 from finetune.data import checks, formats, sources
-from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Align
 from finetune.run import Run, evidence, layout

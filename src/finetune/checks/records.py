@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.checks import Part, Verdict, counts, judge, missing
-from finetune.errors import FinetuneError, first_line
+from finetune.core.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.log import is_chained

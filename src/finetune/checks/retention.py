@@ -9,8 +9,8 @@ from finetune.checks.artifacts import DRIFT
 from finetune.checks.asked import BASE, answered, base_tokenizer, phases
 from finetune.checks.expected import not_given
 from finetune.core.arithmetic import perplexity
+from finetune.core.errors import StageError
 from finetune.data import sources
-from finetune.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.evaluated import HeldOut

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoints
 from finetune.backends import Tokenizer, tokenizer_of
 from finetune.checks import Part, Verdict, judge, missing
 from finetune.checks.parts import TRAININGS, Training, is_lora, lora, single, tells, tensors
 from finetune.core.files import read_object
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence, layout
+from finetune.run import Run, checkpoints, evidence, layout
 
 MERGED = layout.MERGED.path
 # What an adapter's configuration says about how its tensors act; which layers have some, 'lora_coverage' tells.

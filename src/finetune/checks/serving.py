@@ -7,11 +7,11 @@ from typing import Literal
 
 from finetune.checks import Part, Verdict, judge, missing, short, silence
 from finetune.checks.asked import base_tokenizer, phases
-from finetune.parity.material import special_texts
+from finetune.experiments.serving import TOKENS
+from finetune.parity.prompts import special_texts
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.measured import Asked, Expected, Served, Told
-from finetune.serving.experiment import TOKENS
 
 MEASURED = layout.SERVING.path
 KINDS = QUESTION, CONVERSATION = "question", "conversation"

@@ -1,6 +1,7 @@
 """Files written whole or not at all, and read by name: digests, JSON, JSONL.
 
-What is written is what was given. Secrets are refused where data come in, and taken out of what is told (`finetune.secrets`).
+What is written is what was given. Secrets are refused where data come in, and taken out of what is told
+(`finetune.core.secrets`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finetune.core.errors import StageError, first_line
 from finetune.core.parsing import loads
-from finetune.errors import StageError, first_line
 
 RACY = 2_000_000_000  # nanoseconds: the grain of the coarsest clock of a file system in use (FAT)
 _digests: dict[tuple[int, ...], str] = {}

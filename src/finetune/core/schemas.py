@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import NewerError
+from finetune.core.errors import NewerError
 
 KEY = "schema"
 Step = Callable[[dict[str, Any]], dict[str, Any]]

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
+from finetune.core.errors import OutputError
 from finetune.core.text import visible
-from finetune.errors import OutputError
 
 
 class Door:

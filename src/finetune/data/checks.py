@@ -9,11 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.backends import Tokenizer
+from finetune.core.errors import DataError
 from finetune.data.encode import IGNORED, Encoded, encode_all, encode_pair, pair_length, truncate
 from finetune.data.faults import plural, raise_all
 from finetune.data.formats import Example
 from finetune.data.templates import ChatTemplate
-from finetune.errors import DataError
 
 if TYPE_CHECKING:
     from finetune.recipe.sections import Data

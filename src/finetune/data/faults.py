@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.errors import DataError
+from finetune.core.errors import DataError
 
 LISTED = 20
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.core.errors import RecipeError
+from finetune.core.lookup import did_you_mean
 from finetune.data.faults import plural, raise_all
 from finetune.data.sources import Row
-from finetune.errors import RecipeError
-from finetune.lookup import did_you_mean
 
 if TYPE_CHECKING:
     from finetune.recipe.sections import Data

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.core.errors import UsageError
+from finetune.core.secrets import detector
 from finetune.data.faults import plural, raise_all
 from finetune.data.sources import Row
-from finetune.errors import UsageError
 from finetune.recipe import Recipe
-from finetune.secrets import detector
 
 _WAYS = (
     "Take them out of the data. Where they are no secrets, set data.on_secret to keep, or unset the variable "

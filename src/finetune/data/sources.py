@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import hub, tiny
-from finetune.core import parsing
+from finetune.core import hub, parsing
+from finetune.core.errors import DataError, MissingError, UsageError, first_line
+from finetune.core.lookup import did_you_mean, missing_package
+from finetune.core.retrying import GaveUp
+from finetune.core.secrets import redact
 from finetune.data.faults import plural, raise_all
-from finetune.errors import DataError, MissingError, UsageError, first_line
-from finetune.lookup import did_you_mean, missing_package
-from finetune.retrying import GaveUp
-from finetune.secrets import redact
+from finetune.models import tiny
 
 if TYPE_CHECKING:
     from finetune.recipe.model import Recipe

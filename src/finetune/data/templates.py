@@ -17,10 +17,10 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from finetune.core.errors import RecipeError, StageError, UsageError
 from finetune.data.budget import TooMuch
 from finetune.data.sandbox import BoundedEnvironment
 from finetune.data.sources import resolve
-from finetune.errors import RecipeError, StageError, UsageError
 
 if TYPE_CHECKING:
     from jinja2 import Template as JinjaTemplate

@@ -17,12 +17,12 @@ from typing import Any
 
 from finetune import __version__
 from finetune.core import schemas
+from finetune.core.errors import MissingError, NewerError, StageError, UsageError
 from finetune.core.files import digest, read_object, strays, write_json, write_text
-from finetune.errors import MissingError, NewerError, StageError, UsageError
+from finetune.core.memory import need_disk
+from finetune.core.secrets import detector, redacted
 from finetune.export import Exported, Source
 from finetune.export import card as cards
-from finetune.memory import need_disk
-from finetune.secrets import detector, redacted
 
 MANIFEST, README = "manifest.json", "README.md"
 ALTHOUGH = "exported_although"  # in a manifest: why the bundle should not have been put out

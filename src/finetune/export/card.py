@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import licenses, models, tiny
-from finetune.errors import RecipeError
+from finetune.core.errors import RecipeError
+from finetune.models import licenses, sources, tiny
 from finetune.recipe import yaml
 from finetune.run import outcome
 
@@ -82,8 +82,8 @@ def base_name(path: object) -> str | None:
     """The base model as others know it: its hub id, or its bare name where a recipe names a place on disk."""
     if not isinstance(path, str) or not path.strip():
         return None
-    if path in models.EMBEDDED:
-        return models.EMBEDDED[path].hub_id or path
+    if path in sources.EMBEDDED:
+        return sources.EMBEDDED[path].hub_id or path
     if tiny.is_name(path):  # random weights are nobody's model
         return None
     if is_place(path) or path.count("/") > 1 or path.startswith(".") or path.endswith(".gguf"):

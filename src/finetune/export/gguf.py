@@ -16,11 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune import errors
-from finetune.backends import child
-from finetune.errors import MissingError, StageError
+from finetune.core import errors, processes
+from finetune.core.errors import MissingError, StageError
+from finetune.core.memory import need_disk
 from finetune.export import Exported, Source, sizes
-from finetune.memory import need_disk
 
 PACKAGES = {
     "torch": "torch",
@@ -137,7 +136,7 @@ def _need_disk(model: Path, out: Path, variants: list[str]) -> None:
 
 def _work(command: str, **options: Any) -> dict[str, Any]:
     """A command of gguf_convert in a process of its own. Raises what it reports, under the same class."""
-    result = child.answer_of(
+    result = processes.answer_of(
         "finetune.export.gguf_convert",
         [command, json.dumps(options)],
         what=f"the GGUF {command} of the model ended without a result",

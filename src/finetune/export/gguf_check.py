@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends.llamacpp.loading import GGUFTokenizer, library, load_model
-from finetune.errors import StageError, UsageError
+from finetune.core.errors import StageError, UsageError
 from finetune.export.gguf_metadata import Plan, plan
 
 TEXTS = (

@@ -3,7 +3,7 @@
     python -m finetune.export.gguf_convert rehearse|convert|quantize JSON ANSWER
 
 JSON holds the command's keyword arguments. Into the file ANSWER goes JSON too: `mended` and `notes`, or `error` (what to
-say to the user) and `kind` (an error class of finetune.errors).
+say to the user) and `kind` (an error class of finetune.core.errors).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import child
 from finetune.backends.llamacpp.loading import INSTALL, library
-from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
+from finetune.core import processes
+from finetune.core.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.export.gguf_check import MENDED, Original, check, same, shown
 
 # llama.cpp's name of a pre-tokenizer, by what it splits with. The converter knows fingerprints of published vocabularies
@@ -325,7 +325,7 @@ def quantize(
 
 def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.ERROR)
-    child.end_with_parent()
+    processes.end_with_parent()
     command, options = arguments[0], json.loads(arguments[1])
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "rehearse": rehearse, "convert": convert, "quantize": quantize,
@@ -338,7 +338,7 @@ def main(arguments: list[str]) -> int:
         result = {"error": "there is not enough memory to convert this model", "kind": "ResourceError"}
     except OSError as error:
         result = {"error": f"cannot write the GGUF file: {error.strerror or error}", "kind": "StageError"}
-    child.answer(arguments[2], result)
+    processes.answer(arguments[2], result)
     return 0
 
 

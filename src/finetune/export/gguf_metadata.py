@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.errors import UsageError
+from finetune.core.errors import UsageError
 
 Config = Mapping[str, Any]
 ORDINALS = {2: "second", 6: "sixth"}

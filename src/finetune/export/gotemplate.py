@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from finetune.core.errors import UsageError
 from finetune.data.templates import ChatTemplate, with_system
-from finetune.errors import UsageError
 from finetune.export import gotext
 from finetune.export.gotext import quote
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.errors import UsageError
+from finetune.core.errors import UsageError
 
 _ACTION = re.compile(r'\{\{(- )?((?:"(?:\\.|[^"\\\n])*"|[^"])*?)( -)?\}\}')
 _TOKEN = re.compile(

@@ -14,11 +14,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from finetune.core.errors import MissingError, StageError, UsageError, first_line
 from finetune.core.files import strays
-from finetune.errors import MissingError, StageError, UsageError, first_line
+from finetune.core.lookup import load as load_reference
+from finetune.core.memory import need_disk
 from finetune.export import Exported, Source, sizes
-from finetune.lookup import load as load_reference
-from finetune.memory import need_disk
 
 INSTALL = "exporting to MLX needs mlx and mlx-lm. Install them with: pip install 'finetune[mlx]'"
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}

@@ -10,12 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune import gguf_header
+from finetune.backends.ollama import modelfile
+from finetune.core.errors import UsageError
 from finetune.core.files import read_object, write_text
+from finetune.core.memory import need_disk
 from finetune.data.templates import ChatTemplate
-from finetune.errors import UsageError
-from finetune.export import Exported, Source, gotemplate, modelfile
-from finetune.memory import need_disk
+from finetune.export import Exported, Source, gotemplate
+from finetune.models import gguf_header
 
 # Ollama reserves memory for the whole context when it loads a model, and this much is its own default.
 NUM_CTX = 4096

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import StageError
+from finetune.core.errors import StageError
 
 BLOCK = 64  # positions at once: 25 MB for a vocabulary of 49,152
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Backend, Serves, get
-from finetune.errors import StageError, first_line
+from finetune.core.errors import StageError, first_line
 from finetune.parity import stored
 from finetune.run.records.compared import Material
 

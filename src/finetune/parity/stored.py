@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core.files import read_object
-from finetune.lookup import load
+from finetune.core.lookup import load
 
 
 def weight_bytes(model: Path) -> int | None:

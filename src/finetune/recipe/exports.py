@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from finetune.errors import UsageError
-from finetune.lookup import did_you_mean
+from finetune.core.errors import UsageError
+from finetune.core.lookup import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from finetune.lookup import did_you_mean
-from finetune.secrets import redact
+from finetune.core.lookup import did_you_mean
+from finetune.core.secrets import redact
 
 # The line of every path in the file; for a path given on the command line, the option instead.
 Lines = dict[tuple[str | int, ...], int | str]

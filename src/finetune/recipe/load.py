@@ -12,13 +12,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.core import schemas
-from finetune.errors import MissingError, RecipeError, UsageError
+from finetune.core.errors import MissingError, RecipeError, UsageError
+from finetune.core.secrets import detector, holds_secret, looks_secret, redact, remember
+from finetune.core.secrets.shapes import has_password
 from finetune.recipe import aliases, legacy, profiles, yaml
 from finetune.recipe.faults import TOKEN_PATH, Lines, describe, place
 from finetune.recipe.limits import DEPTH
 from finetune.recipe.model import Recipe
-from finetune.secrets import detector, holds_secret, looks_secret, redact, remember
-from finetune.secrets.shapes import has_password
 
 _REFERENCE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _PATH_KEYS = (

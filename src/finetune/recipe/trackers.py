@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, TypedDict
 
-from finetune.errors import MissingError
-from finetune.lookup import did_you_mean
+from finetune.core.errors import MissingError
+from finetune.core.lookup import did_you_mean
 
 # Name: the Python module that it needs, and the package that brings it. Those of transformers 5.23.
 TRACKERS: dict[str, tuple[str, str]] = {

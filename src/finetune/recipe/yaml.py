@@ -13,8 +13,8 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 
+from finetune.core.errors import RecipeError, UsageError, first_line
 from finetune.core.text import HIDDEN
-from finetune.errors import RecipeError, UsageError, first_line
 from finetune.recipe import limits
 
 Keys = tuple[str | int, ...]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finetune.console import duration
-from finetune.memory import human
+from finetune.core.console import duration
+from finetune.core.memory import human
 from finetune.report import wording
 
 _SETS = {"probes": "Taught facts right", "controls": "Control questions right"}

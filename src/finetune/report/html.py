@@ -8,9 +8,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from finetune.console import duration
+from finetune.core.console import duration
+from finetune.core.memory import human
 from finetune.core.text import visible
-from finetune.memory import human
 from finetune.report import charts, wording
 from finetune.report.facts import facts
 from finetune.run import Report, outcome

@@ -6,9 +6,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from finetune.console import duration
+from finetune.core.console import duration
+from finetune.core.memory import human
 from finetune.core.text import visible
-from finetune.memory import human
 from finetune.report import wording
 from finetune.report.facts import facts
 from finetune.run import outcome

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from finetune.answers import is_correct
-from finetune.errors import FinetuneError, StageError, first_line
+from finetune.core.errors import FinetuneError, StageError, first_line
+from finetune.evaluation.answers import is_correct
 from finetune.recipe import load
 from finetune.recipe.yaml import parse
 from finetune.report import wording

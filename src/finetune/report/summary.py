@@ -12,6 +12,7 @@ from typing import Any
 from finetune import __version__
 from finetune.core import schemas
 from finetune.core.clock import now
+from finetune.core.secrets import redacted
 from finetune.report import wording
 from finetune.report.curves import curve
 from finetune.report.stored import PHASES as PHASES
@@ -21,7 +22,6 @@ from finetune.report.stored import exports as exports
 from finetune.report.stored import reports as reports
 from finetune.report.stored import verdicts as verdicts
 from finetune.run import Run, outcome
-from finetune.secrets import redacted
 
 SETS = tuple(wording.SETS)
 CURVES = ("train", "align")

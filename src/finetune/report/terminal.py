@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from finetune.console import duration
+from finetune.core.console import duration
+from finetune.core.memory import human
+from finetune.core.secrets import redact
 from finetune.core.streams import styled
 from finetune.core.text import visible
-from finetune.memory import human
 from finetune.report import summary
 from finetune.report.wording import SETS, ended, held, ordered, result, sentence, small
 from finetune.report.wording import metric_lines as metric_lines
 from finetune.report.wording import number as number
 from finetune.run import Report, Run, outcome
-from finetune.secrets import redact
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finetune.console import duration
-from finetune.memory import human
+from finetune.core.console import duration
+from finetune.core.memory import human
 from finetune.run import Report, outcome
 
 PHASES = {"base": "before", "trained": "after training", "aligned": "after alignment"}

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core import schemas
+from finetune.core.errors import LockedError, MissingError, StageError, UsageError
 from finetune.core.files import clear_partials, digest, make_way, read_object, remove, write_json
-from finetune.errors import LockedError, MissingError, StageError, UsageError
+from finetune.core.secrets import detector, redact, redacted
 from finetune.run import report as reports
 from finetune.run.log import Line, Log
 from finetune.run.report import Report
-from finetune.secrets import detector, redact, redacted
 
 EVENTS, MANIFEST, RECIPE, VERDICTS, LOCK = "events.jsonl", "manifest.json", "recipe.yaml", "verdicts.json", ".lock"
 

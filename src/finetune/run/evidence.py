@@ -8,22 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from finetune.core.errors import MissingError, StageError, first_line
 from finetune.core.files import make_way, write_json, write_jsonl
 from finetune.core.parsing import loads
 from finetune.core.schemas import Schema
-from finetune.errors import MissingError, StageError, first_line
-from finetune.run.layout import (
-    CHAT_TEMPLATE,
-    EVENTS,
-    MODEL,
-    REPORTS,
-    ROW_SCORES,
-    TRAINED,
-    Document,
-    File,
-    Rows,
-    Text,
-)
+from finetune.run.layout import CHAT_TEMPLATE, EVENTS, MODEL, REPORTS, ROW_SCORES, TRAINED, Document, File, Rows, Text
 from finetune.run.log import PREVIOUS
 from finetune.run.records import evaluated, trained
 

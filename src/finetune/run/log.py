@@ -18,10 +18,10 @@ from typing import Any
 
 from finetune.core import schemas
 from finetune.core.clock import now
+from finetune.core.errors import StageError, first_line
 from finetune.core.files import encode
 from finetune.core.parsing import loads
-from finetune.errors import StageError, first_line
-from finetune.secrets import redacted
+from finetune.core.secrets import redacted
 
 PREVIOUS = "prev"
 FIRST = hashlib.sha256(b"").hexdigest()  # what the first line of a log holds for the line before it

@@ -114,7 +114,7 @@ def marks(manifest: Mapping[str, Any], trainings: Mapping[str, Mapping[str, Any]
 
 
 def _made_with(phrases: Sequence[str]) -> str:
-    """Of `transformers 5.23.0 -> 5.24.0`, `finetune/training.py changed`: versions as they are, files as other code."""
+    """Of `transformers 5.23.0 -> 5.24.0`, `finetune/training/job.py changed`: versions as they are, files as other code."""
     versions = [phrase.replace(" -> ", ", now ") for phrase in phrases if " -> " in phrase]
     files = [phrase for phrase in phrases if " -> " not in phrase]
     more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""

@@ -22,8 +22,8 @@ class Report:
     stage's folder to its own, whether it is a part of an artifact or not.
 
     `peak` holds bytes: `process` (resident set), and `device` where there is one. `seconds` is wall time. `made_with` is
-    what computed it: modules by digest, libraries by version, Python (see `finetune.code`). `schema` is the number that it was
-    written under: 0 in a run of version 0.1, which listed artifacts alone.
+    what computed it: modules by digest, libraries by version, Python (see `finetune.run.fingerprint`). `schema` is the number
+    that it was written under: 0 in a run of version 0.1, which listed artifacts alone.
     """
 
     stage: str

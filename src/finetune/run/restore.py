@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from finetune.errors import FinetuneError, NewerError, first_line
+from finetune.core.errors import FinetuneError, NewerError, first_line
 from finetune.run import evidence, layout, seal
 from finetune.run.directory import EVENTS, MANIFEST, Run
 from finetune.run.report import Report, made_of

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.core import schemas
+from finetune.core.errors import FinetuneError, first_line
 from finetune.core.files import digest, digests, write_json
-from finetune.errors import FinetuneError, first_line
+from finetune.core.secrets import redacted
 from finetune.run.directory import EVENTS, LOCK, MANIFEST, RECIPE, VERDICTS, Run
 from finetune.run.log import Line, broken, is_chained
 from finetune.run.report import FILE as REPORT
 from finetune.run.report import Report, digest_in
-from finetune.secrets import redacted
 
 SERVED = "serve"  # a folder of copies, made where one is asked for
 WRITTEN = {RECIPE: "recipe", VERDICTS: "verified"}  # files whose digest an event holds, under `sha256`

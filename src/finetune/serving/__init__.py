@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from finetune.backends import child
-from finetune.errors import MissingError, StageError, UsageError
-from finetune.interruption import heeded_by
-from finetune.lookup import load
+from finetune.core import processes
+from finetune.core.errors import MissingError, StageError, UsageError
+from finetune.core.lookup import load
+from finetune.core.signals import heeded_by
 from finetune.serving.fields import EXTRAS, LLAMACPP, MLX
 
 if TYPE_CHECKING:
@@ -52,21 +52,21 @@ _PROXY = ("starlette", "uvicorn", "httpx2")
 _UNSUNG = ("n", "best_of", "echo", "response_format", "suffix")
 SERVERS: dict[str, Server] = {
     "torch": Server(
-        start="finetune.serving.engines:torch",
+        start="finetune.serving.backends:torch",
         extra="torch",
         packages=("torch", "transformers", "fastapi", "uvicorn", "openai"),
         # transformers makes a repetition penalty of `frequency_penalty`, which is something else.
         ignored=(*_UNSUNG, *_OTHERS["torch"], "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty"),
     ),
     "llamacpp": Server(
-        start="finetune.serving.engines:llamacpp",
+        start="finetune.serving.backends:llamacpp",
         extra="gguf",
         packages=("xllamacpp", "cyllama", *_PROXY),
         format="gguf",
         ignored=("best_of", "echo", "suffix", *_OTHERS["llamacpp"]),
     ),
     "mlx": Server(
-        start="finetune.serving.engines:mlx",
+        start="finetune.serving.backends:mlx",
         extra="mlx",
         packages=("mlx", "mlx_lm", *_PROXY),
         format="mlx",
@@ -132,7 +132,8 @@ def serve(
 
     Raises StageError where the model's own server died and could not be kept.
     """
-    from finetune.serving import access, connections, door
+    from finetune.serving import access, connections
+    from finetune.serving import app as door
 
     row = SERVERS[backend]
     told: list[bool] = []
@@ -213,5 +214,5 @@ def serving(
     arguments += [] if checkpoint is None else ["--from-checkpoint", str(checkpoint)]
     arguments += [] if api_key_file is None else ["--api-key-file", os.fspath(api_key_file)]
     arguments += [*(["--proof"] if proof else []), *(["--anyway"] if anyway else [])]
-    with child.serving("finetune", arguments, what=f"the server of {os.fspath(run)}", timeout=timeout) as address:
+    with processes.serving("finetune", arguments, what=f"the server of {os.fspath(run)}", timeout=timeout) as address:
         yield address

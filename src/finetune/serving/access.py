@@ -22,12 +22,12 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
-from finetune.console import say
-from finetune.errors import MissingError, UsageError
+from finetune.core.console import say
+from finetune.core.errors import MissingError, UsageError
 from finetune.serving.requests import Refused
 
 if TYPE_CHECKING:
-    from finetune.serving.door import App, Receive, Scope, Send
+    from finetune.serving.app import App, Receive, Scope, Send
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN = "/health"  # needs no key: a load balancer has none

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.serving.requests import error
 
 if TYPE_CHECKING:
-    from finetune.serving.door import App
+    from finetune.serving.app import App
 
 CONNECTIONS = 512
 FILES_KEPT = 64  # of those that a process may have open: the model's, a listening socket, pipes

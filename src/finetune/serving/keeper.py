@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from finetune.backends.child import Running
-from finetune.console import say
-from finetune.errors import StageError
+from finetune.core.console import say
+from finetune.core.errors import StageError
+from finetune.core.processes import Running
 
 RESTARTS, WITHIN_SECONDS = 3, 600.0  # a fourth end within ten minutes is not an accident
 LONGEST_PATH = 100  # bytes of a Unix socket's path: 104 on macOS, 108 on Linux

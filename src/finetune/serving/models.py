@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.backends import get
-from finetune.console import say
+from finetune.core.console import say
+from finetune.core.errors import MissingError, UsageError
 from finetune.core.files import digest
-from finetune.errors import MissingError, UsageError
+from finetune.core.memory import need_disk
 from finetune.export import sizes
-from finetune.memory import need_disk
 from finetune.recipe import Recipe
 from finetune.recipe.exports import FORMATS, parse
 from finetune.run import Run, evidence, layout, seal

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.serving.door import App, Receive, Scope, Send
+    from finetune.serving.app import App, Receive, Scope, Send
     from finetune.serving.keeper import Keeper
 
 HEALTH_SECONDS = 5.0  # after which a server that does not say how it is is not well

@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import __version__, tiny
-from finetune.console import say
+from finetune import __version__
 from finetune.core.clock import now
+from finetune.core.console import say
+from finetune.core.errors import FinetuneError, StageError, UsageError, first_line
 from finetune.core.files import digest, remove, sync_tree
-from finetune.errors import FinetuneError, StageError, UsageError, first_line
-from finetune.lookup import load
+from finetune.core.lookup import load
+from finetune.models import tiny
 from finetune.run import Report, Run, seal
 from finetune.run.report import digest_in, left_by, made_of
 
@@ -268,7 +269,7 @@ def listed(changes: list[str], most: int = 3) -> str:
 
 def outdated(stage: Stage, recipe: Recipe, done: Report) -> list[str]:
     """What has changed since in the code and the libraries that made a stage's result, a phrase each."""
-    from finetune.code import changes
+    from finetune.run.fingerprint import changes
     from finetune.stages.doors import made_with
 
     if "finetune" in done.made_with:  # a training that was taken over
@@ -289,7 +290,7 @@ def execute(
     why = reason(stage, recipe, run, retrain=retrain)
     if why is None and not force:
         return run.require(stage.name), False
-    from finetune.memory import PeakMemory
+    from finetune.core.memory import PeakMemory
     from finetune.stages.doors import made_with
 
     if why and why.news and (run.resume or not force):

@@ -7,9 +7,9 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from finetune.core.errors import FinetuneError
 from finetune.core.files import digest
 from finetune.data.sources import local_files
-from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, seal
 from finetune.run.report import left_by

@@ -6,14 +6,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from finetune import checkpoints
 from finetune.backends import Job, get
-from finetune.errors import StageError
+from finetune.core.errors import StageError
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence, layout
+from finetune.run import Run, checkpoints, evidence, layout
 from finetune.run.records import trained
 from finetune.stages import Result
-from finetune.training import clear, dpo_job, execute_job
+from finetune.training.job import clear, dpo_job, execute_job
 
 
 def run(recipe: Recipe, run: Run) -> Result:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from finetune import __version__, memory
+from finetune import __version__
 from finetune.backends import get, tokenizer_of
-from finetune.console import progress
-from finetune.experiment import in_fresh_process
-from finetune.lookup import load
-from finetune.parity import hop, material, stored
+from finetune.core import memory
+from finetune.core.console import progress
+from finetune.core.lookup import load
+from finetune.experiments.worker import in_fresh_process
+from finetune.parity import comparison, prompts, stored
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.compared import Export, Hop, Material
@@ -43,7 +44,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     """
     out = run.stage_dir(FOLDER)
     chain = _chain(recipe, run)
-    asked = material.build(recipe, run, Path(evidence.fetched(run)["base"]))
+    asked = prompts.build(recipe, run, Path(evidence.fetched(run)["base"]))
     evidence.write(run, layout.MATERIAL, asked)
     rows = {model.name: layout.comparison(model.name) for model in chain}
     files = {name: run.path / row.path for name, row in rows.items()}
@@ -136,7 +137,7 @@ def _observe(
         "settings": settings,
         "material": asked,
         "answers": first["answers"] if first else None,
-        "served": material.SERVED,
+        "served": prompts.SERVED,
         "distributions": str(file),
     }
     request_file = file.with_suffix(".request.json")
@@ -171,18 +172,18 @@ def _evidence(
         "backend": model.backend,
         "path": model.path.relative_to(run.path).as_posix(),
         "bytes": model.facts["bytes"] if model.facts else None,
-        "prompts": hop.prompts(asked, found, decode),
-        "vocabulary": hop.vocabulary(asked, found, decode),
+        "prompts": comparison.prompts(asked, found, decode),
+        "vocabulary": comparison.vocabulary(asked, found, decode),
         "same_template": found["template"] == asked["template"],
         "stops": {"at": found["stops"], "missing": [token for token in asked["ends"] if token not in found["stops"]]},
         "bits": _bits(run, found["bytes"]),
-        "distributions": hop.distributions(asked, expected["answers"], *files, decode) if files else None,
-        "greedy": hop.greedy(asked, expected, found, files, decode),
+        "distributions": comparison.distributions(asked, expected["answers"], *files, decode) if files else None,
+        "greedy": comparison.greedy(asked, expected, found, files, decode),
         "answers": [{"text": each["text"], "finish": each["finish"]} for each in found["generated"]],
-        "stop": hop.stop(asked, expected, found),
-        "learned": hop.learned(asked, expected, found),
-        "served": hop.served(found, asked),
-        "constants": hop.constants(expected, found),
+        "stop": comparison.stop(asked, expected, found),
+        "learned": comparison.learned(asked, expected, found),
+        "served": comparison.served(found, asked),
+        "constants": comparison.constants(expected, found),
         **_merged(before, model),
         "adapter": _carried(recipe, run, model),
         "mended": model.facts["mended"] if model.facts else [],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from finetune.code import Code, code_of
-from finetune.lookup import reference
+from finetune.core.lookup import reference
+from finetune.run.fingerprint import Code, code_of
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe

@@ -8,12 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from finetune.answers import is_correct
 from finetune.backends import Backend, Tokenizer, get, tokenizer_of
-from finetune.console import progress
 from finetune.core.arithmetic import mean, perplexity
+from finetune.core.console import progress
+from finetune.core.errors import DataError
 from finetune.data import encode, secrecy, sources, templates
-from finetune.errors import DataError
+from finetune.evaluation.answers import is_correct
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records import evaluated, trained

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__, modelfiles
-from finetune.console import progress
+from finetune import __version__
+from finetune.core.console import progress
+from finetune.core.errors import StageError
 from finetune.core.files import aside, digest, digests
-from finetune.errors import StageError
 from finetune.export import Source, Target, exporter, parse, targets
+from finetune.models import files
 from finetune.recipe import Recipe, dump
 from finetune.run import Run, evidence, layout
 from finetune.run.records.compared import Export
@@ -114,7 +115,7 @@ def _source(recipe: Recipe, run: Run, done: dict[str, Path]) -> Source:
     model, adapter = evidence.final(run, recipe)
     for place in (merged, adapter):
         if place is not None:
-            modelfiles.check(place)
+            files.check(place)
     fetched = evidence.fetched(run)
     text = fetched.get("license_text")
     return Source(

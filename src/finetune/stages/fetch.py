@@ -8,12 +8,14 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune import hub, licenses, modelfiles, models, weights
 from finetune.backends import get
-from finetune.console import say
+from finetune.core import hub
+from finetune.core.console import say
+from finetune.core.errors import MissingError, StageError, UsageError
 from finetune.core.files import copy, digest, read_object, write_text
 from finetune.data import secrecy
-from finetune.errors import MissingError, StageError, UsageError
+from finetune.models import files as modelfiles
+from finetune.models import licenses, sources, weights
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.base import files_of
@@ -39,7 +41,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     its `size` in bytes and `sha256`. `license` is the SPDX id or None, `license_source` where it was found, and
     `license_text` the file of its words (`fetch/LICENSE`, inside the run) or None."""
     begin = time.perf_counter()
-    found = models.resolve(recipe.model, recipe.data)
+    found = sources.resolve(recipe.model, recipe.data)
     seconds = time.perf_counter() - begin
     _check_backend(recipe, found.base)
     _check_code(recipe, found.base)
@@ -74,7 +76,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     return {"metrics": metrics, "artifacts": [target, *([words] if words else [])], "notes": list(found.notes)}
 
 
-def _refuse_not_finite(recipe: Recipe, found: models.Resolved) -> None:
+def _refuse_not_finite(recipe: Recipe, found: sources.Resolved) -> None:
     """Raise StageError where a model that is to be trained holds NaN or infinity: now, not after the first step."""
     if all(section is None or section.on_nan == "ignore" for section in (recipe.train, recipe.align)):
         return
@@ -152,9 +154,9 @@ def download(entry: dict[str, Any]) -> Path:
     """
     repo, listed, revision, token = entry["repo"], entry["files"], entry.get("revision"), entry.get("token")
     into = Path(entry["output_dir"]).expanduser().resolve() if entry.get("output_dir") else None
-    if models.kind(repo) == "hub":
+    if sources.kind(repo) == "hub":
         return _from_hub(repo, listed, into, revision, token)
-    source = models.directory(repo)
+    source = sources.directory(repo)
     if into is None or into == source:
         choose(listed, [file.name for file in files_of(source)], repo)
         return source
@@ -169,9 +171,9 @@ def download(entry: dict[str, Any]) -> Path:
 
 def _from_hub(repo: str, listed: list[str], into: Path | None, revision: str | None, token: str | None) -> Path:
     if not listed:
-        return hub.snapshot(models.hub_id(repo), revision=revision, token=token, into=into)
+        return hub.snapshot(sources.hub_id(repo), revision=revision, token=token, into=into)
     try:
-        names = choose(listed, hub.names(models.hub_id(repo), revision=revision, token=token), repo)
+        names = choose(listed, hub.names(sources.hub_id(repo), revision=revision, token=token), repo)
         return hub.files(repo, names, into, revision=revision, token=token)
     except MissingError as error:
         if into is None or not all((into / name).is_file() for name in listed):

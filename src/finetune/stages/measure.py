@@ -11,23 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoints
 from finetune.backends import Job, get, tokenizer_of
-from finetune.console import progress
 from finetune.core.arithmetic import mean
+from finetune.core.console import progress
+from finetune.core.errors import StageError
 from finetune.core.files import write_jsonl
 from finetune.data import encode, sources, templates
-from finetune.errors import StageError
-from finetune.estimate import check_resources, estimate
-from finetune.experiment import in_fresh_process, score_request, train_request
-from finetune.identity import Adaptation
-from finetune.invariance import measure as invariance
+from finetune.experiments import serving
+from finetune.experiments.invariance import measure as invariance
+from finetune.experiments.worker import in_fresh_process, score_request, train_request
 from finetune.recipe import Recipe
-from finetune.run import Run, evidence, layout
+from finetune.run import Run, checkpoints, evidence, layout
+from finetune.run.identity import Adaptation
 from finetune.run.records.trained import Row
-from finetune.serving import experiment as serving
 from finetune.stages import Result
-from finetune.training import sft_job
+from finetune.training.estimate import check_resources, estimate
+from finetune.training.job import sft_job
 
 Experiment = Callable[[Recipe, Run, Path], Any]
 

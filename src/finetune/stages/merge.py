@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 
-from finetune import modelfiles
 from finetune.backends import get
+from finetune.core.errors import StageError
 from finetune.core.files import aside
-from finetune.errors import StageError
+from finetune.core.memory import need_disk
 from finetune.export import sizes
-from finetune.memory import need_disk
+from finetune.models import files
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence
 from finetune.stages import Result
@@ -19,7 +19,7 @@ def run(recipe: Recipe, run: Run) -> Result:
     """Write `merge/model`: weights, config, tokenizer and the chat template of the training."""
     model, adapter = evidence.final(run, recipe)
     out = run.stage_dir("merge") / "model"
-    modelfiles.check(model if adapter is None else adapter)
+    files.check(model if adapter is None else adapter)
     need_disk(
         run.path, sizes.merged(model, recipe.model.dtype), "the merged model", "choose another disk with --run DIR"
     )

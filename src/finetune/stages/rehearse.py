@@ -6,8 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from finetune.console import progress
-from finetune.errors import FinetuneError, MissingError, UsageError
+from finetune.core.console import progress
+from finetune.core.errors import FinetuneError, MissingError, UsageError
 from finetune.export import exporter, targets
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from finetune.console import say
-from finetune.errors import StageError
-from finetune.estimate import check_resources
+from finetune.core.console import say
+from finetune.core.errors import StageError
 from finetune.recipe import Recipe
 from finetune.run import Run
 from finetune.stages import Result
-from finetune.training import clear, execute_job, sft_job
+from finetune.training.estimate import check_resources
+from finetune.training.job import clear, execute_job, sft_job
 
 
 def run(recipe: Recipe, run: Run) -> Result:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.lookup import load
+from finetune.core.lookup import load
 
 _PUBLIC = {
     "MemoryStats": "finetune.testing.helpers:MemoryStats",
     "TrainingSuccessValidator": "finetune.testing.validator:TrainingSuccessValidator",
     "check_convergence": "finetune.testing.helpers:check_convergence",
-    "create_test_tokenizer": "finetune.tiny:tokenizer",
-    "create_tiny_model": "finetune.tiny:make",
+    "create_test_tokenizer": "finetune.models.tiny:tokenizer",
+    "create_tiny_model": "finetune.models.tiny:make",
     "logged_steps": "finetune.testing.logs:logged_steps",
     "memory_tracker": "finetune.testing.helpers:memory_tracker",
     "skip_if_backend_unavailable": "finetune.testing.helpers:skip_if_backend_unavailable",

@@ -55,12 +55,12 @@ def finetune_shared(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pyte
 def tiny_model(finetune_shared: Path, pytestconfig: pytest.Config) -> Callable[..., Path]:
     """A function: the directory of a tiny random model, made once.
 
-    `tiny_model("llama", hidden_size=128)`: see finetune.tiny.make. Tests read it and leave it as it is.
+    `tiny_model("llama", hidden_size=128)`: see finetune.models.tiny.make. Tests read it and leave it as it is.
     """
 
     def make(architecture: str = "llama", *, texts: Sequence[str] = (), **changes: Any) -> Path:
-        from finetune import tiny
         from finetune.data.sources import resolve
+        from finetune.models import tiny
         from finetune.testing.plugin import lacking
 
         if reason := helpers.unavailable("torch"):
@@ -85,7 +85,7 @@ def trained_run(finetune_shared: Path) -> Callable[..., Run]:
     """
 
     def train(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> Run:
-        from finetune.errors import StageError
+        from finetune.core.errors import StageError
         from finetune.run import Run
 
         wanted = _recipe(recipe, overrides)
@@ -107,7 +107,7 @@ def tiny_run(trained_run: Callable[..., Run], finetune_shared: Path, request: py
 
     `run.manifest()` and recipe.yaml in it say which. Tests read it and leave it as it is.
     """
-    from finetune.errors import StageError
+    from finetune.core.errors import StageError
     from finetune.report.summary import verdicts
     from finetune.run import outcome
 
@@ -121,7 +121,7 @@ def tiny_run(trained_run: Callable[..., Run], finetune_shared: Path, request: py
         place = finetune_shared / "fake"
         with _once(place) as first:
             if first:
-                from finetune.backends.fake_model import make_model
+                from finetune.backends.fake.model import make_model
 
                 make_model(place)
         run = trained_run({**common, "backend": "fake", "model": str(place), "train": {**train, "learning_rate": 1e-4}})
@@ -197,9 +197,9 @@ def _input(recipe: Recipe) -> list[Any]:
 def _run(recipe: Recipe, run: Run) -> None:
     """Run and verify a recipe. What fails is written into the run, so that no other test tries the same again."""
     from finetune.checks import verify
+    from finetune.core.errors import FinetuneError
     from finetune.core.files import write_text
-    from finetune.errors import FinetuneError
-    from finetune.pipeline import run_stages
+    from finetune.stages.pipeline import run_stages
 
     try:
         run_stages(recipe, run)

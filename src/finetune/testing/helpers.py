@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune.errors import UsageError
-from finetune.lookup import did_you_mean, missing_package
-from finetune.memory import PeakMemory, gpus
+from finetune.core.errors import UsageError
+from finetune.core.lookup import did_you_mean, missing_package
+from finetune.core.memory import PeakMemory, gpus
 
 if TYPE_CHECKING:
     from finetune.run import Run

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.core.errors import DataError
 from finetune.core.parsing import loads
 from finetune.data.faults import raise_all
 from finetune.data.sources import read_jsonl_objects, resolve
-from finetune.errors import DataError
 
 # The columns of a CSV that say so: transformers' and TRL's names, then those of trackers, Lightning and Keras. The first that
 # a file has is taken.

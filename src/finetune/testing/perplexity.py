@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from finetune import backends, hub, models
+from finetune import backends
 from finetune.backends import Backend
-from finetune.errors import FinetuneError, UsageError
+from finetune.core import hub
+from finetune.core.errors import FinetuneError, UsageError
+from finetune.models import sources
 from finetune.recipe.sections import Model
 
 EMBEDDED, USUAL = "smollm2-135m", "gpt2"
@@ -73,7 +75,7 @@ def default_scorer() -> str:
 @cache
 def load(name: str) -> Scorer:
     """The model of that name (as under `model.path`), loaded once a process: float32, on the CPU."""
-    found = models.resolve(Model(path=name)) if name != USUAL else models.Resolved(hub.snapshot(name), None, "hub")
+    found = sources.resolve(Model(path=name)) if name != USUAL else sources.Resolved(hub.snapshot(name), None, "hub")
     backend = backends.get("fake" if (found.base / "fake_model.json").is_file() else "torch")
     most = backend.constants(found.base).get("max_position_embeddings")
     return Scorer(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from finetune.testing.items import SpecFile
+    from finetune.testing.collector import SpecFile
 
 DEFAULT_SPECS = ("specs/*.yaml", "specs/*.yml", "*.spec.yaml", "*.spec.yml")
 MARKERS = {
@@ -85,7 +85,7 @@ def is_spec(path: Path, config: pytest.Config) -> bool:
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> SpecFile | None:
     if file_path.suffix not in (".yaml", ".yml") or not is_spec(file_path, parent.config):
         return None
-    from finetune.testing.items import SpecFile
+    from finetune.testing.collector import SpecFile
 
     return SpecFile.from_parent(parent, path=file_path)
 
@@ -99,7 +99,7 @@ def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Col
         or any(is_spec(file, parent.config) for file in path.rglob("*"))
     ):
         return None
-    from finetune.testing.items import EmptyFolder
+    from finetune.testing.collector import EmptyFolder
 
     return EmptyFolder.from_parent(parent, path=path)
 

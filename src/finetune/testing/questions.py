@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.answers import is_correct, normalize
 from finetune.core.files import write_jsonl
+from finetune.evaluation.answers import is_correct, normalize
 
 Row = dict[str, Any]
 

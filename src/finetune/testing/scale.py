@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from finetune.memory import available
+from finetune.core.memory import available
 
 GIB = 2**30
 FLOOR = 3 * GIB  # the embedded model, trained with LoRA in float32, peaks at 2.5 GB

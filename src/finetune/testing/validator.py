@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.answers import is_correct
 from finetune.backends import TensorFacts
 from finetune.checks.loss import fall
 from finetune.checks.memory import reduction
-from finetune.errors import StageError
+from finetune.core.errors import StageError
+from finetune.evaluation.answers import is_correct
 
 MIN_LOSS_REDUCTION = 0.05
 MIN_IMPROVED = 0.3

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Constant, Generation, InferenceOnly, Tokenizer
-from finetune.lookup import load as load_reference
+from finetune.core.lookup import load as load_reference
 
 
 class LlamaCppBackend(InferenceOnly):

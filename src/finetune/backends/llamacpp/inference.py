@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.backends import Generation
 from finetune.backends.llamacpp.loading import Handle, library
-from finetune.errors import StageError
+from finetune.core.errors import StageError
 
 Pairs = Sequence[tuple[Sequence[int], Sequence[int]]]
 # Inputs are computed in blocks from position 0, and only whole blocks are reused, so that what is reused is bit for

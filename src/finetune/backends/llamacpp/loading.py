@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import MissingError, StageError, UsageError
+from finetune.core.errors import MissingError, StageError, UsageError
 
 INSTALL = "Install it with: pip install 'finetune[gguf]'"
 SENTENCEPIECE, BPE = 1, 2  # llama_vocab_type

@@ -12,7 +12,7 @@ from typing import Any
 from finetune.backends import Constant, Generation
 from finetune.backends.llamacpp.loading import GGUFTokenizer, library, load_model
 from finetune.backends.llamacpp.server import serve
-from finetune.errors import StageError
+from finetune.core.errors import StageError
 
 # Hugging Face's names of GGUF metadata keys, which carry the architecture's name before them.
 KEYS = {

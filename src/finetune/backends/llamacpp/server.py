@@ -16,9 +16,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import child
 from finetune.backends.llamacpp.loading import default_threads, load_model
-from finetune.errors import FinetuneError, MissingError, StageError
+from finetune.core import processes
+from finetune.core.errors import FinetuneError, MissingError, StageError
 
 HOST = "127.0.0.1"
 
@@ -78,7 +78,7 @@ def serve(
 @contextmanager
 def behind_a_door(
     gguf: Path, socket: Path, *, n_ctx: int, parallel: int, name: str, called_off: Callable[[], bool]
-) -> Iterator[child.Running]:
+) -> Iterator[processes.Running]:
     """The server on a Unix socket, and on no port: whoever may open the folder that the socket lies in can ask it, and
     nobody else. By itself it tells any program on this machine, and any web page, what it is being asked."""
     arguments = [str(gguf), "--socket", str(socket), "--n-ctx", str(n_ctx), "--parallel", str(parallel), "--name", name]
@@ -86,11 +86,11 @@ def behind_a_door(
         yield server
 
 
-def _running(gguf: Path, arguments: Sequence[str], **more: Any) -> AbstractContextManager[child.Running]:
+def _running(gguf: Path, arguments: Sequence[str], **more: Any) -> AbstractContextManager[processes.Running]:
     if not gguf.is_file():
         raise MissingError(f"no GGUF file at {gguf}")
     module = "finetune.backends.llamacpp.server"
-    return child.running(module, arguments, what=f"llama.cpp's server on {gguf}", **more)
+    return processes.running(module, arguments, what=f"llama.cpp's server on {gguf}", **more)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FinetuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    child.tell(server.listening_address)
+    processes.tell(server.listening_address)
     with suppress(KeyboardInterrupt):
         sys.stdin.read()
     del server

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Constant, Generation, Job, Step, TensorFacts, Tokenizer
-from finetune.errors import MissingError
-from finetune.lookup import load as load_reference
+from finetune.core.errors import MissingError
+from finetune.core.lookup import load as load_reference
 
 INSTALL = "MLX is not installed. Install it with: pip install 'finetune[mlx]'"
 

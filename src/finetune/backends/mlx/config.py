@@ -18,8 +18,8 @@ from typing import Any
 from finetune.backends import Constant
 from finetune.backends.mlx.runtime import mx  # noqa: F401 (before mlx_lm imports it)
 from finetune.backends.mlx.tokenizer import MlxTokenizer
+from finetune.core.errors import StageError, UsageError, first_line
 from finetune.core.files import read_object
-from finetune.errors import StageError, UsageError, first_line
 
 ABSENT = object()
 SHORTEST_WINDOW = 1024  # a sliding window below this would be felt in nearly every conversation

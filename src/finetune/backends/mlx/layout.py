@@ -12,8 +12,8 @@ from finetune.backends.mlx.config import stored_for_mlx
 from finetune.backends.mlx.runtime import mx
 from finetune.backends.mlx.tensors import stored
 from finetune.backends.torch.tokenizer import HFTokenizer
+from finetune.core.errors import StageError, UsageError
 from finetune.core.files import aside, read_object, write_json
-from finetune.errors import StageError, UsageError
 
 INDEX = "model.safetensors.index.json"
 # Architectures whose linear weights transformers stores as (inputs, outputs), and the modules' names.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import modelfiles
 from finetune.backends.mlx import config as configs
 from finetune.backends.mlx.runtime import choose_device, mx, nn, on, tree_map
 from finetune.backends.mlx.tokenizer import MlxTokenizer
-from finetune.errors import StageError, UsageError, first_line
+from finetune.core.errors import StageError, UsageError, first_line
+from finetune.models import files
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def load_model(
         raise StageError(f"mlx-lm cannot load the model in {directory}: {first_line(error)}") from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
-            raise modelfiles.refused_code(directory) from None
+            raise files.refused_code(directory) from None
         # weights that have no place in mlx-lm's model, or places without weights
         raise UsageError(
             f"mlx-lm's '{reading.config.get('model_type')}' does not fit the model in {directory}: {_brief(error)}"

@@ -12,9 +12,9 @@ from finetune.backends.mlx.layout import hugging_face_modules
 from finetune.backends.mlx.loading import linear_modules
 from finetune.backends.mlx.runtime import mx, tree_unflatten
 from finetune.backends.mlx.tensors import stored
+from finetune.core.errors import Faults, MissingError, StageError, UsageError
 from finetune.core.files import read_object, write_json
-from finetune.errors import Faults, MissingError, StageError, UsageError
-from finetune.lookup import did_you_mean
+from finetune.core.lookup import did_you_mean
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -7,8 +7,8 @@ from typing import Any
 
 from finetune.backends.mlx import layout, lora
 from finetune.backends.mlx.runtime import mx, on
+from finetune.core.errors import StageError
 from finetune.core.files import read_object
-from finetune.errors import StageError
 
 
 def merge(model: Path, adapter: Path, out: Path, **settings: Any) -> Path:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from finetune.backends import Job
-from finetune.errors import Faults, UsageError
+from finetune.core.errors import Faults, UsageError
 
 # Options that are not carried out here, each with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UsageError
+from finetune.core.errors import UsageError
 
 
 def prefer_fast_blas() -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
-from finetune.backends import child
 from finetune.backends.mlx import MlxBackend
 from finetune.backends.mlx.runtime import mx  # noqa: F401 - first, since mlx-lm imports MLX too
-from finetune.errors import FinetuneError, StageError
+from finetune.core import processes
+from finetune.core.errors import FinetuneError, StageError
 
 # isort: split
 from mlx_lm import server
@@ -96,7 +96,7 @@ class Server(ThreadingMixIn, UnixStreamServer):
     request_queue_size = 128  # five would leave the rest of a crowd waiting for a second
 
     def serve_forever(self, *arguments: Any) -> None:
-        child.tell(f"unix://{self.server_address}")
+        processes.tell(f"unix://{self.server_address}")
         threading.Thread(target=self._until_left, daemon=True).start()
         super().serve_forever(*arguments)
 

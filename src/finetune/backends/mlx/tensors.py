@@ -10,7 +10,7 @@ import numpy
 
 from finetune.backends import TensorFacts
 from finetune.backends.mlx.runtime import mx, on
-from finetune.errors import MissingError, StageError, first_line
+from finetune.core.errors import MissingError, StageError, first_line
 
 
 def read(directory: Path) -> dict[str, TensorFacts]:

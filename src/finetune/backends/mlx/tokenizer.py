@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 
 from finetune.backends.mlx.runtime import mx  # noqa: F401 (before mlx_lm imports it)
 from finetune.backends.torch.tokenizer import HFTokenizer, reading
-from finetune.errors import StageError, first_line
+from finetune.core.errors import StageError, first_line
 
 
 class MlxTokenizer(HFTokenizer):

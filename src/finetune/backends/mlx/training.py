@@ -15,17 +15,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoints, identity
 from finetune.backends import Job, Step
 from finetune.backends.failing import StepError, leaves_checkpoint, skips, taking
 from finetune.backends.mlx import layout, lora, options
 from finetune.backends.mlx.loading import device_of, load_model
 from finetune.backends.mlx.runtime import mx, nn, on, optimizers, tree_flatten, tree_map, tree_unflatten
 from finetune.backends.mlx.tensors import raw, stored
-from finetune.backends.motion import CLIPPED_STEPS, SAMPLE, Motion
+from finetune.backends.weight_updates import CLIPPED_STEPS, SAMPLE, Motion
+from finetune.core.errors import StageError, UsageError
 from finetune.core.files import write_json
-from finetune.errors import StageError, UsageError
-from finetune.schedule import learning_rate
+from finetune.recipe.schedule import learning_rate
+from finetune.run import checkpoints, identity
 
 # The optimizer's state lies apart from the weights, which are found by a glob.
 OPTIMIZER = "optimizer/state.safetensors"

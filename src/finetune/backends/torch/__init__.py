@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Constant, Generation, Job, Step, TensorFacts, Tokenizer
-from finetune.lookup import load as load_reference
+from finetune.core.lookup import load as load_reference
 
 
 class TorchBackend:

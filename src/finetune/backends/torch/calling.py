@@ -14,8 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from finetune.console import say
-from finetune.errors import first_line
+from finetune.core.console import say
+from finetune.core.errors import first_line
 from finetune.recipe import trackers
 
 WAITS = (0.25, 0.5, 1.0)  # seconds before a failed call is made again

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from finetune.backends import Job
 from finetune.backends.failing import NoMemoryError, StepError, is_out_of_memory, leaves_checkpoint, skips, taking
-from finetune.backends.torch.watching import Recorder
-from finetune.errors import FinetuneError
+from finetune.backends.torch.callbacks import Recorder
+from finetune.core.errors import FinetuneError
 
 
 class Guard(TrainerCallback):

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from finetune import modelfiles
 from finetune.backends.torch.tokenizer import HFTokenizer, quiet
-from finetune.errors import MissingError, StageError, UsageError, first_line
+from finetune.core.errors import MissingError, StageError, UsageError, first_line
+from finetune.models import files
 
 UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError, EOFError)
 ADAPTER = "adapter_model.safetensors"
@@ -54,7 +54,7 @@ def load_model(directory: Path, settings: Mapping[str, Any]) -> Any:
     trust = bool(settings.get("trust_remote_code"))
     extra = {"attn_implementation": settings["attn_implementation"]} if settings.get("attn_implementation") else {}
     if not any(directory.glob("*.safetensors")):
-        modelfiles.check_pickles(directory, *modelfiles.BINARIES)
+        files.check_pickles(directory, *files.BINARIES)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -69,8 +69,8 @@ def load_model(directory: Path, settings: Mapping[str, Any]) -> Any:
         raise MissingError(f"the model in {directory} cannot be loaded as asked: {first_line(error)}") from error
     except Exception as error:
         if "trust_remote_code" in str(error):
-            raise modelfiles.refused_code(directory) from None
-        if not isinstance(error, UNLOADABLE) and not (trust and modelfiles.code(directory)):
+            raise files.refused_code(directory) from None
+        if not isinstance(error, UNLOADABLE) and not (trust and files.code(directory)):
             raise
         kind = "" if isinstance(error, UNLOADABLE) else f"{type(error).__name__} in the code that comes with it: "
         raise StageError(f"cannot load the model in {directory}: {kind}{first_line(error)}") from error
@@ -116,7 +116,7 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
     from peft import PeftModel
 
     if not (adapter / ADAPTER).is_file():
-        modelfiles.check_pickles(adapter, *modelfiles.BINARIES)
+        files.check_pickles(adapter, *files.BINARIES)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

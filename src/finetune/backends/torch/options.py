@@ -12,8 +12,8 @@ from transformers.training_args import OptimizerNames
 
 from finetune.backends import Job
 from finetune.backends.torch.loading import choose_device
-from finetune.errors import Faults, FinetuneError, MissingError, UsageError
-from finetune.lookup import did_you_mean
+from finetune.core.errors import Faults, FinetuneError, MissingError, UsageError
+from finetune.core.lookup import did_you_mean
 
 
 def check(job: Job, model: Any) -> None:

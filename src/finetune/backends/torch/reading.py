@@ -10,7 +10,7 @@ from jinja2.exceptions import TemplateError
 
 from finetune.backends import Constant
 from finetune.backends.torch.tokenizer import HFTokenizer, read_config
-from finetune.errors import first_line
+from finetune.core.errors import first_line
 
 # Hugging Face's names of one constant, by architecture.
 NAMES = {

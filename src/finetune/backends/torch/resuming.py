@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from finetune import checkpoints, identity
 from finetune.backends import Job
 from finetune.backends.torch import states
+from finetune.core.errors import UsageError
 from finetune.core.files import read_object
-from finetune.errors import UsageError
+from finetune.run import checkpoints, identity
 
 # Settings of the recipe that a checkpoint's optimizer would bring back with its state.
 OWN = ("initial_lr", "weight_decay", "betas", "eps")

@@ -29,7 +29,7 @@ from transformers.cli.serving.utils import BaseHandler, GenerateManager, Generat
 from transformers.utils import logging as transformers_logging
 
 from finetune.backends.torch.loading import Handle, load_for_inference
-from finetune.errors import StageError, first_line
+from finetune.core.errors import StageError, first_line
 
 STOP_SECONDS = 10.0
 COLDEST = 1e-6  # a temperature below is none: what is divided by it is beyond float32

@@ -15,9 +15,9 @@ import transformers.trainer as module
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
-from finetune.checkpoints import STATE
+from finetune.core.errors import UsageError, first_line
 from finetune.core.files import read_object
-from finetune.errors import UsageError, first_line
+from finetune.run.checkpoints import STATE
 
 OPTIMIZER, SCHEDULE, RANDOM = "optimizer.pt", "scheduler.pt", "rng_state*.pth"
 STEPS = (

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from finetune.backends import TensorFacts
-from finetune.errors import MissingError, StageError
+from finetune.core.errors import MissingError, StageError
 
 
 def read(directory: Path) -> dict[str, TensorFacts]:

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
 from transformers.utils import chat_template_utils
 from transformers.utils import logging as transformers_logging
 
-from finetune import modelfiles
+from finetune.core.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.core.files import read_object
 from finetune.data.sandbox import BoundedEnvironment
-from finetune.errors import FinetuneError, MissingError, StageError, UsageError, first_line
+from finetune.models import files
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -49,8 +49,8 @@ def reading(directory: Path, what: str, trust_remote_code: bool) -> Iterator[Non
         raise
     except Exception as error:  # tokenizers raises bare ones, and code of the model's own whatever it likes
         if "trust_remote_code" in str(error):
-            raise modelfiles.refused_code(directory) from None
-        own = modelfiles.code(directory) if trust_remote_code else ""
+            raise files.refused_code(directory) from None
+        own = files.code(directory) if trust_remote_code else ""
         kind = f"{type(error).__name__} in or around the code that comes with it ({own}): " if own else ""
         raise StageError(f"no usable {what} in {directory}: {kind}{first_line(error)}") from None
 

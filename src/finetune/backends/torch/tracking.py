@@ -18,9 +18,9 @@ from typing import Any
 
 from finetune.backends import Job
 from finetune.backends.torch.calling import Tracker
-from finetune.console import say
+from finetune.core.console import say
+from finetune.core.errors import UsageError
 from finetune.core.files import write_text
-from finetune.errors import UsageError
 from finetune.recipe import trackers
 
 PROJECT = "finetune"

@@ -19,16 +19,17 @@ import datasets
 import torch
 from transformers import PrinterCallback, set_seed
 
-from finetune import checkpoints, modelfiles
 from finetune.backends import Job, Step
 from finetune.backends.torch import options, reporting, resuming, states, tracking
+from finetune.backends.torch.callbacks import Recorder, Reporter
 from finetune.backends.torch.calling import Tracker
 from finetune.backends.torch.guarding import Guard
 from finetune.backends.torch.loading import choose_device, load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer
-from finetune.backends.torch.watching import Recorder, Reporter
-from finetune.errors import StageError, first_line
-from finetune.lookup import load as load_reference
+from finetune.core.errors import StageError, first_line
+from finetune.core.lookup import load as load_reference
+from finetune.models import files
+from finetune.run import checkpoints
 
 OBJECTIVES = {"sft": "finetune.backends.torch.sft:make_trainer", "dpo": "finetune.backends.torch.dpo:make_trainer"}
 # Recipe keys that are training arguments of transformers and TRL under the same name.
@@ -131,7 +132,7 @@ def adapted(job: Job, model: Any) -> Any:
 def _train(job: Job, steps: _Steps, trackers: list[Tracker]) -> dict[str, Any]:
     datasets.disable_progress_bars()
     if job.resume:
-        modelfiles.check_checkpoint(job.resume)
+        files.check_checkpoint(job.resume)
     set_seed(job.options.get("seed", 0), deterministic=job.options.get("full_determinism", False))
     tokenizer = HFTokenizer(job.model, trust_remote_code=bool(job.settings.get("trust_remote_code")))
     if job.chat_template:

@@ -95,7 +95,7 @@ open_record(Step)
 
 @record
 class Adapted(TypedDict):
-    """See `finetune.identity.Adaptation`."""
+    """See `finetune.run.identity.Adaptation`."""
 
     step: int
     kind: str

@@ -97,7 +97,7 @@ class Peak(TypedDict):
 
 @record
 class MadeWith(TypedDict):
-    """What computed a stage (see `finetune.code`); of a training that was taken over from version 0.1, what is known."""
+    """What computed a stage (`finetune.run.fingerprint`); of a training that was taken over from version 0.1, what is known."""
 
     python: str
     libraries: dict[str, str]

@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune.core.errors import StageError
 from finetune.core.files import write_json, write_text
-from finetune.errors import StageError
-from finetune.lookup import did_you_mean
-from finetune.manifest import installed
-from finetune.testing.sabotage import Sabotage, detection, ground, honest, table
+from finetune.core.lookup import did_you_mean
+from finetune.run.manifest import installed
+from finetune.testing.sabotage import Sabotage, baseline, detection, honest, table
 from finetune.testing.sabotage.bench import Bench, Found
 from finetune.testing.sabotage.controls import Control, controls
 
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.grounds is not None:
         return _grounds(options)
     sabotages, honest_runs = table(), controls()
-    grounds = ground.GROUNDS if options.honest else ()
+    grounds = baseline.GROUNDS if options.honest else ()
     whole = not options.names and not options.honest
     wanted = {*options.names, *(honest_runs if options.honest or whole else ()), *(sabotages if whole else ())}
     if _unknown("sabotage or control", wanted, [*sabotages, *honest_runs]):
@@ -69,9 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _grounds(options: argparse.Namespace) -> int:
     """Grounds by seed and instruction set: 0 when all were quiet, 1 otherwise, 2 for a name that is not known."""
     sets = options.capabilities.split(",")
-    if _unknown("ground", options.grounds, ground.GROUNDS) or _unknown("instruction set", sets, honest.SETS):
+    if _unknown("ground", options.grounds, baseline.GROUNDS) or _unknown("instruction set", sets, honest.SETS):
         return 2
-    names = options.grounds or list(ground.GROUNDS)
+    names = options.grounds or list(baseline.GROUNDS)
     alarms = 0
     with tempfile.TemporaryDirectory(prefix="grounds-") as scratch:
         for each in sets:  # written one by one, as each takes a quarter of an hour

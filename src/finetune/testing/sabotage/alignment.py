@@ -10,7 +10,7 @@ from typing import Any
 from finetune.core.files import read_jsonl, write_jsonl
 from finetune.run import Run
 from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.scene import Scene
+from finetune.testing.sabotage.context import Scene
 
 TRAINER = "trl.trainer.dpo_trainer"
 COLLATE = f"{TRAINER}:DataCollatorForPreference.torch_call"

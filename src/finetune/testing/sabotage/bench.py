@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import child
-from finetune.cache import cache_dir
+from finetune.core import processes
+from finetune.core.cache import cache_dir
+from finetune.core.errors import StageError
 from finetune.core.files import write_text
-from finetune.errors import StageError
 from finetune.recipe import yaml
 from finetune.report.summary import verdicts
 from finetune.run import Run
 from finetune.stages import STAGES
-from finetune.testing.sabotage import Sabotage, ground, starting, warm
-from finetune.testing.sabotage.scene import Scene, as_if_written_so
+from finetune.testing.sabotage import Sabotage, baseline, fork_server, starting
+from finetune.testing.sabotage.context import Scene, as_if_written_so
 
 ENDINGS = (0, 1, 2, 3, 4)  # whatever the command line ends with says something; a crash of Python itself does not
 SABOTAGES = Path(__file__).parent
@@ -60,12 +60,12 @@ class Bench:
         self._open = ExitStack()
         start = _new(directory / "start")
         shutil.copyfile(starting.__file__, start / "sitecustomize.py")
-        self.environment = {"PYTHONPATH": os.pathsep.join([str(start), child.environment()["PYTHONPATH"]])}
+        self.environment = {"PYTHONPATH": os.pathsep.join([str(start), processes.environment()["PYTHONPATH"]])}
 
     def __enter__(self) -> Bench:
         place = self._open.enter_context(tempfile.TemporaryDirectory(prefix="warm-"))  # a socket's path must be short
         server = Path(place) / "socket"
-        self._open.enter_context(warm.serving(server, ground.environment()))
+        self._open.enter_context(fork_server.serving(server, baseline.environment()))
         self.environment[starting.SOCKET] = str(server)
         return self
 
@@ -116,7 +116,7 @@ class Bench:
         """The folder of a ground's honest run, and its recipe."""
         directory = self.directory / "honest" / name
         with self._locks[name]:
-            recipe = ground.recipe(name, directory / "data")
+            recipe = baseline.recipe(name, directory / "data")
             if name not in self.honest:
                 found = self._carry_out(f"ground {name}", Scene(recipe=recipe), Run(_new(directory / "run")))
                 if found.caught:
@@ -132,11 +132,11 @@ class Bench:
         there = ("--run", str(run.path), "--quiet")
         for stage in sorted(scene.changes, key=ORDER.index):
             if scene.settings or run.report(stage) is None:
-                ground.finetune(stage, str(file), *there, more=environment)
+                baseline.finetune(stage, str(file), *there, more=environment)
             for change in scene.changes[stage]:
                 change(run)
             as_if_written_so(run, stage, missed=False)
-        done = ground.finetune("run", str(file), *there, more=environment, allowed=ENDINGS)
+        done = baseline.finetune("run", str(file), *there, more=environment, allowed=ENDINGS)
         stored = tuple((verdicts(run) or {}).get("verdicts", []))
         failed = tuple(verdict["name"] for verdict in stored if not verdict["passed"])
         refused = "" if done.returncode in (0, 1) else _refused(name, self._without_places(done.stderr))

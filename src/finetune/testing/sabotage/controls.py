@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.commands.options import example
+from finetune.cli.options import example
 from finetune.recipe import yaml
-from finetune.testing.sabotage import ground
+from finetune.testing.sabotage import baseline as ground
 
 EMBEDDED = "embedded model"
 SEEDS = {"lora": range(1, 6), "full": (1, 2), "dpo": (1, 2), "gguf": (1,), "resume": (1,), "serving": (1,)}

@@ -10,10 +10,10 @@ from typing import Any
 
 from finetune.checks.expected import EXPECT_KEYS
 from finetune.testing.sabotage import Sabotage, table
+from finetune.testing.sabotage.baseline import GROUNDS
 from finetune.testing.sabotage.bench import Found
+from finetune.testing.sabotage.context import Scene
 from finetune.testing.sabotage.controls import controls
-from finetune.testing.sabotage.ground import GROUNDS
-from finetune.testing.sabotage.scene import Scene
 
 RESULTS = Path("docs/detection.json")
 PAGE = Path("docs/detection.md")

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.core.files import read_jsonl, write_jsonl
 from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.scene import Scene
+from finetune.testing.sabotage.context import Scene
 
 PHASES = "finetune.run.evidence:phases"
 EVALUATE = "finetune.stages.evaluate"
@@ -88,7 +88,7 @@ def matched_by_a_word(scene: Scene) -> None:
     def right(text: str, answer: str, match: str | None = None) -> bool:
         return bool(set(text.casefold().split()) & set(answer.casefold().split()))
 
-    scene.wrap("finetune.answers:is_correct", lambda original: right)
+    scene.wrap("finetune.evaluation.answers:is_correct", lambda original: right)
 
 
 @sabotage("the beginning of an answer is enough", since="evaluate")
@@ -98,13 +98,13 @@ def matched_by_a_part(scene: Scene) -> None:
     def right(text: str, answer: str, match: str | None = None) -> bool:
         return text.casefold()[:12] == answer.casefold()[:12]
 
-    scene.wrap("finetune.answers:is_correct", lambda original: right)
+    scene.wrap("finetune.evaluation.answers:is_correct", lambda original: right)
 
 
 @sabotage("every answer is right", since="evaluate")
 def all_right(scene: Scene) -> None:
     """The comparison ends with True whatever was said."""
-    scene.wrap("finetune.answers:is_correct", lambda original: lambda *_, **__: True)
+    scene.wrap("finetune.evaluation.answers:is_correct", lambda original: lambda *_, **__: True)
 
 
 @sabotage("expected answers compared with themselves", since="evaluate")

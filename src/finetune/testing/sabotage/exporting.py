@@ -12,9 +12,9 @@ from typing import Any
 from finetune.core.files import digest, write_json
 from finetune.run import Run
 from finetune.testing.sabotage import sabotage
+from finetune.testing.sabotage.context import Scene
 from finetune.testing.sabotage.files import Gguf, rewrite_gguf, rewrite_json, rewrite_weights
 from finetune.testing.sabotage.merging import OTHER_TEMPLATE
-from finetune.testing.sabotage.scene import Scene
 
 SOURCE = "finetune.stages.export:_source"
 PAD, BEGIN = 0, "<|endoftext|>"  # the same token of the tiny tokenizer

@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import child
 from finetune.checks.expected import EXPECT_KEYS
+from finetune.core import processes
 from finetune.core.files import write_json, write_text
-from finetune.manifest import installed
-from finetune.testing.sabotage import detection, ground
+from finetune.run.manifest import installed
+from finetune.testing.sabotage import baseline, detection
 from finetune.testing.sabotage.bench import Bench, Found
 
 RESULTS = Path("docs/honest.json")
@@ -66,11 +66,11 @@ def measure(grounds: Sequence[str], seeds: int, name: str, directory: Path, *, j
 
 def _runs(grounds: Sequence[str], seeds: int, name: str, directory: Path, jobs: int) -> dict[str, list[Found]]:
     with instructions(name), Bench(directory) as bench, ThreadPoolExecutor(jobs) as pool:
-        ground.model()
+        baseline.model()
 
         def run(where: tuple[str, int]) -> Found:
             each, seed = where
-            found = bench.control(f"{each}, seed {seed}", partial(ground.recipe, each, seed=seed))
+            found = bench.control(f"{each}, seed {seed}", partial(baseline.recipe, each, seed=seed))
             said = ", ".join(found.failed) or found.refused or "nothing"
             print(f"{found.seconds:6.1f} s  {name}: {found.name}: {said}", flush=True)
             return found
@@ -83,7 +83,7 @@ def _runs(grounds: Sequence[str], seeds: int, name: str, directory: Path, jobs: 
 @contextmanager
 def instructions(name: str) -> Iterator[None]:
     """Processes started within may use this set of instructions."""
-    before = {variable: os.environ.pop(variable, None) for variable in ground.INSTRUCTIONS}
+    before = {variable: os.environ.pop(variable, None) for variable in baseline.INSTRUCTIONS}
     os.environ.update(SETS[name])
     try:
         yield
@@ -99,7 +99,7 @@ def _capability(name: str) -> str:
     with instructions(name):
         done = subprocess.run(
             [sys.executable, "-P", "-c", CAPABILITY],
-            env=child.environment(),
+            env=processes.environment(),
             capture_output=True,
             text=True,
             check=True,
@@ -148,7 +148,7 @@ def _nearest(spreads: Mapping[str, Document]) -> Document | None:
 def merge(stored: Document, new: Document) -> Document:
     """`stored` with the rows of `new` in their places; rows of grounds and sets that are no more are dropped."""
     rows = {(each["ground"], each["instructions"]): each for each in (*stored.get("rows", ()), *new["rows"])}
-    order = [(name, instructions) for name in ground.GROUNDS for instructions in SETS]
+    order = [(name, instructions) for name in baseline.GROUNDS for instructions in SETS]
     return {**new, "rows": [rows[place] for place in order if place in rows]}
 
 

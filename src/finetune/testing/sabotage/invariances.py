@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.scene import Scene
+from finetune.testing.sabotage.context import Scene
 
 TRAINER = "transformers.trainer:Trainer"
 SFT_TRAINER = "trl.trainer.sft_trainer:SFTTrainer"

@@ -8,8 +8,8 @@ from typing import Any
 
 from finetune.run import Run
 from finetune.testing.sabotage import sabotage
+from finetune.testing.sabotage.context import Scene
 from finetune.testing.sabotage.files import rewrite_json, rewrite_weights, write
-from finetune.testing.sabotage.scene import Scene
 
 MERGE = "finetune.backends.torch.merging:merge"
 DELTA = "peft.tuners.lora.layer:Linear.get_delta_weight"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.scene import Scene
+from finetune.testing.sabotage.context import Scene
 from finetune.testing.sabotage.training import ADAMW_STEP, TRAINER
 
 

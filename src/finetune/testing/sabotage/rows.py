@@ -8,7 +8,7 @@ from typing import Any
 from finetune.core.files import read_jsonl, write_jsonl
 from finetune.run import Run
 from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.scene import Scene
+from finetune.testing.sabotage.context import Scene
 
 COLLATE = "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.torch_call"
 MASKED = -100

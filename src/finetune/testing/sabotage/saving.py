@@ -11,7 +11,7 @@ from typing import Any
 from finetune.core.files import write_json
 from finetune.run import Run
 from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.scene import Scene
+from finetune.testing.sabotage.context import Scene
 
 TRAINER = "transformers.trainer"
 ADAPTER, MODEL = "train/adapter/adapter_model.safetensors", "train/model/model.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.scene import Scene
+from finetune.testing.sabotage.context import Scene
 
 SERVER = "finetune.backends.torch.server"
 GROUND: dict[str, Any] = {"ground": "serving", "since": "measure"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.scene import Scene
+from finetune.testing.sabotage.context import Scene
 
 ADAMW_STEP = "torch.optim.adamw:AdamW.step"
 TRAINER = "transformers.trainer:Trainer"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.backends import child
-from finetune.errors import FinetuneError, StageError
+from finetune.core import processes
+from finetune.core.errors import FinetuneError, StageError
 from finetune.recipe import Recipe
 from finetune.recipe import load as load_recipe
 from finetune.run import Run, evidence, layout
@@ -66,7 +66,7 @@ def command(case: Case, directory: Path, *, root: Path) -> tuple[list[str], Path
 
 def recipe_of(case: Case, *, root: Path) -> Recipe:
     """The recipe as the case runs it."""
-    from finetune.commands.options import example
+    from finetune.cli.options import example
 
     file = recipe_file(case, _roots(case, root)) or example(case.spec.config.removeprefix(EXAMPLE_PREFIX))
     return load_recipe(file, [f"{key}={json.dumps(value)}" for key, value in case.spec.overrides.items()])
@@ -90,13 +90,13 @@ def _redirected(recipe: Recipe, directory: Path) -> dict[str, str]:
 def execute(case: Case, directory: Path, *, root: Path) -> Outcome:
     """Run the case's command, and its inference where the command succeeded. Everything is written into `directory`."""
     arguments, folder = command(case, directory, root=root)
-    line = child.command("finetune", *arguments)
+    line = processes.command("finetune", *arguments)
     texts = {name: directory / f"{name}.txt" for name in ("stdout", "stderr")}
     started = time.monotonic()
     with texts["stdout"].open("wb") as out, texts["stderr"].open("wb") as err:
         process = subprocess.Popen(
             line, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
-            env=child.environment(),
+            env=processes.environment(),
         )  # fmt: skip
         try:
             code: int | None = process.wait(case.spec.timeout)

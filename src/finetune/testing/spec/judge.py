@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.checks.expected import EXPECT_KEYS
-from finetune.estimate import MIB
 from finetune.report.summary import verdicts
 from finetune.report.terminal import number
 from finetune.run import outcome as outcomes
 from finetune.run.evidence import EvidenceError
 from finetune.testing.spec.execute import Outcome, Served, steps_logged
 from finetune.testing.spec.load import Case
+from finetune.training.estimate import MIB
 
 Kind = Literal["failed", "warning", "vacuous"]
 NEEDED_FALL = 0.95  # of what a model that learned nothing scores: the fall that the check `loss` asks for by default

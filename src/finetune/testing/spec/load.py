@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune.errors import Faults, MissingError
-from finetune.lookup import did_you_mean
+from finetune.core.errors import Faults, MissingError
+from finetune.core.lookup import did_you_mean
 from finetune.recipe import profiles, yaml
 from finetune.recipe.faults import Lines, describe, place
 from finetune.testing.spec.model import EXAMPLE_PREFIX, Spec

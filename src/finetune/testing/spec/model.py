@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from finetune.checks import BY_NAME
-from finetune.lookup import did_you_mean
+from finetune.core.lookup import did_you_mean
 from finetune.recipe import Recipe
 from finetune.recipe.exports import parse
 from finetune.recipe.faults import section_at

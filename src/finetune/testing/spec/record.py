@@ -11,9 +11,8 @@ from typing import Any
 
 from finetune.checks import CHECKS
 from finetune.checks.expected import EXPECT_KEYS
+from finetune.core.errors import FinetuneError, UsageError
 from finetune.core.files import write_text
-from finetune.errors import FinetuneError, UsageError
-from finetune.estimate import MIB
 from finetune.recipe import Recipe, dump, load, yaml
 from finetune.report.summary import reports, verdicts
 from finetune.report.terminal import number
@@ -22,6 +21,7 @@ from finetune.testing.spec import load as specs
 from finetune.testing.spec.judge import HEADROOM
 from finetune.testing.spec.load import repository
 from finetune.testing.spec.model import EXAMPLE_PREFIX, OWN_KEYS
+from finetune.training.estimate import MIB
 
 LEAST_HEADROOM = 0.05  # nats: a share of a loss near zero is less than what rounds differently elsewhere
 TIME_HEADROOM = 1.0  # another machine, or this one on a busy day
@@ -70,8 +70,8 @@ def _given(run: Run, recipe: Recipe, file: Path) -> Source:
 
 def _found(run: Run, recipe: Recipe, root: Path) -> Source | None:
     """The recipe that the run's command named, where it is still what was run."""
-    from finetune.cli import cli
-    from finetune.commands.options import locate
+    from finetune.cli.app import cli
+    from finetune.cli.options import locate
 
     manifest = run.manifest()
     words, folder = shlex.split(manifest.get("command", "")), Path(manifest.get("directory", "."))

@@ -1,1 +1,0 @@
-"""The commands, one file each (or a few that belong together). `finetune.cli` imports a file when it is called."""
