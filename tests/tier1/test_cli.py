@@ -17,10 +17,10 @@ from finetune import stages
 from finetune.checks import judge
 from finetune.checks.remedies import with_remedy
 from finetune.cli.app import COMMANDS, cli
-from finetune.cli.options import EXAMPLES, examples
 from finetune.core import console, errors
 from finetune.core.files import write_json, write_jsonl, write_text
 from finetune.recipe import Recipe, load
+from finetune.recipe.examples import EXAMPLES, examples
 from finetune.report import summary, terminal
 from finetune.run import Run
 from support import records

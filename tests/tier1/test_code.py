@@ -22,10 +22,10 @@ from finetune.run import fingerprint as code_module
 from finetune.run.fingerprint import ROOT, UNKNOWN, Code, changes, code_of, digest, libraries
 from finetune.run.fingerprint.scan import scan
 from finetune.run.fingerprint.tree import DATA, DOORS, LEFT_OUT, Tree
+from finetune.run.plan import STAGES
 from finetune.serving import SERVERS
-from finetune.stages import STAGES
 
-RUN = {stage.name: stage.run for stage in STAGES}
+RUN = {stage.name: stage.reference for stage in STAGES}
 EXPORTS = [row.module for row in FORMATS.values()]
 EVALUATE = (RUN["evaluate"], BACKENDS["fake"])
 # What a stage must reach on torch, beside what is named as a text, in a function or in a process of its own.
@@ -50,9 +50,9 @@ TAKEN = {
     "finetune": {"__version__"},
     "finetune.core.console": {"progress", "say"},
     "finetune.recipe.load": {"dump", "load", "load_mapping"},
-    # `plan` for the cause that is told above stored verdicts, which no stage tells: `judged` stands beside the `results` of
-    # which the card of an export is made.
-    "finetune.stages": {"Result", "plan"},
+    # For the cause that is told above stored verdicts, which no stage tells: `judged` stands beside the `results` of which
+    # the card of an export is made.
+    "finetune.run.plan": {"plan"},
 }
 
 
@@ -85,7 +85,7 @@ def test_a_stage_reaches_nothing_that_only_shows_nor_another_stage(stage: str) -
     found = files(code_of(RUN[stage], BACKENDS["torch"], *EXPORTS))
 
     assert [path for path in found if path.startswith(SHOWN)] == []
-    assert [path for path in found if path.startswith("stages/")] == [f"stages/{stage}.py"]
+    assert {path for path in found if path.startswith("stages/")} == {"stages/__init__.py", f"stages/{stage}.py"}
     checks = {path for path in found if path.startswith("checks/")}
     around = {"checks/__init__.py", "checks/remedies.py", "checks/causes.py"}  # what is around every check
     assert checks == (around if stage == "export" else set())
@@ -384,12 +384,13 @@ def test_libraries_count_with_those_that_they_compute_with(monkeypatch: pytest.M
 
 
 def test_an_upgrade_is_seen_and_told_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_torch = (RUN["evaluate"], BACKENDS["torch"])
     has = {"jinja2": "3.1.6", "torch": "2.13.0+cpu", "numpy": "2.4.6"}
     monkeypatch.setattr(libraries, "version", has.get)
-    before = code_of(*EVALUATE)
+    before = code_of(*on_torch)
     has |= {"jinja2": "3.2.0", "torch": "2.13.0", "transformers": "5.24.0"}
     del has["numpy"]
-    after = code_of(*EVALUATE)
+    after = code_of(*on_torch)
 
     assert digest(after) != digest(before)
     assert sorted(changes(asdict(before), after)) == [

@@ -25,8 +25,9 @@ from finetune.lifecycle import handout
 from finetune.recipe import Recipe, load
 from finetune.report import compare, summary
 from finetune.run import Run, evidence, layout, seal
+from finetune.run.plan import BY_NAME, inputs, plan
 from finetune.serving import models
-from finetune.stages import BY_NAME, inputs, pipeline, plan
+from finetune.stages import pipeline
 from support.proof import flip
 from support.town import edit_json
 

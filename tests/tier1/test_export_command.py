@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import finetune
-from finetune import checks, stages
+from finetune import checks
 from finetune.checks import judge
 from finetune.cli import machine
 from finetune.cli.app import cli
@@ -27,6 +27,7 @@ from finetune.lifecycle.delivery import deliver
 from finetune.recipe import dump, load
 from finetune.run import Run, evidence, layout
 from finetune.run.restore import restore
+from finetune.stages import runner
 from finetune.stages.pipeline import run_stages
 from support.proof import flip, prove, stated, whole_folder
 from support.town import only_training
@@ -73,11 +74,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the stages that run."""
     found: list[str] = []
 
-    def spy(reference: str, load: Callable[[str], Any] = stages.load) -> Any:
+    def spy(reference: str, load: Callable[[str], Any] = runner.load) -> Any:
         found.append(reference.partition(":")[0].rpartition(".")[2])
         return load(reference)
 
-    monkeypatch.setattr(stages, "load", spy)
+    monkeypatch.setattr(runner, "load", spy)
     return found
 
 
@@ -238,7 +239,7 @@ def add_line(file: Path) -> None:
 
 def told_again(run: Run) -> None:
     run.events_path.unlink()
-    assert restore(Run(run.path), {name: stages.models_before(stage) for name, stage in stages.BY_NAME.items()})
+    assert restore(Run(run.path))
 
 
 @pytest.mark.parametrize("more", [[], ["--no-parity"], ["--json"]])

@@ -12,10 +12,12 @@ import pytest
 from finetune.backends.fake.model import make_model
 from finetune.core.errors import MissingError, ResourceError, StageError, UsageError
 from finetune.core.files import digest
-from finetune.models import sources
+from finetune.models import sources, weights
 from finetune.recipe import load_mapping
 from finetune.run import Run
-from finetune.stages import BY_NAME, execute, fetch
+from finetune.run.plan import BY_NAME
+from finetune.stages import fetch
+from finetune.stages.runner import run_stage
 
 
 def recipe(path: Path | str, **changes: object):
@@ -39,7 +41,7 @@ def model(tmp_path) -> Path:
 
 def test_the_stage_records_the_base_and_the_digest_of_every_file(tmp_path, model):
     run = Run(tmp_path / "run").create()
-    report, ran = execute(BY_NAME["fetch"], recipe(model), run)
+    report, ran = run_stage(BY_NAME["fetch"], recipe(model), run)
     assert ran
     found = json.loads((run.path / "fetch" / "model.json").read_text())
     assert (found["path"], found["kind"], found["base"], found["adapter"]) == (str(model), "local", str(model), None)
@@ -56,7 +58,7 @@ def test_an_adapter_and_its_base_are_both_recorded(tmp_path, model):
     tuned.mkdir()
     (tuned / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model)}))
     run = Run(tmp_path / "run").create()
-    execute(BY_NAME["fetch"], recipe(tuned), run)
+    run_stage(BY_NAME["fetch"], recipe(tuned), run)
     found = json.loads((run.path / "fetch" / "model.json").read_text())
     assert (found["base"], found["adapter"]) == (str(model), str(tuned))
     assert set(found["adapter_files"]) == {"adapter_config.json"}
@@ -75,10 +77,10 @@ def test_a_model_for_another_backend_is_refused_by_name(tmp_path, model):
 
 def test_parameters_are_counted_from_the_headers_alone(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert fetch.count_parameters(tmp_path) is None
+    assert weights.count_parameters(tmp_path) is None
     safetensors(tmp_path / "model-00001-of-00002.safetensors", a=[3, 4], b=[5])
     safetensors(tmp_path / "model-00002-of-00002.safetensors", c=[2, 2, 2], scalar=[])
-    assert fetch.count_parameters(tmp_path) == 12 + 5 + 8 + 1
+    assert weights.count_parameters(tmp_path) == 12 + 5 + 8 + 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01", struct.pack("<Q", 500) + b'{"a"'])
@@ -86,7 +88,7 @@ def test_weights_cut_short_are_noticed(tmp_path, content):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(StageError, match="cut short"):
-        fetch.count_parameters(tmp_path)
+        weights.count_parameters(tmp_path)
 
 
 # -- which files -----------------------------------------------------------------------------------------------------
@@ -197,13 +199,13 @@ def test_weights_that_were_cut_short_are_refused(tmp_path):
     file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 15)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(StageError, match="was cut short"):
-        fetch.count_parameters(tmp_path)
+        weights.count_parameters(tmp_path)
     file.write_bytes(file.read_bytes() + b"\0")
-    assert fetch.count_parameters(tmp_path) == 4
+    assert weights.count_parameters(tmp_path) == 4
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_broken_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(StageError, match=r"config\.json .*get the model again"):
-        fetch.count_parameters(tmp_path)
+        weights.count_parameters(tmp_path)

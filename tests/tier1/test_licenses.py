@@ -15,7 +15,8 @@ from finetune.models import licenses, sources
 from finetune.models.licenses import License, combine, find, front_matter, identifier, recognise, text_of
 from finetune.recipe import load_mapping
 from finetune.run import Run
-from finetune.stages import BY_NAME, execute
+from finetune.run.plan import BY_NAME
+from finetune.stages.runner import run_stage
 
 APACHE = (licenses.TEXTS / "Apache-2.0.txt").read_text(encoding="utf-8")
 MIT = (licenses.TEXTS / "MIT.txt").read_text(encoding="utf-8").replace("[year] [fullname]", "2031 Ada Example")
@@ -237,7 +238,7 @@ def test_an_adapter_does_not_license_a_base_that_states_nothing() -> None:
 
 def fetched(model: Path, run: Run) -> dict[str, object]:
     recipe = load_mapping({"backend": "fake", "model": {"path": str(model)}, "train": None})
-    execute(BY_NAME["fetch"], recipe, run)
+    run_stage(BY_NAME["fetch"], recipe, run)
     found: dict[str, object] = json.loads((run.path / "fetch" / "model.json").read_text())
     return found
 

@@ -15,8 +15,9 @@ import pytest
 
 from finetune.core import processes
 from finetune.core.files import digest, write_jsonl
-from finetune.stages import BY_NAME, fingerprint
+from finetune.run.plan import BY_NAME
 from finetune.stages.pipeline import preview, run_directory, run_stages
+from finetune.stages.runner import fingerprint
 from finetune.testing import sabotage
 from finetune.testing.sabotage import baseline, fork_server, starting
 from finetune.testing.sabotage.context import Scene, as_if_written_so

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cli.options import example
 from finetune.cli.validate import faults_of
 from finetune.data.formats import to_examples
 from finetune.data.sources import SHIPPED, read
 from finetune.recipe import load
+from finetune.recipe.examples import example
 from finetune.recipe.sections import Data
 from support import stories
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from finetune import stages
 from finetune.cli.validate import faults_of, model_kind
 from finetune.core.errors import UsageError
 from finetune.core.files import write_jsonl
@@ -17,6 +16,8 @@ from finetune.models import sources, tiny
 from finetune.recipe import load_mapping
 from finetune.recipe.sections import Data, Model
 from finetune.run import Run
+from finetune.run.plan import BY_NAME
+from finetune.stages.runner import fingerprint
 from finetune.training import estimate
 
 STORIES = "tiny:llama?hidden_size=128&num_hidden_layers=3&vocab_size=1000"
@@ -128,12 +129,12 @@ def test_the_tokenizer_is_trained_on_the_recipes_own_data_or_on_shipped_texts(ma
 
 def test_changed_data_make_a_tiny_model_anew_and_leave_others_alone(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}])
-    fetch, run = stages.BY_NAME["fetch"], Run(tmp_path / "run")
+    fetch, run = BY_NAME["fetch"], Run(tmp_path / "run")
 
     def marks(**data: str) -> list[str]:
         names = ("tiny:llama", "smollm2-135m")
         where = {"path": str(tmp_path / "train.jsonl"), **data}
-        return [stages.fingerprint(fetch, recipe(name, **where), run) for name in names]
+        return [fingerprint(fetch, recipe(name, **where), run) for name in names]
 
     before = marks()
     assert marks() == before

@@ -25,7 +25,7 @@ from finetune.core.files import digest, write_jsonl
 from finetune.recipe import Recipe
 from finetune.report import summary
 from finetune.run import Run, evidence, layout, seal
-from finetune.stages import STAGES, plan
+from finetune.run.plan import STAGES, plan
 from finetune.stages.pipeline import checkpoint, preview, run_directory, run_stages
 from support.town import CAPITALS, MANIFEST, build, facts, only_training, recipe
 

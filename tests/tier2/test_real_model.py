@@ -15,7 +15,7 @@ from finetune.checks import CHECKS, verify
 from finetune.core.files import read_jsonl
 from finetune.data.templates import ChatTemplate
 from finetune.run import evidence, layout
-from finetune.stages import STAGES
+from finetune.run.plan import STAGES
 from finetune.stages.pipeline import preview
 from finetune.testing.validator import TrainingSuccessValidator
 

@@ -8,10 +8,10 @@ import pytest
 
 from finetune.backends import get
 from finetune.checks import results
-from finetune.cli.options import example
 from finetune.core.files import digest
 from finetune.models import sources
 from finetune.recipe import load
+from finetune.recipe.examples import example
 from finetune.run import Run, evidence, layout
 from finetune.stages.pipeline import run_stages
 from finetune.training import estimate

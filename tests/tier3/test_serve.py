@@ -22,10 +22,11 @@ from finetune.core.files import read_jsonl
 from finetune.recipe.sections import Template
 from finetune.run import Run
 from finetune.run.evidence import fetched
+from finetune.run.plan import BY_NAME
 from finetune.serving import bind, check_installed, serving
 from finetune.serving.models import final, whole
-from finetune.stages import BY_NAME, execute
 from finetune.stages.pipeline import run_stages
+from finetune.stages.runner import run_stage
 from support.chain import FACTS, tiny_recipe
 
 BACKENDS = {"torch": "torch", "gguf": "llamacpp", "mlx": "mlx"}
@@ -49,7 +50,7 @@ def run(recipe, tiny_model, tmp_path_factory) -> Run:
     run = Run(Path(recipe.output_dir) / recipe.name)
     run_stages(recipe, run, ["merge"])
     if exports:  # alone: what comes before it is for proof
-        execute(BY_NAME["export"], recipe, run)
+        run_stage(BY_NAME["export"], recipe, run)
     return run
 
 

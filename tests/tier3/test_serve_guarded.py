@@ -18,9 +18,10 @@ import pytest
 
 from finetune.core.errors import MissingError
 from finetune.run import Run
+from finetune.run.plan import BY_NAME
 from finetune.serving import check_installed, keeper
-from finetune.stages import BY_NAME, execute
 from finetune.stages.pipeline import run_stages
+from finetune.stages.runner import run_stage
 from support.chain import tiny_recipe
 from support.door import HELLO, JSON
 from support.malformed import BODIES, MESSAGES, NESTED, PROMPTS, TYPES, WHOLE
@@ -37,7 +38,7 @@ def run(recipe, tiny_model, tmp_path_factory) -> Run:
     run = Run(Path(recipe.output_dir) / recipe.name)
     run_stages(recipe, run, ["merge"])
     if exports:
-        execute(BY_NAME["export"], recipe, run)
+        run_stage(BY_NAME["export"], recipe, run)
     return run
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from finetune.core.errors import UsageError
 from finetune.core.lookup import find
+from finetune.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -32,19 +33,6 @@ BACKENDS: dict[str, str] = {
 
 
 Constant = float | int | bool | str | None
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back. `encode` adds no special tokens but knows them in the text."""
-
-    eos_token: str
-    bos_token: str | None
-    eos_ids: tuple[int, ...]  # every id that ends a turn
-    chat_template: str | None
-    vocab_size: int
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from finetune.checks import Verdict, judge, missing, saved, worst
 from finetune.checks.parts import single
 from finetune.core.errors import StageError
 from finetune.core.files import digest_of
+from finetune.models.weights import count_parameters
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, evidence, layout, seal
+from finetune.run.plan import BY_NAME, MODELS, TRAININGS, plan
 from finetune.run.records.evaluated import FRESH_QUESTIONS
-from finetune.stages import BY_NAME, MODELS, TRAININGS, plan
-from finetune.stages.fetch import count_parameters
 
 FRESH = layout.FRESH.path
 DRIFT = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}  # nats a token, by the rounding of each type

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.backends import Tokenizer, tokenizer_of
+from finetune.backends import tokenizer_of
 from finetune.core.errors import StageError
+from finetune.data.tokenizer import Tokenizer
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.evaluated import Question

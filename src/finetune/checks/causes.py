@@ -18,7 +18,7 @@ from finetune.core.files import digest
 from finetune.recipe import Recipe
 from finetune.run import Run, seal
 from finetune.run.directory import RECIPE
-from finetune.stages import plan
+from finetune.run.plan import plan
 
 LEAST = 2  # refuted verdicts that a cause must explain to be named above them
 ABSENT = "no evidence: "  # how the sentence of a verdict begins whose evidence is not there (`checks.missing`)

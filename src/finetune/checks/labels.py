@@ -5,13 +5,14 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from finetune.backends import Tokenizer, tokenizer_of
+from finetune.backends import tokenizer_of
 from finetune.checks import Verdict, judge
 from finetune.checks.parts import several, single
 from finetune.checks.rows import examples_again, labelled, rendering
 from finetune.core.errors import StageError
 from finetune.data import encode, formats, templates
 from finetune.data.encode import IGNORED
+from finetune.data.tokenizer import Tokenizer
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.trained import Row

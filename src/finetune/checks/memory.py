@@ -7,10 +7,10 @@ from itertools import zip_longest
 from typing import Literal
 
 from finetune.checks import Part, Verdict, judge, missing
+from finetune.experiments import MEMORY_STEPS
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.measured import Memory, MemorySide
-from finetune.stages.measure import MEMORY_STEPS
 
 MEASURED = layout.MEMORY.path
 SIDES: tuple[Literal["lora", "full"], ...] = ("lora", "full")

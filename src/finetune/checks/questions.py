@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from finetune.backends import Tokenizer
 from finetune.checks import Part, Verdict, judge, leaks, rereading
 from finetune.checks.asked import base_tokenizer, phases, sets
 from finetune.checks.rows import rendering
 from finetune.core.errors import StageError
 from finetune.data import encode, formats, sources
+from finetune.data.tokenizer import Tokenizer
 from finetune.evaluation.answers import is_correct, normalize
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout

@@ -9,8 +9,8 @@ from finetune.core.errors import FinetuneError, first_line
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.log import is_chained
+from finetune.run.plan import BY_NAME, models_before, plan
 from finetune.run.report import digest_in, made_of
-from finetune.stages import BY_NAME, models_before, plan
 
 EVENTS = layout.EVENTS.path
 

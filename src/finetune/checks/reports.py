@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from finetune.backends import Tokenizer
 from finetune.checks import Verdict, judge
 from finetune.checks.parts import Training, of_0_1, of_trainings, single
 from finetune.checks.rows import labelled, rendering
 from finetune.core.files import digest
 from finetune.data import encode, sources
+from finetune.data.tokenizer import Tokenizer
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Optimization
 from finetune.run import Run, evidence, layout

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from finetune.backends import Tokenizer
 from finetune.checks import Part, Verdict, judge, missing
 from finetune.checks.asked import base_tokenizer, phases, sets
 from finetune.core.arithmetic import perplexity
+from finetune.data.tokenizer import Tokenizer
+from finetune.evaluation import REREAD
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.evaluated import Answer, Question, Reread
-from finetune.stages.evaluate import REREAD
 
 ANSWERS, GREEDY, REPORT = layout.ANSWERS.path, layout.GREEDY.path, layout.report("evaluate").path
 # Nats by which a token that was said may be behind the likeliest: what reading in one pass rounds otherwise than writing

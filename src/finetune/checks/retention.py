@@ -11,10 +11,10 @@ from finetune.checks.expected import not_given
 from finetune.core.arithmetic import perplexity
 from finetune.core.errors import StageError
 from finetune.data import sources
+from finetune.experiments import FRESH_TEXTS
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records.evaluated import HeldOut
-from finetune.stages.measure import FRESH_TEXTS
 
 ANSWERS, HELDOUT, FRESH = layout.ANSWERS.path, layout.HELDOUT.path, layout.FRESH.path
 KNOWN_MIN = 3  # fewer controls known beforehand say nothing about what was kept

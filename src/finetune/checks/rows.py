@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from finetune.backends import Tokenizer, tokenizer_of
+from finetune.backends import tokenizer_of
 from finetune.checks import Verdict, judge
 from finetune.checks.parts import SFT, single, trains
 from finetune.core.errors import FinetuneError, StageError, first_line
 from finetune.data import encode, formats, sources, templates
+from finetune.data.tokenizer import Tokenizer
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Data
 from finetune.run import Run, evidence, layout

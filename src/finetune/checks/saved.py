@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Tokenizer, tokenizer_of
+from finetune.backends import tokenizer_of
 from finetune.checks import Part, Verdict, judge, missing
 from finetune.checks.parts import TRAININGS, Training, is_lora, lora, single, tells, tensors
 from finetune.core.files import read_object
+from finetune.data.tokenizer import Tokenizer
 from finetune.recipe import Recipe
 from finetune.run import Run, checkpoints, evidence, layout
 

@@ -22,7 +22,7 @@ from finetune.core.errors import FinetuneError, OutputError
 from finetune.core.lookup import did_you_mean
 from finetune.core.secrets import redact
 from finetune.core.text import visible
-from finetune.stages import BY_NAME, STAGES
+from finetune.run.plan import BY_NAME, STAGES
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,12 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="finetune")
 def cli() -> None:
     """Fine-tune small language models, and prove that it worked."""
+
+
+def options_of(words: list[str]) -> dict[str, Any] | None:
+    """The values that a command's words give its options and arguments, by their names; None where there is no such command."""
+    command = cli.get_command(None, words[0]) if words else None  # type: ignore[arg-type]
+    return command.make_context(words[0], words[1:], resilient_parsing=True).params if command else None
 
 
 def main() -> None:

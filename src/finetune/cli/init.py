@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from finetune.cli.options import FILE, echo, example, examples, output_options, print_json
+from finetune.cli.options import FILE, echo, output_options, print_json
 from finetune.core.errors import UsageError
 
 _SHIPPED = re.compile(r"shipped:([\w./-]+)")
@@ -25,6 +25,7 @@ def command(target: str, name: str, force: bool, as_json: bool) -> None:
     TARGET is a directory (a recipe.yaml is written into it) or a .yaml file; the current directory by default.
     """
     from finetune.data.sources import resolve
+    from finetune.recipe.examples import example, examples
 
     path = Path(target)
     recipe = path if path.suffix in (".yaml", ".yml") else path / "recipe.yaml"

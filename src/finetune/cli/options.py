@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from finetune.core import console
-from finetune.core.errors import FinetuneError, MissingError, NewerError, StageError, UsageError, first_line
+from finetune.core.errors import FinetuneError, MissingError, NewerError, StageError, first_line
 from finetune.core.lookup import did_you_mean
 from finetune.core.secrets import redact, redacted
 from finetune.core.streams import is_unicode
@@ -22,28 +22,16 @@ from finetune.core.text import json_text
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
     from finetune.run import Report, Run
-    from finetune.stages import Stage
+    from finetune.run.plan import Stage
 
 F = TypeVar("F", bound=Callable[..., Any])
-EXAMPLES = Path(__file__).parent.parent / "examples"
 # Strings rather than Path objects: `fetch` takes a model's name here, and that must reach it unchanged.
 FILE = click.Path()
 
 
-def examples() -> list[str]:
-    """The names of the shipped recipes."""
-    return sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
-
-
-def example(name: str) -> Path:
-    """The shipped recipe of that name. Raises UsageError with the known names."""
-    path = EXAMPLES / f"{name}.yaml"
-    if path.stem not in examples():
-        raise UsageError(f"no example '{name}'.{did_you_mean(name, examples())} Known: {', '.join(examples())}.")
-    return path
-
-
 def _complete_example(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from finetune.recipe.examples import examples
+
     return [name for name in examples() if name.startswith(incomplete)]
 
 
@@ -107,26 +95,11 @@ def _set_json(ctx: click.Context, parameter: click.Parameter, value: bool) -> bo
     return value
 
 
-def locate(recipe: str | None, config: str | None, shipped: str | None = None) -> Path:
-    """The recipe file meant: the argument, --config, --example, or ./recipe.yaml. A directory stands for its own."""
-    given = [value for value in (recipe, config, shipped) if value is not None]
-    if len(set(given)) > 1:
-        raise UsageError(f"more than one recipe given ({', '.join(given)}); name one")
-    if shipped is not None:
-        return example(shipped)
-    if given:
-        path = Path(given[0])
-    elif Path("recipe.yaml").is_file():
-        path = Path("recipe.yaml")
-    else:
-        raise UsageError("no recipe given, and no recipe.yaml here. Write one with: finetune init")
-    return path / "recipe.yaml" if path.is_dir() else path
-
-
 def load_recipe(
     recipe: str | None, config: str | None = None, shipped: str | None = None, overrides: tuple[str, ...] = ()
 ) -> Recipe:
     """The recipe meant, loaded. Warnings (a literal token) go to stderr."""
+    from finetune.recipe.examples import locate
     from finetune.recipe.load import load, load_mapping, read_mapping
 
     path = locate(recipe, config, shipped)

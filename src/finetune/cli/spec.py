@@ -31,13 +31,14 @@ def record_command(run: str | None, recipe_file: str | None, out: str | None, fo
 
     RUN is a run directory, or a name under ./runs; the newest run there by default.
     """
+    from finetune.cli.app import options_of
     from finetune.testing.spec.record import record
 
     found = stored_run(run)
     target = Path(out) if out else Path("specs") / f"{found.path.name}.yaml"
     if target.exists() and not force:
         raise UsageError(f"{target} is there already. Replace it with --force, or name another file with --out")
-    record(found, target, Path(recipe_file) if recipe_file else None)
+    record(found, target, Path(recipe_file) if recipe_file else None, options_of=options_of)
     if as_json:
         print_json({"spec": str(target)})
     else:

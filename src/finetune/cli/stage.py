@@ -13,7 +13,6 @@ from finetune.cli.options import (
     FILE,
     echo,
     load_recipe,
-    locate,
     output_options,
     print_json,
     recipe_options,
@@ -24,7 +23,7 @@ from finetune.cli.options import (
 )
 from finetune.core import console
 from finetune.core.errors import UsageError
-from finetune.stages import BY_NAME
+from finetune.run.plan import BY_NAME
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -170,6 +169,7 @@ def fetch_command(
     if to is not None or revision is not None:
         raise UsageError("--to and --revision go with a bare MODEL; a recipe has model.revision and --run")
     from finetune.recipe import legacy
+    from finetune.recipe.examples import locate
     from finetune.recipe.load import read_mapping
 
     path = locate(recipe, config, example)

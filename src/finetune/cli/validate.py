@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from finetune.cli.options import echo, load_recipe, locate, output_options, print_json, recipe_options
+from finetune.cli.options import echo, load_recipe, output_options, print_json, recipe_options
 from finetune.core.errors import Faults, FinetuneError, MissingError, UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def command(
     Nothing is downloaded or computed; data rows are read by 'finetune prepare'.
     """
     from finetune.recipe import dump
+    from finetune.recipe.examples import locate
 
     loaded = load_recipe(recipe, config, example, overrides)
     source = str(locate(recipe, config, example))

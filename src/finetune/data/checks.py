@@ -8,12 +8,12 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.backends import Tokenizer
 from finetune.core.errors import DataError
 from finetune.data.encode import IGNORED, Encoded, encode_all, encode_pair, pair_length, truncate
 from finetune.data.faults import plural, raise_all
 from finetune.data.formats import Example
 from finetune.data.templates import ChatTemplate
+from finetune.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from finetune.recipe.sections import Data

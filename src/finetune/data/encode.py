@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any, TypeVar
 
-from finetune.backends import Tokenizer
 from finetune.core.errors import DataError, UsageError
 from finetune.data.faults import plural, raise_all
 from finetune.data.formats import Example, Message
 from finetune.data.templates import ChatTemplate, with_system
+from finetune.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
 IGNORED = -100  # the label of a token that is not trained, as PyTorch's cross entropy has it

@@ -18,7 +18,6 @@ from finetune.core.lookup import did_you_mean, missing_package
 from finetune.core.retrying import GaveUp
 from finetune.core.secrets import redact
 from finetune.data.faults import plural, raise_all
-from finetune.models import tiny
 
 if TYPE_CHECKING:
     from finetune.recipe.model import Recipe
@@ -77,7 +76,7 @@ def resolve(path: str) -> Path:
 def local_files(recipe: Recipe, stage: str) -> list[Path]:
     """The local files whose content `stage` reads. Missing ones are left out: the stage itself reports them."""
     names: list[str | None] = []
-    if stage == "fetch" and recipe.data and tiny.is_name(recipe.model.path):  # its tokenizer is trained on them
+    if stage == "fetch" and recipe.data and recipe.model.is_tiny:  # its tokenizer is trained on them
         names += recipe.data.paths
     elif stage == "prepare":
         for data in (recipe.data, recipe.align.data if recipe.align else None):

@@ -25,7 +25,7 @@ from finetune.data.sources import resolve
 if TYPE_CHECKING:
     from jinja2 import Template as JinjaTemplate
 
-    from finetune.backends import Tokenizer
+    from finetune.data.tokenizer import Tokenizer
     from finetune.recipe.sections import Template
 
 _FOLDER = Path(__file__).parent / "templates_jinja"

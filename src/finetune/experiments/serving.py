@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Generation, Tokenizer, get, tokenizer_of
+from finetune.backends import Generation, get, tokenizer_of
 from finetune.core.errors import StageError, UsageError, first_line
 from finetune.data import encode, templates
+from finetune.data.tokenizer import Tokenizer
 from finetune.parity import prompts
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout

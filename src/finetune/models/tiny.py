@@ -15,8 +15,8 @@ from urllib.parse import parse_qsl
 
 from finetune.core.errors import MissingError, UsageError
 from finetune.core.lookup import did_you_mean, missing_package
+from finetune.recipe.sections import TINY
 
-PREFIX = "tiny:"
 VOCAB_SIZE = 512
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -77,12 +77,12 @@ class Wanted:
 
 def is_name(path: str) -> bool:
     """Whether a model's name asks for a tiny one."""
-    return path.startswith(PREFIX)
+    return path.startswith(TINY)
 
 
 def parse(name: str) -> Wanted:
     """`tiny:ARCHITECTURE?key=value&key=value`. Raises UsageError naming the nearest that is known."""
-    architecture, _, query = name.removeprefix(PREFIX).partition("?")
+    architecture, _, query = name.removeprefix(TINY).partition("?")
     sizes = dict(_known(architecture))
     more = {"vocab_size": VOCAB_SIZE, "seed": 0}
     for key, text in parse_qsl(query, keep_blank_values=True):

@@ -6,6 +6,7 @@ What is stored otherwise (pickled, or under the names of a wrapper) is converted
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,3 +105,12 @@ def _are_renamed(place: Path, files: list[Path], adapter: bool) -> bool:
     found = [name for file in files for name in header(file)]
     own = tensor_names.of_adapter(found) if adapter else tensor_names.of_model(found, norms=not modelfiles.code(place))
     return any(name != stored_as for stored_as, name in own.items())
+
+
+def count_parameters(directory: Path) -> int | None:
+    """The numbers stored in a model directory, from the headers of its safetensors; None where it has none."""
+    config = read_object(directory / "config.json")
+    if "num_parameters" in config:
+        return int(config["num_parameters"])
+    files = list(directory.glob("*.safetensors"))
+    return sum(math.prod(tensor["shape"]) for file in files for tensor in header(file).values()) if files else None

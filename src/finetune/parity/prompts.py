@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Tokenizer, tokenizer_of
+from finetune.backends import tokenizer_of
 from finetune.core.errors import UsageError
 from finetune.data import encode, templates
+from finetune.data.tokenizer import Tokenizer
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records import compared, trained

@@ -15,6 +15,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+TINY = "tiny:"  # what the names of tiny models begin with
 
 
 class Section(BaseModel):
@@ -43,6 +44,11 @@ class Model(Section):
         None, description="Attention kernel; the library's own choice when empty."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether `path` asks for a tiny model, whose tokenizer is trained on the data."""
+        return self.path.startswith(TINY)
 
 
 DATA_FORMATS = ("auto", "chat", "prompt_completion", "instruction", "text", "preference")

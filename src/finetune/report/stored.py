@@ -16,7 +16,7 @@ from finetune.recipe.yaml import parse
 from finetune.report import wording
 from finetune.run import Report, Run, evidence, layout, seal
 from finetune.run.outcome import holds, marks, outcome
-from finetune.stages import STAGES, TRAININGS
+from finetune.run.plan import STAGES, TRAININGS
 
 PHASES = tuple(wording.PHASES)
 EDITED = "was changed after it was written: verify again"

@@ -4,12 +4,13 @@ what was there is set aside, and both are said."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from finetune.core.errors import FinetuneError, NewerError, first_line
 from finetune.run import evidence, layout, seal
 from finetune.run.directory import EVENTS, MANIFEST, Run
+from finetune.run.plan import BY_NAME, models_before
 from finetune.run.report import Report, made_of
 
 ASIDE = "damaged"  # how a file ends that was set aside
@@ -31,10 +32,10 @@ def refuse_newer(run: Run) -> None:
             continue
 
 
-def restore(run: Run, stages: Mapping[str, Iterable[str]]) -> list[str]:
+def restore(run: Run) -> list[str]:
     """Set a log aside that cannot be read or is not what was sealed, and write one of what the stages' reports and the
-    trainers' own logs say; likewise a manifest. `stages` are the names of those whose models each speaks of. Returns a
-    sentence for each; none for a sound run."""
+    trainers' own logs say; likewise a manifest. Returns a sentence for each; none for
+    a sound run."""
     said = []
     fault = None
     try:
@@ -50,11 +51,11 @@ def restore(run: Run, stages: Mapping[str, Iterable[str]]) -> list[str]:
         manifest = {}
         said.append(f"{MANIFEST} {why}: it is made again (what was there: {_aside(run, MANIFEST)})")
     if fault := fault or next(seal.log_faults(manifest, lines), None):
-        reports = [report for stage in stages if (report := _sound(run, stage))]
+        reports = [report for stage in BY_NAME if (report := _sound(run, stage))]
         name = _aside(run, EVENTS)
         run.event("log_restored", why=str(fault), aside=name)
         for report in reports:
-            _tell_again(run, report, stages[report.stage])
+            _tell_again(run, report, models_before(BY_NAME[report.stage]))
         said.append(f"{fault}: the log is made again from reports and trainer logs (what was there: {name})")
         if manifest.get("seal"):
             seal.update_manifest(run, seal={"lines": 0, "last": "", "files": manifest["seal"]["files"]})

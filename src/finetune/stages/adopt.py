@@ -12,8 +12,9 @@ from finetune.core.files import digest
 from finetune.data.sources import local_files
 from finetune.recipe import Recipe
 from finetune.run import Report, Run, seal
+from finetune.run.plan import TRAININGS, Stage, inputs, plan
 from finetune.run.report import left_by
-from finetune.stages import TRAININGS, Stage, asked, fingerprint, inputs, plan
+from finetune.stages.runner import asked, fingerprint
 
 VERSION = "0.1.0"
 

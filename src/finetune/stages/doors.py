@@ -9,14 +9,14 @@ from finetune.run.fingerprint import Code, code_of
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
-    from finetune.stages import Stage
+    from finetune.run.plan import Stage
 
 EXPORTING = ("rehearse", "export", "compare")
 
 
 def made_with(stage: Stage, recipe: Recipe) -> Code:
     """The code that a stage computes with for a recipe: modules, libraries, Python."""
-    return code_of(stage.run, *_chosen(stage.name, recipe))
+    return code_of(stage.reference, *_chosen(stage.name, recipe))
 
 
 def _chosen(stage: str, recipe: Recipe) -> list[str]:

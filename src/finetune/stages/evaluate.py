@@ -8,18 +8,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from finetune.backends import Backend, Tokenizer, get, tokenizer_of
+from finetune.backends import Backend, get, tokenizer_of
 from finetune.core.arithmetic import mean, perplexity
 from finetune.core.console import progress
 from finetune.core.errors import DataError
 from finetune.data import encode, secrecy, sources, templates
+from finetune.data.tokenizer import Tokenizer
+from finetune.evaluation import REREAD
 from finetune.evaluation.answers import is_correct
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.records import evaluated, trained
 from finetune.stages import Result
-
-REREAD = 24  # answers a phase that are read again token by token
 
 
 def run(recipe: Recipe, run: Run) -> Result:

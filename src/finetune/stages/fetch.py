@@ -71,7 +71,7 @@ def run(recipe: Recipe, run: Run) -> Result:
         known["converted_from"] = found.sources
     target = evidence.write(run, layout.MODEL, known)
     metrics: dict[str, Any] = {"bytes": sum(fact["size"] for fact in facts.values()), "seconds": round(seconds, 3)}
-    if (parameters := count_parameters(found.base)) is not None:
+    if (parameters := weights.count_parameters(found.base)) is not None:
         metrics["parameters"] = parameters
     return {"metrics": metrics, "artifacts": [target, *([words] if words else [])], "notes": list(found.notes)}
 
@@ -108,17 +108,6 @@ def _write_license(license: licenses.License, run: Run) -> Path | None:
         return None
     write_text(file, license.text.rstrip() + "\n")
     return file
-
-
-def count_parameters(directory: Path) -> int | None:
-    """The numbers stored in a model directory, from the headers of its safetensors; None where it has none."""
-    config = read_object(directory / "config.json")
-    if "num_parameters" in config:
-        return int(config["num_parameters"])
-    files = list(directory.glob("*.safetensors"))
-    return (
-        sum(math.prod(tensor["shape"]) for file in files for tensor in weights.header(file).values()) if files else None
-    )
 
 
 def _check_backend(recipe: Recipe, base: Path) -> None:

@@ -17,7 +17,7 @@ from finetune.core.console import progress
 from finetune.core.errors import StageError
 from finetune.core.files import write_jsonl
 from finetune.data import encode, sources, templates
-from finetune.experiments import serving
+from finetune.experiments import FRESH_TEXTS, MEMORY_STEPS, serving
 from finetune.experiments.invariance import measure as invariance
 from finetune.experiments.worker import in_fresh_process, score_request, train_request
 from finetune.recipe import Recipe
@@ -30,9 +30,7 @@ from finetune.training.job import sft_job
 
 Experiment = Callable[[Recipe, Run, Path], Any]
 
-MEMORY_STEPS = 2  # the second step has gradients, optimizer state and activations at once
 FRESH_QUESTIONS = 8
-FRESH_TEXTS = 8
 
 
 def run(recipe: Recipe, run: Run) -> Result:

@@ -17,20 +17,10 @@ from finetune.recipe.load import says_the_same
 from finetune.run import Report, Run, checkpoints, evidence, layout, seal
 from finetune.run.base import base_changed
 from finetune.run.directory import RECIPE
+from finetune.run.plan import BY_NAME, TRAININGS, Stage, inputs, plan
 from finetune.run.restore import refuse_newer, restore
-from finetune.stages import (
-    BY_NAME,
-    TRAININGS,
-    Stage,
-    execute,
-    fingerprint,
-    inputs,
-    models_before,
-    outdated,
-    plan,
-    reason,
-)
 from finetune.stages.adopt import adopt
+from finetune.stages.runner import fingerprint, outdated, reason, run_stage
 from finetune.training import resuming
 from finetune.training.job import job_of
 
@@ -116,7 +106,7 @@ def run_stages(
         refuse_newer(run)
         if force and names is None:
             seal.begin_anew(run)
-        for said in restore(run, {name: models_before(stage) for name, stage in BY_NAME.items()}):
+        for said in restore(run):
             say(said)
         adopt(recipe, run)
         planned = preview(recipe, run, names, force=force, retrain=retrain)
@@ -160,7 +150,7 @@ def _one(
     """One stage, with an event of how it ended where that is not its end."""
     run.resume = resume
     try:
-        return execute(
+        return run_stage(
             stage, recipe, run, force=force, retrain=retrain, on_start=lambda stage: listener("start", stage, None)
         )
     except KeyboardInterrupt as error:

@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from finetune.backends import Tokenizer, tokenizer_of
+from finetune.backends import tokenizer_of
 from finetune.core.console import say
 from finetune.core.errors import StageError, UsageError
 from finetune.core.files import digest, read_object, write_text
 from finetune.data import checks, encode, formats, secrecy, sources, templates
+from finetune.data.tokenizer import Tokenizer
 from finetune.recipe import Recipe
 from finetune.recipe.sections import Data
 from finetune.run import Run, evidence, layout

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Constant, Generation, InferenceOnly, Tokenizer
+from finetune.backends import Constant, Generation, InferenceOnly
 from finetune.core.lookup import load as load_reference
+from finetune.data.tokenizer import Tokenizer
 
 
 class LlamaCppBackend(InferenceOnly):

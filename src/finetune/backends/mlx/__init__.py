@@ -10,9 +10,10 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Constant, Generation, Job, Step, TensorFacts, Tokenizer
+from finetune.backends import Constant, Generation, Job, Step, TensorFacts
 from finetune.core.errors import MissingError
 from finetune.core.lookup import load as load_reference
+from finetune.data.tokenizer import Tokenizer
 
 INSTALL = "MLX is not installed. Install it with: pip install 'finetune[mlx]'"
 

@@ -15,11 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.backends import Constant, Generation, InferenceOnly, Tokenizer
+from finetune.backends import Constant, Generation, InferenceOnly
 from finetune.backends.ollama import modelfile
 from finetune.backends.ollama.api import Client, Refused
 from finetune.core.errors import FinetuneError, MissingError, StageError, UsageError, first_line
 from finetune.core.files import digest
+from finetune.data.tokenizer import Tokenizer
 
 RENDERS = (0, 11, 5)  # the first version that tells the prompt it renders
 # Greedy, whatever the Modelfile or the server's version has for a default.

@@ -17,7 +17,7 @@ LEFT_OUT = {
     "__init__.py": "the version and the public names",
     "core/console.py": "shows what goes on",
     "recipe/load.py": "reads recipes, whose values every fingerprint holds",
-    "stages/__init__.py": "calls the stages, which compute",
+    "run/plan.py": "names the stages; what each reads is in its fingerprint",
 }
 # Folders of files that are no Python, under the module that reads them.
 DATA = {"data/templates.py": "data/templates_jinja", "models/licenses.py": "models/license_texts"}

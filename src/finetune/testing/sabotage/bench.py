@@ -22,7 +22,7 @@ from finetune.core.files import write_text
 from finetune.recipe import yaml
 from finetune.report.summary import verdicts
 from finetune.run import Run
-from finetune.stages import STAGES
+from finetune.run.plan import STAGES
 from finetune.testing.sabotage import Sabotage, baseline, fork_server, starting
 from finetune.testing.sabotage.context import Scene, as_if_written_so
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.cli.options import example
 from finetune.recipe import yaml
+from finetune.recipe.examples import example
 from finetune.testing.sabotage import baseline as ground
 
 EMBEDDED = "embedded model"

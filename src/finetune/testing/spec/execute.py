@@ -66,7 +66,7 @@ def command(case: Case, directory: Path, *, root: Path) -> tuple[list[str], Path
 
 def recipe_of(case: Case, *, root: Path) -> Recipe:
     """The recipe as the case runs it."""
-    from finetune.cli.options import example
+    from finetune.recipe.examples import example
 
     file = recipe_file(case, _roots(case, root)) or example(case.spec.config.removeprefix(EXAMPLE_PREFIX))
     return load_recipe(file, [f"{key}={json.dumps(value)}" for key, value in case.spec.overrides.items()])

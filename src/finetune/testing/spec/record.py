@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from finetune.checks.expected import EXPECT_KEYS
 from finetune.core.errors import FinetuneError, UsageError
 from finetune.core.files import write_text
 from finetune.recipe import Recipe, dump, load, yaml
+from finetune.recipe.examples import locate
 from finetune.report.summary import reports, verdicts
 from finetune.report.terminal import number
 from finetune.run import Run, evidence, outcome
@@ -41,8 +43,15 @@ class Source:
     overrides: dict[str, Any]
 
 
-def record(run: Run, out: Path, recipe_file: Path | None = None) -> Path:
-    """Write a spec for the run's recipe to `out`. Raises UsageError for a run that is not good.
+def record(
+    run: Run,
+    out: Path,
+    recipe_file: Path | None = None,
+    *,
+    options_of: Callable[[list[str]], dict[str, Any] | None] = lambda words: None,
+) -> Path:
+    """Write a spec for the run's recipe to `out`. Raises UsageError for a run that is not good. `options_of` reads the words
+    of the command that made the run: the values of its options by name, None for a command that it does not know.
 
     A bound is the measured value and 25 % on top (of times 100 %), and never looser than the recipe's own.
     """
@@ -55,7 +64,11 @@ def record(run: Run, out: Path, recipe_file: Path | None = None) -> Path:
         raise UsageError(f"{run.path} is not a good run to record: {outcome.headline(stored['verdicts'])}")
     recipe = load(run.path / "recipe.yaml")
     root = repository(out.absolute()) or Path.cwd()
-    source = _given(run, recipe, recipe_file) if recipe_file else _found(run, recipe, root) or _copied(run, recipe, out)
+    source = (
+        _given(run, recipe, recipe_file)
+        if recipe_file
+        else _found(run, recipe, root, options_of) or _copied(run, recipe, out)
+    )
     mapping, notes = _spec(run, recipe, source, root, stored["verdicts"])
     write_text(out, _commented(yaml.write(mapping), notes, run))
     specs.load(out)
@@ -68,17 +81,15 @@ def _given(run: Run, recipe: Recipe, file: Path) -> Source:
     return Source(folder=file.resolve().parent, config=file.name, overrides={})
 
 
-def _found(run: Run, recipe: Recipe, root: Path) -> Source | None:
+def _found(
+    run: Run, recipe: Recipe, root: Path, options_of: Callable[[list[str]], dict[str, Any] | None]
+) -> Source | None:
     """The recipe that the run's command named, where it is still what was run."""
-    from finetune.cli.app import cli
-    from finetune.cli.options import locate
-
     manifest = run.manifest()
     words, folder = shlex.split(manifest.get("command", "")), Path(manifest.get("directory", "."))
-    command = cli.get_command(None, words[1]) if len(words) > 1 else None  # type: ignore[arg-type]
-    if command is None or not folder.is_dir():
+    asked = options_of(words[1:]) if folder.is_dir() else None
+    if asked is None:
         return None
-    asked = command.make_context(words[1], words[2:], resilient_parsing=True).params
     options = list(asked.get("overrides") or ())
     values = {key: yaml.scalar(value, key) for key, _, value in (text.partition("=") for text in options)}
     try:
