@@ -187,7 +187,7 @@ def lint(session: nox.Session, row: Cell) -> None:
     session.run("mypy")
     session.run("actionlint", *map(str, sorted(Path(".github/workflows").glob("*.yml"))))
     session.run("zizmor", "--offline", "--quiet", ".github")
-    session.run("python", "-m", "finetune.cli.docs_gen", "--check")
+    session.run("python", "-m", "tools.docs_gen", "--check")
 
 
 @cell
@@ -278,7 +278,7 @@ def bench(session: nox.Session, row: Cell) -> None:
 @cell
 def sabotage(session: nox.Session, row: Cell) -> None:
     """Break the real pipeline in every known way, and run honestly; writes docs/detection.md; half an hour."""
-    session.run("python", "-m", "finetune.testing.sabotage", *session.posargs, env=offline())
+    session.run("python", "-m", "sabotage", *session.posargs, env=offline())
 
 
 @cell
@@ -290,7 +290,7 @@ def calibrate(session: nox.Session, row: Cell) -> None:
 @cell
 def docs(session: nox.Session, row: Cell) -> None:
     """Write the generated docs: docs/recipes.md from the models, the README's tree from the source."""
-    session.run("python", "-m", "finetune.cli.docs_gen", *session.posargs)
+    session.run("python", "-m", "tools.docs_gen", *session.posargs)
 
 
 @cell

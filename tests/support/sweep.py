@@ -16,7 +16,7 @@ from finetune.core.files import write_json, write_jsonl
 from finetune.recipe import Recipe
 from finetune.run import Run, evidence, layout
 from finetune.run.directory import EVENTS, MANIFEST, VERDICTS
-from finetune.testing.sabotage.context import as_if_written_so
+from sabotage.context import as_if_written_so
 
 Place = tuple[str | int, ...]
 OPAQUE = ("made_with", "options", "settings")  # conditions that are told as a whole

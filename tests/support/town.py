@@ -12,7 +12,7 @@ from finetune.core.files import digest, digests, read_jsonl, write_json, write_j
 from finetune.recipe import Recipe
 from finetune.run import Run, checkpoints, identity
 from finetune.stages.pipeline import run_directory, run_stages
-from finetune.testing.sabotage import context
+from sabotage import context
 
 CAPITALS = {
     "Zorland": "Quell",

@@ -15,7 +15,7 @@ import finetune
 from finetune.core.files import write_json
 from finetune.recipe import dump
 from finetune.run import Run
-from finetune.testing.sabotage.context import as_if_written_so
+from sabotage.context import as_if_written_so
 from support.town import build, only_training
 
 SOURCE = Path(finetune.__file__).parent

@@ -13,10 +13,10 @@ from finetune.checks.expected import EXPECT_KEYS
 from finetune.core import processes
 from finetune.core.errors import StageError
 from finetune.stages.pipeline import run_directory, run_stages
-from finetune.testing.sabotage import baseline, bench, detection, table
-from finetune.testing.sabotage.bench import Found
-from finetune.testing.sabotage.context import Scene, as_if_written_so
-from finetune.testing.sabotage.controls import controls
+from sabotage import baseline, bench, detection, table
+from sabotage.bench import Found
+from sabotage.context import Scene, as_if_written_so
+from sabotage.controls import controls
 from support import town
 
 ROOT = Path(__file__).parents[2]
@@ -223,7 +223,7 @@ def test_there_are_controls_of_every_kind():
 
 def sabotage(*arguments):
     return subprocess.run(
-        processes.command("finetune.testing.sabotage", *arguments), env=processes.environment(), capture_output=True, text=True,
+        processes.command("sabotage", *arguments), env=baseline.environment(), capture_output=True, text=True,
         check=False, timeout=60,
     )  # fmt: skip
 

@@ -10,8 +10,8 @@ import pytest
 
 from finetune.core import processes
 from finetune.testing import questions
-from finetune.testing.sabotage import baseline, controls, honest
-from finetune.testing.sabotage.bench import Found
+from sabotage import baseline, controls, honest
+from sabotage.bench import Found
 
 ROOT = Path(__file__).parents[2]
 STORED = honest.load(ROOT)
@@ -140,8 +140,8 @@ def test_each_set_runs_each_ground_with_each_seed_and_what_equals_the_cpus_own_i
     ],
 )
 def test_the_command_refuses_an_unknown_ground_and_an_unknown_set(arguments, said):
-    command = processes.command("finetune.testing.sabotage", *arguments)
-    done = subprocess.run(command, env=processes.environment(), capture_output=True, text=True, check=False, timeout=60)
+    command = processes.command("sabotage", *arguments)
+    done = subprocess.run(command, env=baseline.environment(), capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
     assert said in done.stderr
 

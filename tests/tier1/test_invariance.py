@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from tests.support import town
 
 from finetune.checks import BY_NAME as CHECKS
 from finetune.checks import Verdict, owed, results
@@ -21,6 +20,7 @@ from finetune.experiments.invariance import MEASURED, NAMES, tiny_copy
 from finetune.recipe import Recipe, dump
 from finetune.run import Run, seal
 from finetune.stages.pipeline import run_directory, run_stages
+from tests.support import town
 
 LOSSES = [3.0, 2.5, 2.0]
 ROWS = [[2, 0, 1], [1, 2, 0], [0, 1, 2]]

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from finetune.cli import docs_gen
 from finetune.core.errors import UsageError
 from finetune.recipe import load_mapping
 from finetune.recipe import yaml as recipe_yaml
+from tools import docs_gen
 
 ROOT = Path(__file__).parents[2]
 TARGETS = (
@@ -285,9 +285,9 @@ def test_the_tree_stands_between_its_markers(tmp_path: Path) -> None:
         ("part/one.py", "One: a b."),
     ):
         (tmp_path / name).write_text(f'"""{docstring}"""\n', encoding="utf-8")
-    written = docs_gen.readme("before\n<!-- tree -->\nold\n<!-- /tree -->\nafter", tmp_path)
+    written = docs_gen.architecture("before\n<!-- tree -->\nold\n<!-- /tree -->\nafter", tmp_path)
     lines = [" ".join(line.split()) for line in written.splitlines()]
     assert lines[:3] == ["before", "<!-- tree -->", "```text"]
     assert lines[4:] == ["part/ A part", "one.py One: a b", "```", "<!-- /tree -->", "after"]
-    assert docs_gen.readme(written, tmp_path) == written
-    assert docs_gen.readme("no markers", tmp_path) == "no markers"
+    assert docs_gen.architecture(written, tmp_path) == written
+    assert docs_gen.architecture("no markers", tmp_path) == "no markers"

@@ -13,18 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetune.core import processes
 from finetune.core.files import digest, write_jsonl
 from finetune.run.plan import BY_NAME
 from finetune.stages.pipeline import preview, run_directory, run_stages
 from finetune.stages.runner import fingerprint
 from finetune.testing import sabotage
-from finetune.testing.sabotage import baseline, fork_server, starting
-from finetune.testing.sabotage.context import Scene, as_if_written_so
+from sabotage import baseline, fork_server, starting
+from sabotage.context import Scene, as_if_written_so
 from support import town
 
 WRAPPED = """
-from finetune.testing.sabotage.context import Scene
+from sabotage.context import Scene
 
 def shout(scene: Scene) -> None:
     scene.wrap("textwrap:shorten", lambda original: lambda text, width: original(text, width).upper())
@@ -61,9 +60,9 @@ def test_a_patch_reaches_processes_that_know_nothing_of_it_and_their_children(tm
     use = "import textwrap; from fractions import Fraction; "
     use += "print(textwrap.shorten('a b', 9), Fraction(1, 3).limit_denominator())"
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-P', '-c', {before + use!r}], check=True)"
-    path = f"{start}:{tmp_path / 'own'}:{processes.environment()['PYTHONPATH']}"
+    path = f"{start}:{tmp_path / 'own'}:{baseline.environment()['PYTHONPATH']}"
     for code in (before + use, nested):
-        environment = {**processes.environment(), "PYTHONPATH": path, starting.PATCHES: "wrapped:shout"}
+        environment = {**baseline.environment(), "PYTHONPATH": path, starting.PATCHES: "wrapped:shout"}
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.stdout == "A B patched\n", done.stderr
@@ -106,8 +105,8 @@ def start(tmp_path):
     for module in Path(sabotage.__file__).parents[2].iterdir():
         (own / "finetune" / module.name).symlink_to(module)
     (own / "finetune" / "said.py").write_text(SAID, encoding="utf-8")
-    path = os.pathsep.join([str(tmp_path / "start"), str(own), processes.environment()["PYTHONPATH"]])
-    environment = {**processes.environment(), "PYTHONPATH": path}
+    path = os.pathsep.join([str(tmp_path / "start"), str(own), baseline.environment()["PYTHONPATH"]])
+    environment = {**baseline.environment(), "PYTHONPATH": path}
     with tempfile.TemporaryDirectory() as short:
         server = Path(short) / "s"
         with fork_server.serving(server, environment, ["xml.dom"]):

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from finetune.checks import Verdict, results
-from finetune.core import processes
 from finetune.core.files import write_text
 from finetune.experiments.invariance import measure, tiny_copy, worker
 from finetune.stages.pipeline import run_directory, run_stages
+from sabotage import baseline
 
-CHANGES = "finetune.testing.sabotage.invariances"
+CHANGES = "sabotage.invariances"
 
 
 def measured(recipe: Any) -> dict[str, Verdict]:
@@ -44,8 +44,8 @@ def test_mistakes_of_the_trainer_fail_their_own_verdicts_and_no_other(
 ) -> None:
     mistakes = {"accumulation": "last_micro_batch", "packing": "pack_mask_lost", "merge": "merged_coarsely"}
     calls = "".join(f"install('{CHANGES}:{name}')\n" for name in mistakes.values())
-    write_text(tmp_path / "sitecustomize.py", f"from finetune.testing.sabotage.import_hook import install\n{calls}")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), processes.environment()["PYTHONPATH"]]))
+    write_text(tmp_path / "sitecustomize.py", f"from sabotage.import_hook import install\n{calls}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), baseline.environment()["PYTHONPATH"]]))
 
     assert set(failed(measured(tiny_recipe("llama")))) == set(mistakes)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from finetune.testing import questions
-from finetune.testing.sabotage import baseline, table
-from finetune.testing.sabotage.bench import Bench, side_by_side
+from sabotage import baseline, table
+from sabotage.bench import Bench, side_by_side
 
 FAST = [each for each in table().values() if each.fast]
 # Those that a stage refuses before there is a verdict, and what it says.

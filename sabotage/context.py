@@ -17,7 +17,7 @@ from finetune.run.log import FIRST, PREVIOUS
 from finetune.run.report import FILE as REPORT
 from finetune.run.report import digest_in, left_by
 from finetune.run.seal import digest_of_manifest
-from finetune.testing.sabotage.baseline import put
+from sabotage.baseline import put
 
 Wrapper = Callable[[Any], Any]
 Change = Callable[[Run], None]

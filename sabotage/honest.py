@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checks.expected import EXPECT_KEYS
-from finetune.core import processes
 from finetune.core.files import write_json, write_text
 from finetune.run.manifest import installed
-from finetune.testing.sabotage import baseline, detection
-from finetune.testing.sabotage.bench import Bench, Found
+from sabotage import baseline, detection
+from sabotage.bench import Bench, Found
 
 RESULTS = Path("docs/honest.json")
 PAGE = Path("docs/honest.md")
@@ -99,7 +98,7 @@ def _capability(name: str) -> str:
     with instructions(name):
         done = subprocess.run(
             [sys.executable, "-P", "-c", CAPABILITY],
-            env=processes.environment(),
+            env=baseline.environment(),
             capture_output=True,
             text=True,
             check=True,
@@ -173,9 +172,9 @@ def render(stored: Document) -> str:
     runs, alarms = sum(each["runs"] for each in rows), sum(len(each["alarms"]) for each in rows)
     parts = [
         "# Honest runs, by CPU",
-        "<!-- Written by `python -m finetune.testing.sabotage --grounds` from docs/honest.json. Do not edit. -->",
+        "<!-- Written by `python -m sabotage --grounds` from docs/honest.json. Do not edit. -->",
         f"In {runs} honest runs of the bench's grounds there {detection.alarms(alarms)}. Measured on {stored['machine']}; "
-        "`python -m finetune.testing.sabotage --grounds` does it again.",
+        "`python -m sabotage --grounds` does it again.",
         "Each ground runs with several seeds (other facts, another order, other adapters) under each *instruction set*: "
         "`avx2` is what PyTorch, MKL and oneDNN do on a CPU that has no more, `default` holds PyTorch alone to "
         "its plainest code, `own` is all that this one has. "

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.recipe import yaml
 from finetune.recipe.examples import example
-from finetune.testing.sabotage import baseline as ground
+from sabotage import baseline as ground
 
 EMBEDDED = "embedded model"
 SEEDS = {"lora": range(1, 6), "full": (1, 2), "dpo": (1, 2), "gguf": (1,), "resume": (1,), "serving": (1,)}

@@ -23,6 +23,7 @@ from finetune.recipe import yaml
 from finetune.run.manifest import installed
 from finetune.testing import questions
 
+ROOT = Path(__file__).parents[1]
 VOCABULARY = 500
 SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 384}
 OTHER_SIZES = {"gpt2": {"n_embd": 128, "n_layer": 3}}
@@ -191,8 +192,11 @@ def _question(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """That of every process: offline, one thread, a traceback with every error."""
-    return {**processes.environment(), **ENVIRONMENT}
+    """That of every process: offline, one thread, a traceback with every error; sabotages, which are installed nowhere, are
+    found in it."""
+    found = processes.environment()
+    path = os.pathsep.join(filter(None, (found["PYTHONPATH"], str(ROOT))))
+    return {**found, **ENVIRONMENT, "PYTHONPATH": path}
 
 
 def finetune(*arguments: str, more: Mapping[str, str] | None = None, allowed: tuple[int, ...] = (0,)) -> Any:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checks.expected import EXPECT_KEYS
-from finetune.testing.sabotage import Sabotage, table
-from finetune.testing.sabotage.baseline import GROUNDS
-from finetune.testing.sabotage.bench import Found
-from finetune.testing.sabotage.context import Scene
-from finetune.testing.sabotage.controls import controls
+from sabotage import Sabotage, table
+from sabotage.baseline import GROUNDS
+from sabotage.bench import Found
+from sabotage.context import Scene
+from sabotage.controls import controls
 
 RESULTS = Path("docs/detection.json")
 PAGE = Path("docs/detection.md")
@@ -141,7 +141,7 @@ def render(stored: Document) -> str:
         f"**{len(found)} are caught** ({len(found) / len(sabotages):.0%}). In {len(controls)} honest runs there "
         f"{alarms(len(false))}. `make sabotage` does it again: {stored['minutes']:.0f} minutes on {stored['machine']}.",
         BY_OTHERS,
-        "Each row is one function in [src/finetune/testing/sabotage](../src/finetune/testing/sabotage/__init__.py), whose "
+        "Each row is one function in [sabotage](../sabotage/__init__.py), whose "
         "patches reach every process of the run, the checks' own too; no check knows of them. How to add one: "
         "[sabotage.md](sabotage.md). *Caught by*: the verdicts that failed; *refused*: a stage would not go on, and said "
         "so. *Tier*: 1 and 2 run with every change, *nightly* with `make sabotage`. *Seconds*: the whole run and all "

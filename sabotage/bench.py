@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.core import processes
 from finetune.core.cache import cache_dir
 from finetune.core.errors import StageError
 from finetune.core.files import write_text
@@ -23,8 +22,8 @@ from finetune.recipe import yaml
 from finetune.report.summary import verdicts
 from finetune.run import Run
 from finetune.run.plan import STAGES
-from finetune.testing.sabotage import Sabotage, baseline, fork_server, starting
-from finetune.testing.sabotage.context import Scene, as_if_written_so
+from sabotage import Sabotage, baseline, fork_server, starting
+from sabotage.context import Scene, as_if_written_so
 
 ENDINGS = (0, 1, 2, 3, 4)  # whatever the command line ends with says something; a crash of Python itself does not
 SABOTAGES = Path(__file__).parent
@@ -60,7 +59,7 @@ class Bench:
         self._open = ExitStack()
         start = _new(directory / "start")
         shutil.copyfile(starting.__file__, start / "sitecustomize.py")
-        self.environment = {"PYTHONPATH": os.pathsep.join([str(start), processes.environment()["PYTHONPATH"]])}
+        self.environment = {"PYTHONPATH": os.pathsep.join([str(start), baseline.environment()["PYTHONPATH"]])}
 
     def __enter__(self) -> Bench:
         place = self._open.enter_context(tempfile.TemporaryDirectory(prefix="warm-"))  # a socket's path must be short

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from finetune.testing.sabotage.context import Scene
+    from sabotage.context import Scene
 
 MODULES = (
     "rows",

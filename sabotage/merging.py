@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.run import Run
-from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.context import Scene
-from finetune.testing.sabotage.files import rewrite_json, rewrite_weights, write
+from sabotage import sabotage
+from sabotage.context import Scene
+from sabotage.files import rewrite_json, rewrite_weights, write
 
 MERGE = "finetune.backends.torch.merging:merge"
 DELTA = "peft.tuners.lora.layer:Linear.get_delta_weight"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.context import Scene
+from sabotage import sabotage
+from sabotage.context import Scene
 
 ADAMW_STEP = "torch.optim.adamw:AdamW.step"
 TRAINER = "transformers.trainer:Trainer"

@@ -10,8 +10,8 @@ from typing import Any
 
 from finetune.core.files import write_json
 from finetune.run import Run
-from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.context import Scene
+from sabotage import sabotage
+from sabotage.context import Scene
 
 TRAINER = "transformers.trainer"
 ADAPTER, MODEL = "train/adapter/adapter_model.safetensors", "train/model/model.safetensors"

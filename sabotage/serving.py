@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.context import Scene
+from sabotage import sabotage
+from sabotage.context import Scene
 
 SERVER = "finetune.backends.torch.server"
 GROUND: dict[str, Any] = {"ground": "serving", "since": "measure"}

@@ -11,10 +11,10 @@ from typing import Any
 
 from finetune.core.files import digest, write_json
 from finetune.run import Run
-from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.context import Scene
-from finetune.testing.sabotage.files import Gguf, rewrite_gguf, rewrite_json, rewrite_weights
-from finetune.testing.sabotage.merging import OTHER_TEMPLATE
+from sabotage import sabotage
+from sabotage.context import Scene
+from sabotage.files import Gguf, rewrite_gguf, rewrite_json, rewrite_weights
+from sabotage.merging import OTHER_TEMPLATE
 
 SOURCE = "finetune.stages.export:_source"
 PAD, BEGIN = 0, "<|endoftext|>"  # the same token of the tiny tokenizer

@@ -2,7 +2,7 @@
 
 Of a run's ten seconds seven are spent importing torch, transformers and TRL, in three processes. A copy knows nothing of
 finetune yet, so that patches of our own modules and of attributes of classes reach it as they reach a process that started
-cold. `python -m finetune.testing.sabotage.fork_server SOCKET LIBRARY...` serves until its standard input closes.
+cold. `python -m sabotage.fork_server SOCKET LIBRARY...` serves until its standard input closes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core import processes
-from finetune.testing.sabotage import starting
+from sabotage import starting
 
 LIBRARIES = (
     "numpy", "torch", "safetensors.torch", "tokenizers", "datasets", "accelerate", "peft", "transformers.trainer",
@@ -38,7 +38,7 @@ END_SECONDS = 5.0
 @contextlib.contextmanager
 def serving(socket_file: Path, environment: dict[str, str], libraries: Sequence[str] = LIBRARIES) -> Iterator[None]:
     """A server at `socket_file` while the block runs, with `libraries` imported."""
-    command = processes.command("finetune.testing.sabotage.fork_server", str(socket_file), *libraries)
+    command = processes.command("sabotage.fork_server", str(socket_file), *libraries)
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
     try:
@@ -121,7 +121,7 @@ def _run(request: dict[str, Any]) -> int:
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
     try:
-        importlib.import_module("finetune.testing.sabotage.starting").patch()
+        importlib.import_module("sabotage.starting").patch()
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:

@@ -7,8 +7,8 @@ from typing import Any
 
 from finetune.core.files import read_jsonl, write_jsonl
 from finetune.run import Run
-from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.context import Scene
+from sabotage import sabotage
+from sabotage.context import Scene
 
 COLLATE = "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.torch_call"
 MASKED = -100

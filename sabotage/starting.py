@@ -21,7 +21,7 @@ LOST = 70  # the exit code where the copy died without one
 def patch() -> None:
     """Install the patches of the sabotage that this run is for."""
     if reference := os.environ.get(PATCHES):
-        from finetune.testing.sabotage.import_hook import install
+        from sabotage.import_hook import install
 
         install(reference)
 

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.context import Scene
-from finetune.testing.sabotage.training import ADAMW_STEP, TRAINER
+from sabotage import sabotage
+from sabotage.context import Scene
+from sabotage.training import ADAMW_STEP, TRAINER
 
 
 def _with_groups(scene: Scene, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core.files import read_jsonl, write_jsonl
-from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.context import Scene
+from sabotage import sabotage
+from sabotage.context import Scene
 
 PHASES = "finetune.run.evidence:phases"
 EVALUATE = "finetune.stages.evaluate"

@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from finetune.testing.sabotage.context import Scene, Wrapper
+from sabotage.context import Scene, Wrapper
 
 
 def install(reference: str) -> None:

@@ -1,4 +1,4 @@
-"""`python -m finetune.testing.sabotage`: carry out sabotages and controls, and write docs/detection.json and .md.
+"""`python -m sabotage`: carry out sabotages and controls, and write docs/detection.json and .md.
 
 Without names everything runs (half an hour on two cores). With names, only those do, and the rows of sabotages are
 replaced. `--honest` carries out all honest runs and replaces them. `--grounds` runs the grounds by seed and by instruction
@@ -24,9 +24,9 @@ from finetune.core.errors import StageError
 from finetune.core.files import write_json, write_text
 from finetune.core.lookup import did_you_mean
 from finetune.run.manifest import installed
-from finetune.testing.sabotage import Sabotage, baseline, detection, honest, table
-from finetune.testing.sabotage.bench import Bench, Found
-from finetune.testing.sabotage.controls import Control, controls
+from sabotage import Sabotage, baseline, detection, honest, table
+from sabotage.bench import Bench, Found
+from sabotage.controls import Control, controls
 
 VERSIONS = ("torch", "transformers", "trl", "peft", "tokenizers", "xllamacpp", "cyllama", "mlx", "mlx-lm")
 
@@ -90,7 +90,7 @@ def _unknown(what: str, names: Iterable[str], known: Iterable[str]) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m finetune.testing.sabotage", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sabotage", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="sabotages or controls; all without any")
     parser.add_argument(
         "--also", action="append", default=[], metavar="MODULE", help="a module with sabotages of yours"

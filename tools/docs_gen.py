@@ -1,7 +1,7 @@
-"""The docs that are written from the code: docs/recipes.md and the keys in docs/specs.md from the models, the README's
-tree from the source, docs/detection.md from the measured docs/detection.json.
+"""The docs that are written from the code: docs/recipes.md and the keys in docs/specs.md from the models, the tree
+in docs/architecture.md from the source, docs/detection.md from the measured docs/detection.json.
 
-`python -m finetune.cli.docs_gen` writes them; with `--check` it writes nothing and exits 1 when one is out of date.
+`python -m tools.docs_gen` writes them; with `--check` it writes nothing and exits 1 when one is out of date.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from finetune.recipe.legacy import FIELD_KEYS
 from finetune.recipe.profiles import PROFILES
 from finetune.recipe.sections import Align, Data, Evaluate, Expect, Lora, Model, Optimization, Section, Template, Train
 from finetune.testing import logs
-from finetune.testing.sabotage import baseline, detection
 from finetune.testing.spec.model import Bounds, Inference, Learned, Loss, Spec, Stderr, json_schema
+from sabotage import baseline, detection
 
 RECIPES = Path("docs/recipes.md")
 SPECS = Path("docs/specs.md")
 SPEC_SCHEMA = Path("docs/spec.schema.json")
 SABOTAGE = Path("docs/sabotage.md")
 COMPATIBILITY = Path("docs/compatibility.md")
-README = Path("README.md")
+ARCHITECTURE = Path("docs/architecture.md")
 SOURCE = Path("src/finetune")
 
 EXAMPLE = """\
@@ -343,8 +343,8 @@ def _leaf(name: str, depth: int, module: Path) -> str:
     return f"{'  ' * depth + name:<26}{sentence.removesuffix('.')}".rstrip()
 
 
-def readme(text: str, source: Path) -> str:
-    """A README with the tree between its markers written anew."""
+def architecture(text: str, source: Path) -> str:
+    """docs/architecture.md with the tree between its markers written anew."""
     return between(text, "tree", "```text\n" + "\n".join(tree(source)) + "\n```")
 
 
@@ -392,7 +392,7 @@ def outdated(root: Path) -> dict[Path, str]:
     if results := detection.load(root):
         wanted[root / detection.PAGE] = detection.render(results)
     for name, write in (
-        (README, lambda text: readme(text, root / SOURCE)),
+        (ARCHITECTURE, lambda text: architecture(text, root / SOURCE)),
         (SPECS, specs),
         (SABOTAGE, grounds),
         (COMPATIBILITY, compatibility),
@@ -406,7 +406,7 @@ def outdated(root: Path) -> dict[Path, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the docs under the current directory, or with `--check` say which are out of date (exit code 1)."""
-    parser = argparse.ArgumentParser(prog="python -m finetune.cli.docs_gen", description="Write the generated docs.")
+    parser = argparse.ArgumentParser(prog="python -m tools.docs_gen", description="Write the generated docs.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is out of date")
     check = parser.parse_args(arguments).check
     found = outdated(Path())

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from finetune.testing.sabotage import sabotage
-from finetune.testing.sabotage.context import Scene
+from sabotage import sabotage
+from sabotage.context import Scene
 
 TRAINER = "transformers.trainer:Trainer"
 SFT_TRAINER = "trl.trainer.sft_trainer:SFTTrainer"
