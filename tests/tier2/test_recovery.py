@@ -109,6 +109,33 @@ def test_a_training_that_failed_within_a_step_goes_on_bit_by_bit(short, failing,
     assert refuted(recipe, run) == set()
 
 
+def test_a_step_that_failed_as_it_changed_weights_leaves_no_checkpoint_of_them(short, monkeypatch, tmp_path):
+    import torch
+
+    recipe = short()
+    whole = trained(recipe, tmp_path / "whole")
+    take, taken = torch.optim.AdamW.step, [0]
+
+    def step(self: Any, *arguments: Any, **named: Any) -> Any:
+        taken[0] += 1
+        done = take(self, *arguments, **named)
+        if taken[0] == 6:
+            raise RuntimeError("the device is gone")
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(
+            StageError, match=r"step 6 could not be taken: RuntimeError: the device is gone\..*checkpoint-3"
+        ):
+            trained(recipe, tmp_path / "run")
+    run = trained(recipe, tmp_path / "run")
+
+    assert [event["resumed_from"] for event in run.events("training")] == [None, 3]
+    assert weights(run) == weights(whole)
+    assert losses(run) == losses(whole)
+
+
 def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(short, failing, tmp_path):
     recipe = short(on_oom="shrink", lora={"r": 4, "lora_dropout": 0.0})
     whole = trained(recipe, tmp_path / "whole")
