@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from finetune import stages
 from finetune.checks import judge
 from finetune.checks.remedies import with_remedy
 from finetune.cli.app import COMMANDS, cli
@@ -23,6 +22,7 @@ from finetune.recipe import Recipe, load
 from finetune.recipe.examples import EXAMPLES, examples
 from finetune.report import summary, terminal
 from finetune.run import Run
+from finetune.stages import runner
 from support import records
 
 TOKEN = "hf_" + "secretvalue" * 3
@@ -82,7 +82,7 @@ class Stages:
 @pytest.fixture
 def stand_ins(here: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     found = Stages()
-    monkeypatch.setattr(stages, "load", found.load)
+    monkeypatch.setattr(runner, "load", found.load)
     # They prepare nothing, so there is nothing to hold a checkpoint against; test_resuming.py does.
     monkeypatch.setattr(
         "finetune.stages.pipeline.refuse_another", lambda *args, changed: found.insisted.append(changed)

@@ -13,11 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+import finetune
+import sabotage
 from finetune.core.files import digest, write_jsonl
 from finetune.run.plan import BY_NAME
 from finetune.stages.pipeline import preview, run_directory, run_stages
 from finetune.stages.runner import fingerprint
-from finetune.testing import sabotage
 from sabotage import baseline, fork_server, starting
 from sabotage.context import Scene, as_if_written_so
 from support import town
@@ -102,7 +103,7 @@ def start(tmp_path):
         folder.mkdir(parents=True)
     (own / "wrapped.py").write_text(WRAPPED, encoding="utf-8")
     shutil.copyfile(starting.__file__, tmp_path / "start" / "sitecustomize.py")
-    for module in Path(sabotage.__file__).parents[2].iterdir():
+    for module in Path(finetune.__file__).parent.iterdir():
         (own / "finetune" / module.name).symlink_to(module)
     (own / "finetune" / "said.py").write_text(SAID, encoding="utf-8")
     path = os.pathsep.join([str(tmp_path / "start"), str(own), baseline.environment()["PYTHONPATH"]])
