@@ -30,7 +30,6 @@ class Guard(TrainerCallback):
         self.bad_loss = math.nan  # of the last step that was skipped
         self.skipped = 0  # since the last log
         self.skipping = False
-        self.whole = True  # whether all weights are of one and the same step
         self.random: dict[str, Any] = {}
         self.step_of, self.norm_of = trainer.training_step, trainer._get_grad_norm
         trainer.training_step, trainer._get_grad_norm = self._step, self._norm
@@ -77,7 +76,6 @@ class Guard(TrainerCallback):
         def step(*arguments: Any, **named: Any) -> Any:
             if self.skipping:
                 return None
-            self.whole = False
             with taking(self._number):
                 return take(*arguments, **named)
 
@@ -90,7 +88,6 @@ class Guard(TrainerCallback):
         self.skipped += self.skipping
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.whole = True
         self.random = _random()
 
     def logged(self, loss: float) -> tuple[float, int]:
@@ -127,7 +124,8 @@ class Guard(TrainerCallback):
         """A checkpoint of the step before, where all weights and the log are still of that, and there is none yet. What stands
         in its way is passed over: the step's own error is what is to be told."""
         there = self.job.out / f"checkpoint-{self.trainer.state.global_step}"
-        known = self.whole and self.random and not self.losses
+        # Losses that are not logged are of steps that changed weights, or were about to.
+        known = self.random and not self.losses
         if not known or there.exists() or not leaves_checkpoint(error, self.job.options):
             return
         self.trainer.model.zero_grad(set_to_none=True)
