@@ -377,7 +377,7 @@ def install(session: nox.Session, row: Cell) -> None:
     stamp.unlink(missing_ok=True)
     env = sources(session, row)
     project = f".[{','.join(row.extras)}]" if row.extras else "."
-    again = ("--reinstall-package", "finetune") if session.venv_backend == "uv" else ()
+    again = ("--reinstall-package", PYPROJECT["project"]["name"]) if session.venv_backend == "uv" else ()
     groups = nox.project.dependency_groups(PYPROJECT, *row.groups)
     session.install(*again, "-c", str(CONSTRAINTS), "-e", project, *groups, env=env)
     if "gguf" in row.extras:

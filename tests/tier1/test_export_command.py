@@ -586,7 +586,7 @@ def test_an_extra_for_exports_is_optional_and_named_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(machine, "installed", lambda name: None)
     assert machine.extras() == {"mlx": ("mlx-lm", "mlx")}
     (found,) = machine._extra("mlx", machine.extras()["mlx"])
-    assert (found.state, found.found, found.fix) == ("absent", "lacks mlx-lm, mlx", "pip install 'finetune[mlx]'")
+    assert (found.state, found.found, found.fix) == ("absent", "lacks mlx-lm, mlx", "pip install 'finetune-proof[mlx]'")
 
 
 @pytest.mark.parametrize(

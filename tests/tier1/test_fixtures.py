@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
+import importlib
+import pkgutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+import finetune
 import finetune.testing
 from finetune.backends import BACKENDS
 from finetune.core.errors import UsageError
@@ -22,8 +26,17 @@ FALLING = [4.0, 3.6, 3.1, 2.8, 2.2, 1.9, 1.5, 1.2]
 ABSENT = ("no_such_package",)
 
 
+@pytest.fixture(scope="module")
+def imported():
+    """Everything imported that can be here: what a session within this one imports first is forgotten when it ends, but stays
+    an attribute of its package, and other tests would patch the one and call the other."""
+    for module in pkgutil.walk_packages(finetune.__path__, "finetune."):
+        with suppress(ImportError, SystemExit):
+            importlib.import_module(module.name)
+
+
 @pytest.fixture
-def inner(pytester, monkeypatch):
+def inner(pytester, monkeypatch, imported):
     """A function: the result of a pytest session over one file of tests, without PyTorch."""
     monkeypatch.setitem(helpers.NEEDS, "torch", ABSENT)
     monkeypatch.delenv("FT_REQUIRE", raising=False)
@@ -171,7 +184,7 @@ def test_without_pytorch_a_tiny_model_skips_its_test_unless_it_was_required(inne
     done = inner("def test_model(tiny_model):\n    tiny_model()\n", *options)
     done.assert_outcomes(**outcome)
     done.stdout.fnmatch_lines(
-        ["*'no_such_package' is not installed. Install it with: pip install 'finetune[[]torch[]]'*"]
+        ["*'no_such_package' is not installed. Install it with: pip install 'finetune-proof[[]torch[]]'*"]
     )
 
 
@@ -236,7 +249,7 @@ def test_every_backend_names_a_missing_package_and_its_install_line(monkeypatch)
     reasons = {name: helpers.unavailable(name) or "" for name, packages in helpers.NEEDS.items() if packages}
     assert len(reasons) >= 6
     for name, reason in reasons.items():
-        assert f"'{helpers.NEEDS[name][0]}' is not installed" in reason and "pip install 'finetune[" in reason
+        assert f"'{helpers.NEEDS[name][0]}' is not installed" in reason and "pip install 'finetune-proof[" in reason
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

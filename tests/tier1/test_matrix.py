@@ -18,6 +18,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from finetune.core.errors import UsageError
+from finetune.core.install import DISTRIBUTION, EXTRAS
 from finetune.recipe import load_mapping
 from finetune.recipe import yaml as recipe_yaml
 from tools import docs_gen
@@ -291,3 +292,23 @@ def test_the_tree_stands_between_its_markers(tmp_path: Path) -> None:
     assert lines[4:] == ["part/ A part", "one.py One: a b", "```", "<!-- /tree -->", "after"]
     assert docs_gen.architecture(written, tmp_path) == written
     assert docs_gen.architecture("no markers", tmp_path) == "no markers"
+
+
+def test_the_distribution_has_one_name_everywhere() -> None:
+    """On PyPI `finetune` is another project; the constant, the metadata and every line that installs say the same."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = {path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+    texts |= {
+        path: path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*") if path.suffix in (".py", ".yaml")
+    }
+    lines = {
+        (path.name, name)
+        for path, text in texts.items()
+        if path.name != "CHANGELOG.md"
+        for name in re.findall(r"pip install '?([A-Za-z_-]+)\[", text)
+    }
+
+    assert project["name"] == DISTRIBUTION
+    assert len(texts) >= 290 and len(lines) >= 4
+    assert {name for _, name in lines} == {DISTRIBUTION}, lines
+    assert set(EXTRAS.values()) | {"torch"} <= set(project["optional-dependencies"])

@@ -165,8 +165,9 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(
     write_exports(torch_run, "gguf:f16", "mlx")
     done = call(torch_run.path, "--backend", backend)
     assert done.exit_code == 3
-    assert f"not installed: uvicorn. Install them with: pip install 'finetune[{SERVERS[backend].extra},serve]'" in (
-        done.stderr
+    assert (
+        f"not installed: uvicorn. Install them with: pip install 'finetune-proof[{SERVERS[backend].extra},serve]'"
+        in (done.stderr)
     )
 
 

@@ -84,7 +84,7 @@ def test_parquet_rows_are_numbered(tmp_path: Path, skip_or_fail: Callable[[str, 
         import pyarrow
         import pyarrow.parquet as parquet
     except ModuleNotFoundError:
-        skip_or_fail("pyarrow", "pyarrow is not installed: pip install 'finetune[parquet]'")
+        skip_or_fail("pyarrow", "pyarrow is not installed: pip install 'finetune-proof[parquet]'")
     path = str(tmp_path / "a.parquet")
     parquet.write_table(pyarrow.table({"text": ["one", "two", "three"]}), path)
     assert read(Data(path=path, limit=2)) == [Row({"text": "one"}, path, 1), Row({"text": "two"}, path, 2)]

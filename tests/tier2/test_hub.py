@@ -21,7 +21,7 @@ from finetune.recipe.sections import Data, Model
 from finetune.stages import fetch
 from support.hub import WEIGHTS, Hub, serve
 
-huggingface_hub = pytest.importorskip("huggingface_hub", reason="install it with: pip install 'finetune[hub]'")
+huggingface_hub = pytest.importorskip("huggingface_hub", reason="install it with: pip install 'finetune-proof[hub]'")
 constants = pytest.importorskip("huggingface_hub.constants")
 TOKEN = "hf_" + "x" * 30
 

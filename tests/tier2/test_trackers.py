@@ -1,6 +1,6 @@
 """Trackers through transformers' own integrations: the losses that they hold are the training's, and all is in the run.
 
-Each that is not installed is skipped; `pip install 'finetune[trackers]'` gets them all.
+Each that is not installed is skipped; `pip install 'finetune-proof[trackers]'` gets them all.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def lacking(family: str) -> str | None:
     missing = [name for name in NEEDS[family] if importlib.util.find_spec(name) is None]
     if missing:
         extra = "mlx" if family == "mlx" else "gguf"
-        return f"{', '.join(missing)} not installed. Install with: pip install 'finetune[{extra}]'"
+        return f"{', '.join(missing)} not installed. Install with: pip install 'finetune-proof[{extra}]'"
     if family == "ollama":
         from finetune.backends.ollama import unavailable
 

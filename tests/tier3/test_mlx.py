@@ -25,7 +25,7 @@ CONVERSATION = [{"role": "user", "content": "What is the capital of Quorra?"}]
 @pytest.fixture(scope="module", autouse=True)
 def mlx(skip_or_fail):
     if importlib.util.find_spec("mlx_lm") is None:
-        skip_or_fail("mlx", "MLX is not installed; pip install 'finetune[mlx]'")
+        skip_or_fail("mlx", "MLX is not installed; pip install 'finetune-proof[mlx]'")
     return get("mlx")
 
 

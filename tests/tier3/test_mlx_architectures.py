@@ -52,7 +52,7 @@ SETTINGS = {"device": "cpu"}
 @pytest.fixture(scope="module", autouse=True)
 def mlx(skip_or_fail):
     if importlib.util.find_spec("mlx_lm") is None:
-        skip_or_fail("mlx", "MLX is not installed; pip install 'finetune[mlx]'")
+        skip_or_fail("mlx", "MLX is not installed; pip install 'finetune-proof[mlx]'")
     return get("mlx")
 
 

@@ -31,7 +31,9 @@ PACKAGES = ("cyllama", "conversion", "torch", "transformers")
 @pytest.fixture(scope="session", autouse=True)
 def server(skip_or_fail) -> None:
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        skip_or_fail("ollama", f"{', '.join(missing)} not installed. Install with: pip install 'finetune[gguf,torch]'")
+        skip_or_fail(
+            "ollama", f"{', '.join(missing)} not installed. Install with: pip install 'finetune-proof[gguf,torch]'"
+        )
     if reason := unavailable():
         skip_or_fail("ollama", reason)
 

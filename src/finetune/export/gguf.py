@@ -18,6 +18,7 @@ from typing import Any
 
 from finetune.core import errors, processes
 from finetune.core.errors import MissingError, StageError
+from finetune.core.install import install
 from finetune.core.memory import need_disk
 from finetune.export import Exported, Source, sizes
 
@@ -105,7 +106,7 @@ def _need_packages() -> None:
     if missing:
         raise MissingError(
             f"an export to GGUF needs the Python package{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
-            "Install with: pip install 'finetune[gguf]'"
+            f"Install with: {install('gguf')}"
         )
     if not _has_own_gguf():
         raise MissingError(

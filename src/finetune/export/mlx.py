@@ -16,11 +16,12 @@ from typing import Any
 
 from finetune.core.errors import MissingError, StageError, UsageError, first_line
 from finetune.core.files import strays
+from finetune.core.install import install
 from finetune.core.lookup import load as load_reference
 from finetune.core.memory import need_disk
 from finetune.export import Exported, Source, sizes
 
-INSTALL = "exporting to MLX needs mlx and mlx-lm. Install them with: pip install 'finetune[mlx]'"
+INSTALL = f"exporting to MLX needs mlx and mlx-lm. Install them with: {install('mlx')}"
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 BITS = {"q8": 8, "q4": 4}
 ROOM = {

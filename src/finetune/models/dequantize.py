@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core.errors import MissingError, StageError, first_line
-from finetune.core.lookup import missing_package
+from finetune.core.install import missing_package
 
 
 def convert(gguf: Path, out: Path) -> None:

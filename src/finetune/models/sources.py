@@ -19,7 +19,8 @@ from finetune.core.cache import cache_dir
 from finetune.core.console import say
 from finetune.core.errors import MissingError, UsageError
 from finetune.core.files import digest, read_object
-from finetune.core.lookup import did_you_mean, load, missing_package
+from finetune.core.install import missing_package
+from finetune.core.lookup import did_you_mean, load
 from finetune.core.secrets import redact, remember
 from finetune.data import secrecy, sources
 from finetune.models import files, tiny, weights

@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from finetune.core.errors import MissingError, UsageError
-from finetune.core.lookup import did_you_mean, missing_package
+from finetune.core.install import missing_package
+from finetune.core.lookup import did_you_mean
 from finetune.recipe.sections import TINY
 
 VOCAB_SIZE = 512

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from finetune.core import processes
 from finetune.core.errors import MissingError, StageError, UsageError
+from finetune.core.install import install
 from finetune.core.lookup import load
 from finetune.core.signals import heeded_by
 from finetune.serving.fields import EXTRAS, LLAMACPP, MLX
@@ -82,7 +83,7 @@ def check_installed(backend: str) -> None:
     if lacking:
         raise MissingError(
             f"serving with '{backend}' needs Python packages that are not installed: {', '.join(lacking)}. "
-            f"Install them with: pip install 'finetune[{server.extra},serve]'"
+            f"Install them with: {install(server.extra, 'serve')}"
         )
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from finetune.core.errors import UsageError
-from finetune.core.lookup import did_you_mean, missing_package
+from finetune.core.install import missing_package
+from finetune.core.lookup import did_you_mean
 from finetune.core.memory import PeakMemory, gpus
 
 if TYPE_CHECKING:

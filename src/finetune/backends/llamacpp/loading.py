@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core.errors import MissingError, StageError, UsageError
+from finetune.core.install import install
 
-INSTALL = "Install it with: pip install 'finetune[gguf]'"
+INSTALL = f"Install it with: {install('gguf')}"
 SENTENCEPIECE, BPE = 1, 2  # llama_vocab_type
 ERROR = 4  # ggml_log_level
 BYTE = 1 << 5  # LLAMA_TOKEN_ATTR_BYTE: a token that stands for one byte

@@ -19,6 +19,7 @@ from typing import Any
 from finetune.backends.llamacpp.loading import default_threads, load_model
 from finetune.core import processes
 from finetune.core.errors import FinetuneError, MissingError, StageError
+from finetune.core.install import install
 
 HOST = "127.0.0.1"
 
@@ -41,7 +42,7 @@ def start(
     except ImportError as error:
         raise MissingError(
             f"the Python package 'xllamacpp' (llama.cpp's server) is not there: {error}. "
-            "Install it with: pip install 'finetune[gguf]'"
+            f"Install it with: {install('gguf')}"
         ) from None
     options = xllamacpp.CommonParams()
     options.model.path = str(gguf)

@@ -12,10 +12,11 @@ from typing import Any
 
 from finetune.backends import Constant, Generation, Job, Step, TensorFacts
 from finetune.core.errors import MissingError
+from finetune.core.install import install
 from finetune.core.lookup import load as load_reference
 from finetune.data.tokenizer import Tokenizer
 
-INSTALL = "MLX is not installed. Install it with: pip install 'finetune[mlx]'"
+INSTALL = f"MLX is not installed. Install it with: {install('mlx')}"
 
 
 class MlxBackend:

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.core.errors import MissingError, StageError, first_line
 from finetune.core.files import read_object
-from finetune.core.lookup import missing_package
+from finetune.core.install import missing_package
 
 LAYERS, HEADS, KV_HEADS = 2, 4, 2
 INITIALIZER_RANGE = 0.1  # at the usual 0.02, attention is nearly uniform, and what it attends to hardly shows
