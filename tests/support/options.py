@@ -252,6 +252,7 @@ MODEL = (
         ("path", "{files}/other", "losses"),
         ("base_model", "{files}/other", "losses", {"model.path": "{files}/adapter"}),
         ("dtype", "bfloat16", "weight_bytes"),
+        ("quantization", "nf4", "weight_bytes"),
         ("trust_remote_code", True, "refused", {"model.path": "{files}/custom"}),
         ("attn_implementation", "eager", "sdpa_calls"),
     ),

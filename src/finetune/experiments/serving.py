@@ -116,7 +116,7 @@ def _asked(recipe: Recipe, run: Run, render: dict[str, Any]) -> list[Asked]:
         except UsageError:  # the template has no such conversation
             continue
     backend = get(recipe.backend)
-    handle = backend.load(run.path / layout.MERGED.path, None, **evidence.model_settings(recipe))
+    handle = backend.load(run.path / layout.MERGED.path, None, **evidence.model_settings(recipe, merged=True))
     asked = []
     for (name, messages, most, known), ids in rendered:
         (again,) = backend.generate(handle, [ids], max_new_tokens=most)

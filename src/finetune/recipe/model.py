@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from finetune.recipe.exports import targets
+from finetune.recipe.quantizers import quantizer
 from finetune.recipe.sections import Align, Data, Evaluate, Expect, Model, Section, Template, Train
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
@@ -46,6 +47,8 @@ class Recipe(Section):
             raise ValueError("'train' needs a 'data' section (or set 'train: null')")
         if self.train is not None and self.data is not None and self.data.format == "preference":
             raise ValueError("'data.format: preference' belongs under 'align.data'; 'train' wants answers to imitate")
+        if self.model.quantization and (unfit := _unfit(self)):
+            raise ValueError(unfit)
         if self.align is not None and (idle := _idle(self.align)):
             raise ValueError(f"'align.{idle}' would do nothing: alignment holds no pairs out; leave it out")
         if self.align is not None and self.train is not None and self.train.lora.bias != "none":
@@ -66,6 +69,24 @@ class Recipe(Section):
                     f"'train.{asking[-1]}' needs held-out rows: set 'data.eval_fraction' (0.1) or 'data.eval_path'"
                 )
         return self
+
+
+def _unfit(recipe: Recipe) -> str:
+    """Why the recipe's quantizer cannot be had with the rest of it, and what can; empty where it can."""
+    row = quantizer(str(recipe.model.quantization))
+    asked, train = f"'model.quantization: {row.name}'", recipe.train
+    if recipe.backend not in row.backends:
+        return f"{asked} is for the backend {' or '.join(row.backends)}, not '{recipe.backend}'; leave it out"
+    if recipe.model.device not in ("auto", *row.devices):
+        return f"{asked} computes on {' or '.join(row.devices)}, not on '{recipe.model.device}'; leave it out"
+    if train is not None and train.method not in row.methods:
+        return f"{asked} holds weights that 'train.method: {train.method}' would train; use {' or '.join(row.methods)}"
+    if train is not None and train.lora.init_lora_weights not in row.initial:
+        return (
+            f"{asked} holds weights that 'train.lora.init_lora_weights: {train.lora.init_lora_weights}' would change; use "
+            "true or gaussian"
+        )
+    return ""
 
 
 def _idle(align: Align) -> str | None:

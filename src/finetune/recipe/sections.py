@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 from finetune.recipe import trackers
 from finetune.recipe.exports import parse
+from finetune.recipe.quantizers import quantizer
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -44,6 +45,14 @@ class Model(Section):
         None, description="Attention kernel; the library's own choice when empty."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+    quantization: str | None = Field(
+        None, description="Hold the base's weights in fewer bits while LoRA trains on top (QLoRA): `nf4`."
+    )
+
+    @field_validator("quantization")
+    @classmethod
+    def _known_quantizer(cls, value: str | None) -> str | None:
+        return value and quantizer(value).name
 
     @property
     def is_tiny(self) -> bool:

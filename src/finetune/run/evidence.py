@@ -235,9 +235,12 @@ def tensor_bytes(file: Path) -> int:
     return file.stat().st_size - 8 - length
 
 
-def model_settings(recipe: Recipe) -> dict[str, Any]:
-    """How a backend shall load the model, as plain values."""
-    return recipe.model.model_dump(include={"dtype", "device", "attn_implementation", "trust_remote_code"})
+def model_settings(recipe: Recipe, *, merged: bool = False) -> dict[str, Any]:
+    """How a backend shall load the model, as plain values; the base, or what was merged of it and is plain whatever held it."""
+    wanted = {"dtype", "device", "attn_implementation", "trust_remote_code"}
+    if recipe.model.quantization and not merged:
+        wanted.add("quantization")
+    return recipe.model.model_dump(include=wanted)
 
 
 def final(run: Run, recipe: Recipe) -> tuple[Path, Path | None]:

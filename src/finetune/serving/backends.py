@@ -35,7 +35,7 @@ def torch(model: Path, run: Run, recipe: Recipe, ended: Ended) -> Iterator[App]:
         model,
         recipe.name,
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
-        **evidence.model_settings(recipe),
+        **evidence.model_settings(recipe, merged=True),
     ) as app:
         yield app
 

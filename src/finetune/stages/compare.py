@@ -62,7 +62,8 @@ def run(recipe: Recipe, run: Run) -> Result:
     with progress(len(needed), "compare") as bar:
         for number, model in enumerate(needed, 1):
             file = files[model.name].with_suffix(".npy")
-            seen = _observe({**evidence.model_settings(recipe), "dtype": dtype}, model, asked, first, file)
+            settings = evidence.model_settings(recipe, merged=model.adapter is None)
+            seen = _observe({**settings, "dtype": dtype}, model, asked, first, file)
             first = first or seen
             if reference is not None:
                 found = _evidence(recipe, run, asked, reference, (model, seen, file))
@@ -184,7 +185,7 @@ def _evidence(
         "learned": comparison.learned(asked, expected, found),
         "served": comparison.served(found, asked),
         "constants": comparison.constants(expected, found),
-        **_merged(before, model),
+        **_merged(recipe, before, model),
         "adapter": _carried(recipe, run, model),
         "mended": model.facts["mended"] if model.facts else [],
         **{
@@ -200,14 +201,15 @@ def _bits(run: Run, size: int | None) -> float | None:
     return 8 * size / count if size and count else None
 
 
-def _merged(before: Model, model: Model) -> dict[str, Any]:
+def _merged(recipe: Recipe, before: Model, model: Model) -> dict[str, Any]:
     """`merge_factor`: how many times the adapter is in the merged weights. `merge`: how far each of them is from base +
     adapter. None where that cannot be told."""
     if before.adapter is None or model.backend != "torch":
         return {"merge_factor": None, "merge": None}
     places = before.path, before.adapter, model.path
     factor, exactness = (load(f"finetune.backends.torch.merging:{name}") for name in ("factor", "exactness"))
-    return {"merge_factor": factor(*places), "merge": exactness(*places)}
+    settings = evidence.model_settings(recipe)
+    return {"merge_factor": factor(*places, **settings), "merge": exactness(*places, **settings)}
 
 
 def _carried(recipe: Recipe, run: Run, model: Model) -> dict[str, Any] | None:

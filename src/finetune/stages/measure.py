@@ -76,9 +76,8 @@ def _fresh(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
     texts = sources.read_jsonl_objects(recipe.evaluate.heldout) if recipe.evaluate.heldout else []
     heldout = [ids for row in texts if len(ids := tokenizer.encode(row.values["text"])) > 1][:FRESH_TEXTS]
     pairs += [[ids[:1], ids[1:]] for ids in heldout]
-    answer = in_fresh_process(
-        score_request(recipe.backend, model, None, pairs, evidence.model_settings(recipe)), out / "fresh-request.json"
-    )
+    request = score_request(recipe.backend, model, None, pairs, evidence.model_settings(recipe, merged=True))
+    answer = in_fresh_process(request, out / "fresh-request.json")
     names = [str(place) for place in range(len(questions))] or [str(row["row"]) for row in (*rows, *preferences)]
     means = [mean(values) for values in answer["scores"][: len(names)]]
     return {
@@ -117,8 +116,12 @@ def _memory(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
         trial = replace(
             job, method=method, out=work, rows=file, eval_rows=None, adapter=None, options=options,
             lora=job.lora if method == "lora" else None,
+            settings=evidence.model_settings(recipe, merged=method == "full"),  # only LoRA trains on quantized weights
         )  # fmt: skip
-        guess = estimate(config, recipe.train, width, method=method, dtype=recipe.model.dtype)  # type: ignore[arg-type]
+        guess = estimate(
+            config, recipe.train, width, method=method, dtype=recipe.model.dtype,  # type: ignore[arg-type]
+            quantization=recipe.model.quantization,
+        )  # fmt: skip
         answer = in_fresh_process(train_request(recipe.backend, trial), out / f"memory-{method}-request.json")
         facts = answer["facts"]
         result[method] = {

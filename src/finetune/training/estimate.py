@@ -18,6 +18,7 @@ from finetune.core.errors import ResourceError, UsageError
 from finetune.core.files import read_jsonl, read_object
 from finetune.core.memory import available, disk_free, gpus, human
 from finetune.models import tiny
+from finetune.recipe.quantizers import quantizer
 from finetune.run import Run
 
 if TYPE_CHECKING:
@@ -187,11 +188,13 @@ def estimate(
     method: str | None = None,
     lora: Lora | None = None,
     dtype: str = "float32",
+    quantization: str | None = None,
 ) -> Estimate:
     """What one training step needs at its peak.
 
     `max_length` is the longest row in tokens (the recipe's own when None). `method` and `lora` override `train`'s, for
-    comparing and for DPO, whose section has neither: its rows count twice (chosen and rejected).
+    comparing and for DPO, whose section has neither: its rows count twice (chosen and rejected). `quantization` is the
+    quantizer that holds the base's linear layers, for LoRA.
     """
     from finetune.recipe.sections import Lora
 
@@ -216,7 +219,7 @@ def estimate(
         tokens_per_step=tokens,
         parameters=model.parameters,
         trainable=trainable,
-        weights=model.parameters * element + adapter * 4,
+        weights=_base_bytes(model, element, quantization if method == "lora" else None) + adapter * 4,
         gradients=trainable * (4 if method == "lora" else element),
         optimizer=optimizer_bytes(train.optim, trainable, model.hidden),
         activations=activations,
@@ -224,6 +227,14 @@ def estimate(
         runtime=RUNTIME,
         checkpoint=trainable * 4 + optimizer_bytes(train.optim, trainable, model.hidden),
     )
+
+
+def _base_bytes(model: Shape, element: int, quantization: str | None) -> int:
+    """The base's weights; of a quantizer the linear layers, of which embeddings, norms and the output head are none."""
+    if quantization is None:
+        return model.parameters * element
+    held = model.layers * sum(inputs * outputs * copies for _, inputs, outputs, copies in model.linears)
+    return (model.parameters - held) * element + int(held * quantizer(quantization).bits / 8)
 
 
 def _kept_per_layer(model: Shape) -> int:
@@ -276,13 +287,15 @@ def by_stage(
     recipe: Recipe, config: Mapping[str, Any], max_length: int | None = None, *, method: str | None = None
 ) -> dict[str, Estimate]:
     """The estimates of the recipe's trainings: `train` (SFT), `align` (DPO, trained by `train`'s method)."""
-    found, dtype, train = {}, recipe.model.dtype, recipe.train
+    found, dtype, held, train = {}, recipe.model.dtype, recipe.model.quantization, recipe.train
     method = method or (train.method if train is not None else "lora")
     if train is not None:
-        found["train"] = estimate(config, train, max_length, method=method, dtype=dtype)
+        found["train"] = estimate(config, train, max_length, method=method, dtype=dtype, quantization=held)
     if recipe.align is not None:
         lora = train.lora if train is not None else None
-        found["align"] = estimate(config, recipe.align, max_length, method=method, lora=lora, dtype=dtype)
+        found["align"] = estimate(
+            config, recipe.align, max_length, method=method, lora=lora, dtype=dtype, quantization=held
+        )
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
+from finetune.backends.torch import quantizers
 from finetune.backends.torch.tokenizer import HFTokenizer, quiet
 from finetune.core.errors import MissingError, StageError, UsageError, first_line
 from finetune.models import files
@@ -52,18 +53,21 @@ def load_model(directory: Path, settings: Mapping[str, Any]) -> Any:
     """
     quiet()
     trust = bool(settings.get("trust_remote_code"))
+    dtype, device = getattr(torch, settings.get("dtype", "float32")), choose_device(settings.get("device", "auto"))
+    quantizer = quantizers.chosen(settings)
     extra = {"attn_implementation": settings["attn_implementation"]} if settings.get("attn_implementation") else {}
     if not any(directory.glob("*.safetensors")):
         files.check_pickles(directory, *files.BINARIES)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             str(directory),
-            dtype=getattr(torch, settings.get("dtype", "float32")),
+            dtype=dtype,
             trust_remote_code=trust,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name; the library's own error names none
             **extra,
+            **(quantizer.loading(dtype, device) if quantizer else {}),
         )
     except ImportError as error:
         raise MissingError(f"the model in {directory} cannot be loaded as asked: {first_line(error)}") from error
@@ -75,7 +79,7 @@ def load_model(directory: Path, settings: Mapping[str, Any]) -> Any:
         kind = "" if isinstance(error, UNLOADABLE) else f"{type(error).__name__} in the code that comes with it: "
         raise StageError(f"cannot load the model in {directory}: {kind}{first_line(error)}") from error
     _check_weights(directory, model, found)
-    return model.to(choose_device(settings.get("device", "auto")))
+    return quantizer.loaded(model) if quantizer else model.to(device)
 
 
 def _check_weights(directory: Path, model: Any, found: Mapping[str, Any]) -> None:

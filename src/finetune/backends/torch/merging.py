@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from finetune.backends import adapters
+from finetune.backends.torch import quantizers
 from finetune.backends.torch.loading import load_adapter, load_model
 from finetune.backends.torch.tokenizer import HFTokenizer, stored_tokenizer
 from finetune.core.files import aside
@@ -23,7 +25,10 @@ def merge(model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
     NaN and infinity are merged as they are: it is for the checks to refuse what was trained. `out` appears whole or not at
     all.
     """
-    merged = load_adapter(load_model(model, {**settings, "device": "cpu"}), adapter).merge_and_unload()
+    base, quantizer = load_model(model, {**settings, "device": "cpu"}), quantizers.chosen(settings)
+    if quantizer is not None:  # PEFT would round base and adapter to four bits again
+        base = quantizer.dequantized(base)
+    merged = load_adapter(base, adapter).merge_and_unload()
     source = adapter if (adapter / "tokenizer_config.json").is_file() else model
     trust = bool(settings.get("trust_remote_code"))
     ends = [*HFTokenizer(model, trust_remote_code=trust).eos_ids]
@@ -41,14 +46,14 @@ ROUNDING = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 ROUNDINGS = 2.0
 
 
-def factor(model: Path, adapter: Path, merged: Path) -> float | None:
+def factor(model: Path, adapter: Path, merged: Path, **settings: Any) -> float | None:
     """How often the adapter is in the merged weights: the k in merged = base + k * scale * B A, by least squares.
 
     1 for a sound merge, 0 for none, 2 for one done twice. None for adapters that are no plain LoRA (DoRA, PiSSA, others);
     NaN where base, adapter or result hold NaN, or the adapter adds nothing.
     """
     lora = _Lora.read(adapter)
-    before, after = _Stored(model), _Stored(merged)
+    before, after = _Base(model, settings), _Stored(merged)
     if lora is None or not lora.weights or not lora.weights <= before.files.keys() & after.files.keys():
         return None
     found = []
@@ -61,11 +66,11 @@ def factor(model: Path, adapter: Path, merged: Path) -> float | None:
     return math.nan if not found or any(map(math.isnan, found)) else median(found)
 
 
-def exactness(model: Path, adapter: Path, merged: Path) -> dict[str, Any] | None:
+def exactness(model: Path, adapter: Path, merged: Path, **settings: Any) -> dict[str, Any] | None:
     """Whether each merged weight is what base and adapter make of it: `compared`, `off` (name, and how many roundings it is
     away, root mean square; None: it stands in one of the two alone) and `worst` of the others. None as for `factor`."""
     lora = _Lora.read(adapter)
-    before, after = _Stored(model).tie(), _Stored(merged)
+    before, after = _Base(model, settings).tie(), _Stored(merged)
     if lora is None or not lora.weights <= before.files.keys():
         return None
     # What only the base has is no weight of the model (a stored mask, a head that is the embedding): it would not load.
@@ -147,3 +152,17 @@ class _Stored:
         file, own = self.files[name]
         with safe_open(str(file), framework="pt") as stored:
             return str(stored.get_slice(own).get_dtype())
+
+
+class _Base(_Stored):
+    """A base as `settings` load it: the weights that a quantizer holds are the numbers that they come to."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__(directory)
+        self.quantizer = quantizers.chosen(settings)
+        held = self.quantizer.names(load_model(directory, {**settings, "device": "cpu"})) if self.quantizer else ()
+        self.held = frozenset(held)
+
+    def read(self, name: str) -> Any:
+        found = super().read(name)
+        return self.quantizer.rounded(found) if self.quantizer and name in self.held else found

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Generator
 from pathlib import Path
 from pickle import UnpicklingError
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -20,7 +21,7 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from finetune.backends import Job, Step
-from finetune.backends.torch import options, reporting, resuming, states, tracking
+from finetune.backends.torch import options, quantizers, reporting, resuming, states, tracking
 from finetune.backends.torch.callbacks import Recorder, Reporter
 from finetune.backends.torch.calling import Tracker
 from finetune.backends.torch.guarding import Guard
@@ -144,6 +145,10 @@ def _train(job: Job, steps: _Steps, trackers: list[Tracker]) -> dict[str, Any]:
         if job.method == "full":
             model.requires_grad_(True)
         trainer = load_reference(OBJECTIVES[job.objective])(job, model, tokenizer)
+    if quantizers.chosen(job.settings):  # TRL makes adapters on a quantized base bfloat16, whatever was asked for
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     recorder = Recorder(trainer)
     trainer.data_collator, trainer.get_batch_samples = recorder, recorder.taken
     trainer.remove_callback(PrinterCallback)
@@ -171,7 +176,7 @@ def _train(job: Job, steps: _Steps, trackers: list[Tracker]) -> dict[str, Any]:
             "another checkpoint, or start anew with --force"
         ) from None
     facts = {
-        **parameter_facts(trainer.model),
+        **parameter_facts(trainer.model, quantizers.chosen(job.settings)),
         **reporter.facts(),
         "frozen_sha256_before": frozen_before,
         "frozen_sha256_after": frozen_digest(trainer.model),
@@ -210,12 +215,16 @@ def frozen_digest(model: Any) -> str:
     return total.hexdigest()
 
 
-def parameter_facts(model: Any) -> dict[str, int]:
+def parameter_facts(model: Any, quantizer: ModuleType | None = None) -> dict[str, int]:
     parameters = [p for name, p in model.named_parameters() if ".ref." not in name]
+    held = [found for p in parameters if quantizer and (found := quantizer.held(p))]
+    plain = [p for p in parameters if not (quantizer and quantizer.held(p))]
     trainable = [p for p in parameters if p.requires_grad]
+    numbers, size = (sum(each[part] for each in held) for part in (0, 1))
     return {
         "trainable_parameters": sum(p.numel() for p in trainable),
-        "frozen_parameters": sum(p.numel() for p in parameters if not p.requires_grad),
-        "weight_bytes": sum(p.nbytes for p in parameters),
+        "frozen_parameters": sum(p.numel() for p in plain if not p.requires_grad) + numbers,
+        "weight_bytes": sum(p.nbytes for p in plain) + size,
         "trainable_bytes": sum(p.nbytes for p in trainable),
+        **({"quantized_parameters": numbers, "quantized_bytes": size} if quantizer else {}),
     }

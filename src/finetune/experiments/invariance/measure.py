@@ -84,7 +84,10 @@ class Bench:
             config = tiny_copy.copy(job.model, self.model)
         if "packing" not in self.lacks and (why := tiny_copy.unpackable(self.model)):
             self.lacks["packing"] = why
-        self.settings = {**job.settings, "dtype": "float32", "device": "cpu"}
+        plain = evidence.model_settings(
+            recipe, merged=True
+        )  # a quantizer rounds, which no order of sums survives bit by bit
+        self.settings = {**plain, "dtype": "float32", "device": "cpu"}
         if self.settings.get("attn_implementation") == "flash_attention_2":
             self.settings["attn_implementation"] = None  # there is none in float32, nor on a CPU
         self.rows = tiny_copy.rows([{**row} for row in evidence.rows(run, layout.TRAIN_ROWS)])

@@ -152,6 +152,8 @@ class TrainMetrics(TypedDict):
 
     trainable_parameters: int
     frozen_parameters: int
+    quantized_parameters: NotRequired[int]
+    quantized_bytes: NotRequired[int]
     weight_bytes: int
     trainable_bytes: int
     gradient_bytes: int
