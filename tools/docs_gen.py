@@ -1,5 +1,6 @@
 """The docs that are written from the code: docs/recipes.md and the keys in docs/specs.md from the models, the tree
-in docs/architecture.md from the source, docs/detection.md from the measured docs/detection.json.
+in docs/architecture.md from the source, the verdicts in docs/checks.md from the checks, docs/detection.md from the measured
+docs/detection.json.
 
 `python -m tools.docs_gen` writes them; with `--check` it writes nothing and exits 1 when one is out of date.
 """
@@ -17,6 +18,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from finetune.checks import BY_NAME
+from finetune.checks.explained import OF_CHECK
 from finetune.core import schemas
 from finetune.models import tiny
 from finetune.recipe.aliases import ALIASES, OLDER
@@ -32,6 +35,7 @@ RECIPES = Path("docs/recipes.md")
 SPECS = Path("docs/specs.md")
 SPEC_SCHEMA = Path("docs/spec.schema.json")
 SABOTAGE = Path("docs/sabotage.md")
+CHECKS = Path("docs/checks.md")
 COMPATIBILITY = Path("docs/compatibility.md")
 ARCHITECTURE = Path("docs/architecture.md")
 SOURCE = Path("src/finetune")
@@ -197,6 +201,28 @@ def specs(text: str) -> str:
     return between(text, "keys", "\n" + "\n".join(tables(SPEC_SECTIONS)))
 
 
+def verdicts(text: str) -> str:
+    """docs/checks.md with the tables of verdicts, one a check, between its markers written anew."""
+    head = ("verdict", "what it measures", "read from", "bound")
+    tables = (
+        f"**{check}**: {BY_NAME[check].help}\n\n"
+        + table(
+            head,
+            (
+                (f"`{name}`", each.measures, ", ".join(map(_place, each.evidence)), each.bound)
+                for name, each in entries.items()
+            ),
+        )
+        for check, entries in OF_CHECK.items()
+    )
+    return between(text, "verdicts", "\n" + "\n".join(tables))
+
+
+def _place(evidence: str) -> str:
+    """A path as code; words as they are."""
+    return evidence if " " in evidence else f"`{evidence}`"
+
+
 def grounds(text: str) -> str:
     """docs/sabotage.md with the table of grounds."""
     rows = ([f"`{name}`", each.what] for name, each in baseline.GROUNDS.items())
@@ -239,6 +265,7 @@ def outdated(root: Path) -> dict[Path, str]:
         (ARCHITECTURE, lambda text: architecture(text, root / SOURCE)),
         (SPECS, specs),
         (SABOTAGE, grounds),
+        (CHECKS, verdicts),
         (COMPATIBILITY, compatibility),
     ):
         if (root / name).is_file():

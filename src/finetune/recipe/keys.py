@@ -147,7 +147,7 @@ def keys() -> list[Key]:
         Key(
             name=name,
             kind=_plain(kind(there[0][1].annotation, there[0][1].metadata)),
-            defaults={place: _plain(default(field)) or "empty" for place, field in there},
+            defaults={place: _default(field) for place, field in there},
             descriptions={place: field.description or "" for place, field in there},
         )
         for (_, name), there in found.items()
@@ -159,6 +159,12 @@ def matching(name: str, known: Iterable[Key]) -> Iterator[Key]:
     known = list(known)
     exact = [key for key in known if name in key.places]
     yield from exact or (key for key in known if any(place.endswith(f".{name}") for place in key.places))
+
+
+def _default(field: FieldInfo) -> str:
+    if kind(field.annotation).startswith("section") and field.default_factory is not None:
+        return "there, with the defaults of its keys"
+    return _plain(default(field)) or "empty"
 
 
 def _plain(text: str) -> str:
