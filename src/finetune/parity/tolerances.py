@@ -72,9 +72,10 @@ def bounds(hop: str, recipe: Recipe, computed: str = "float32") -> Bounds:
 def told(bound: str) -> str:
     """One of the bounds by what is stored of a weight, in words: `0.95 as q8, 0.9 as q6`. Alike ones are told together."""
     kinds: dict[float, list[str]] = {}
-    for kind, each in _TABLE.items():
+    for kind, each in {"merged": _EXACT, "bundle": _EXACT, **_TABLE}.items():
         kinds.setdefault(getattr(each, bound), []).append(kind)
-    return ", ".join(f"{value:g} as {' '.join(names)}" for value, names in kinds.items())
+    listed = ", ".join(f"{value:g} as {' '.join(names)}" for value, names in kinds.items())
+    return f"{listed}; wider where model.dtype is coarser"
 
 
 def _of_format(hop: str, recipe: Recipe) -> Bounds:

@@ -101,7 +101,7 @@ PARITY = {
     "learned_parity": Explained(
         measures="Of the probes that the reference answers, the share that this model answers.",
         evidence=HOP,
-        bound=f"at least {expect('export_learned_min')}, or {told('learned')} where that is less; of a quantization one probe "
+        bound=f"at least {expect('export_learned_min')}, or where that is less {told('learned')}; of a quantization one probe "
         "may be lost",
         fails="What was learned lies in differences that the quantization rounds away, or the export is of another "
         "run.",
