@@ -21,6 +21,8 @@ from finetune.core.errors import UsageError
 from finetune.core.install import DISTRIBUTION, EXTRAS
 from finetune.recipe import load_mapping
 from finetune.recipe import yaml as recipe_yaml
+from finetune.recipe.keys import SECTIONS, own_fields
+from finetune.recipe.sections import Section
 from tools import docs_gen
 
 ROOT = Path(__file__).parents[2]
@@ -273,9 +275,17 @@ def test_the_documented_example_is_a_recipe() -> None:
 
 def test_every_key_of_a_recipe_is_documented() -> None:
     text = docs_gen.recipes()
-    keys = [(model, name) for _, model, _ in docs_gen.SECTIONS for name in docs_gen.own_fields(model)]
+    keys = [(model, name) for _, model, _ in SECTIONS for name in own_fields(model)]
     assert len(keys) > 90
     assert [name for _, name in keys if f"| `{name}` |" not in text] == []
+
+
+def test_a_key_without_a_description_stops_the_docs() -> None:
+    class Mute(Section):
+        quiet: int = 1
+
+    with pytest.raises(ValueError, match=r"Mute\.quiet has no description"):
+        list(docs_gen.tables([("`mute`", Mute, "Says nothing.")]))
 
 
 def test_the_tree_stands_between_its_markers(tmp_path: Path) -> None:
