@@ -126,10 +126,13 @@ def test_make_alone_prints_the_targets_and_sets_nothing_up(tmp_path: Path) -> No
     assert not (tmp_path / ".tools").exists()
 
 
+def _targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^([a-z0-9-]+):.*##", text, flags=re.MULTILINE))
+
+
 def test_workflows_call_targets_that_exist_with_pinned_actions_and_few_rights() -> None:
-    targets = set(
-        re.findall(r"^([a-z0-9-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    )
+    targets = _targets()
     swept = 0
     for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
         workflow = _workflow(path.name)
@@ -144,6 +147,19 @@ def test_workflows_call_targets_that_exist_with_pinned_actions_and_few_rights() 
                     assert target in targets
                     swept += 1
     assert swept >= 6
+
+
+def test_every_hook_is_a_target_that_exists_run_whole_at_the_projects_own_versions() -> None:
+    config = YAML(typ="safe").load(ROOT / ".pre-commit-config.yaml")
+    hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+    assert {repository["repo"] for repository in config["repos"]} == {"local"}  # else it is pinned by `rev` alone
+    assert {hook["entry"] for hook in hooks} == {"make lint", "make test-e2e-quick"}
+    for hook in hooks:
+        program, target = hook["entry"].split()
+        assert program == "make"
+        assert target in _targets()
+        assert (hook["id"], hook["language"], hook["pass_filenames"]) == (target, "system", False)
+        assert set(hook["stages"]) <= set(config["default_install_hook_types"])
 
 
 def test_ci_runs_what_make_test_runs() -> None:
