@@ -25,7 +25,7 @@ from tools import docs_gen
 ROOT = Path(__file__).parents[2]
 TARGETS = (
     *("quickstart", "test", "test-unit", "test-e2e-workflow", "test-e2e-real-model", "test-e2e-quick", "test-e2e-all"),
-    *("exports", "test-e2e-gguf", "test-e2e-mlx", "test-e2e-ollama", "lint", "format", "docs", "clean"),
+    *("exports", "test-smoke", "test-e2e-gguf", "test-e2e-mlx", "test-e2e-ollama", "lint", "format", "docs", "clean"),
 )
 
 

@@ -1,14 +1,17 @@
-"""The specs that the project ships, in its tests, its docs and its examples: each loads and means something."""
+"""The specs that the project ships, in its tests, its docs and its examples: each loads, means something, and can be chosen."""
 
 from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from finetune.testing.perplexity import RANDOM_TOKENS_FROM
+from finetune.testing.plugin import MARKERS
 from finetune.testing.spec.execute import recipe_of
 from finetune.testing.spec.judge import NEEDED_FALL
 from finetune.testing.spec.load import Case, load
@@ -61,3 +64,28 @@ def test_no_bound_of_theirs_is_passed_by_a_model_that_learned_nothing(shipped: l
     assert [(case.id, bound) for case, bound in losses if bound >= NEEDED_FALL * nothing(case)] == []
     assert len(served) == 2
     assert [each for each in served if each.perplexity_max >= min(RANDOM_TOKENS_FROM.values())] == []
+
+
+def test_smoke_selects_the_fastest_spec_alone(shipped: list[Case]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *map(str, FILES),
+        "--collect-only",
+        "-q",
+        "-m",
+        "smoke",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=50)
+    steps = {case.id: recipe_of(case, root=ROOT).train.max_steps for case in shipped if case.file in FILES}
+
+    assert done.returncode == 0, done.stdout
+    assert re.findall(r"::(\w+)$", done.stdout, flags=re.MULTILINE) == [min(steps, key=lambda name: steps[name] or 0)]
+    assert "1 deselected" in done.stdout
+
+
+def test_their_markers_are_those_that_the_plugin_knows(shipped: list[Case]) -> None:
+    assert {marker for case in shipped for marker in case.spec.markers} == MARKERS.keys()
