@@ -202,6 +202,15 @@ def noxfile(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return loaded
 
 
+@pytest.mark.parametrize("name", ["gguf", "mlx", "ollama"])
+def test_the_session_of_a_runtime_asks_that_runtime_100_questions(noxfile: Any, name: str) -> None:
+    folder, *chosen = noxfile.CELLS[f"tier3-{name}"].paths
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", f"{folder}/test_line.py", *chosen, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"tests/tier3/test_line.py::test_its_own_server_answers_100_queries[{name}]" in done.stdout.splitlines()
+
+
 def test_the_callers_wish_for_torchs_index_is_not_argued_with(noxfile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UV_TORCH_BACKEND", "cu128")  # weaker than the wish
     for wish, found in (("cpu", "cpu"), ("default", None)):
