@@ -6,8 +6,8 @@ A sabotage is one function. It gets a `Scene` and breaks one thing in it, as an 
     def learning_rate_0(scene: Scene) -> None:
         scene.set("train.learning_rate", 0)
 
-`scene.set` changes the recipe, `scene.wrap` puts something in place of a function of any package in every process of the
-run, `scene.after` changes what a stage left on disk, as if the stage itself had written it so. It happens to the honest
+`scene.set` changes the recipe, `scene.wrap` hands calls of a function of any package on to one of its own, in every process
+of the run, `scene.after` changes what a stage left on disk, as if the stage itself had written it so. It happens to the honest
 run of a ground (`ground.GROUNDS`), in a copy: all stages from `since` on run again, and those that a change concerns. Put
 it into a module that MODULES names. The pipeline runs by the real command line, and neither it nor any check knows of
 this package.

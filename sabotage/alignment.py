@@ -21,13 +21,10 @@ WEIGHTS = "adapter_model.safetensors"
 def swapped(scene: Scene) -> None:
     """The trainer takes every rejected answer for the chosen one."""
 
-    def wrapper(original: Any) -> Any:
-        def collate(self: Any, examples: Any) -> Any:
-            return original(self, [_exchanged(example) for example in examples])
+    def collate(original: Any, self: Any, examples: Any) -> Any:
+        return original(self, [_exchanged(example) for example in examples])
 
-        return collate
-
-    scene.wrap(COLLATE, wrapper)
+    scene.wrap(COLLATE, collate)
 
 
 def _exchanged(example: dict[str, Any]) -> dict[str, Any]:
@@ -50,10 +47,7 @@ def moving_reference(scene: Scene) -> None:
     """The reference is scored with the adapter that is being trained."""
     scene.set("align.precompute_ref_log_probs", False)
 
-    def wrapper(original: Any) -> Any:
-        return lambda model, adapter_name=None: original(model, "default")
-
-    scene.wrap(f"{TRAINER}:use_adapter", wrapper)
+    scene.wrap(f"{TRAINER}:use_adapter", lambda original, model, adapter_name=None: original(model, "default"))
 
 
 @sabotage(
@@ -65,52 +59,43 @@ def moving_reference(scene: Scene) -> None:
 def base_as_reference(scene: Scene) -> None:
     """The reference is scored with adapters disabled, though the policy begins as the trained adapter."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda model, adapter_name=None: original(model, None)
-
-    scene.wrap(f"{TRAINER}:use_adapter", wrapper)
+    scene.wrap(f"{TRAINER}:use_adapter", lambda original, model, adapter_name=None: original(model, None))
 
 
 @sabotage("the reference scored with dropout", ground="dpo", since="align")
 def reference_with_dropout(scene: Scene) -> None:
     """Dropout is on while the reference is scored, as where nobody put the model into evaluation mode."""
 
-    def wrapper(original: Any) -> Any:
-        def score(self: Any, model: Any, inputs: Any) -> Any:
-            import torch
+    def score(original: Any, self: Any, model: Any, inputs: Any) -> Any:
+        import torch
 
-            def drop(module: Any, arguments: Any, output: Any) -> Any:
-                return torch.nn.functional.dropout(output, 0.1)
+        def drop(module: Any, arguments: Any, output: Any) -> Any:
+            return torch.nn.functional.dropout(output, 0.1)
 
-            layers = [module for name, module in model.named_modules() if name.endswith("mlp")]
-            hooks = [layer.register_forward_hook(drop) for layer in layers]
-            try:
-                return original(self, model, inputs)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        layers = [module for name, module in model.named_modules() if name.endswith("mlp")]
+        hooks = [layer.register_forward_hook(drop) for layer in layers]
+        try:
+            return original(self, model, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-        return score
-
-    scene.wrap(f"{TRAINER}:DPOTrainer.compute_ref_log_probs", wrapper)
+    scene.wrap(f"{TRAINER}:DPOTrainer.compute_ref_log_probs", score)
 
 
 @sabotage("the reference of the row before", ground="dpo", since="align")
 def reference_of_another_row(scene: Scene) -> None:
     """Each pair gets the reference's scores of its neighbour, as from a stale cache."""
 
-    def wrapper(original: Any) -> Any:
-        def score(*arguments: Any) -> Any:
-            rows = original(*arguments)
-            names = ("ref_chosen_logps", "ref_rejected_logps")
-            return [
-                {**row, **{name: other[name] for name in names}}
-                for row, other in zip(rows, [rows[-1], *rows[:-1]], strict=True)
-            ]
+    def score(original: Any, *arguments: Any) -> Any:
+        rows = original(*arguments)
+        names = ("ref_chosen_logps", "ref_rejected_logps")
+        return [
+            {**row, **{name: other[name] for name in names}}
+            for row, other in zip(rows, [rows[-1], *rows[:-1]], strict=True)
+        ]
 
-        return score
-
-    scene.wrap("finetune.backends.torch.dpo:_with_reference", wrapper)
+    scene.wrap("finetune.backends.torch.dpo:_with_reference", score)
 
 
 @sabotage("beta ignored", ground="dpo", since="align", fast=True)
@@ -147,28 +132,22 @@ def smoothed(scene: Scene) -> None:
 def on_the_prompt(scene: Scene) -> None:
     """Every token counts as part of the answer."""
 
-    def wrapper(original: Any) -> Any:
-        def collate(self: Any, examples: Any) -> Any:
-            batch = original(self, examples)
-            return {**batch, "completion_mask": batch["attention_mask"]}
+    def collate(original: Any, self: Any, examples: Any) -> Any:
+        batch = original(self, examples)
+        return {**batch, "completion_mask": batch["attention_mask"]}
 
-        return collate
-
-    scene.wrap(COLLATE, wrapper)
+    scene.wrap(COLLATE, collate)
 
 
 @sabotage("end-of-turn left out of the preferences", ground="dpo", since="align")
 def without_the_end(scene: Scene) -> None:
     """The last token of every answer is cut off on its way into a batch."""
 
-    def wrapper(original: Any) -> Any:
-        def collate(self: Any, examples: Any) -> Any:
-            short = [{**e, **{name: e[name][:-1] for name in ("chosen_ids", "rejected_ids")}} for e in examples]
-            return original(self, short)
+    def collate(original: Any, self: Any, examples: Any) -> Any:
+        short = [{**e, **{name: e[name][:-1] for name in ("chosen_ids", "rejected_ids")}} for e in examples]
+        return original(self, short)
 
-        return collate
-
-    scene.wrap(COLLATE, wrapper)
+    scene.wrap(COLLATE, collate)
 
 
 @sabotage("every pair is one answer twice", ground="dpo", since="prepare")
@@ -192,10 +171,7 @@ def half_equal_pairs(scene: Scene) -> None:
 def half_of_the_pairs(scene: Scene) -> None:
     """The trainer gets every other pair."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda path: original(path)[::2]
-
-    scene.wrap("finetune.backends.torch.dpo:read_rows", wrapper)
+    scene.wrap("finetune.backends.torch.dpo:read_rows", lambda original, path: original(path)[::2])
 
 
 @sabotage("alignment at learning rate 0", ground="dpo", since="align")
@@ -219,43 +195,37 @@ def saved_from_halfway(scene: Scene) -> None:
     """The adapter that alignment leaves is that of its checkpoint at step 5 of 10."""
     scene.set("align.save_steps", 5)
 
-    def wrapper(original: Any) -> Any:
-        def save(self: Any, directory: str, *arguments: Any, **more: Any) -> None:
-            original(self, directory, *arguments, **more)
-            halfway = Path(directory).with_name("checkpoint-5") / WEIGHTS
-            if Path(directory).name == "adapter" and halfway.is_file():
-                shutil.copy2(halfway, Path(directory) / WEIGHTS)
+    def save(original: Any, self: Any, directory: str, *arguments: Any, **more: Any) -> None:
+        original(self, directory, *arguments, **more)
+        halfway = Path(directory).with_name("checkpoint-5") / WEIGHTS
+        if Path(directory).name == "adapter" and halfway.is_file():
+            shutil.copy2(halfway, Path(directory) / WEIGHTS)
 
-        return save
-
-    scene.wrap("peft.peft_model:PeftModel.save_pretrained", wrapper)
+    scene.wrap("peft.peft_model:PeftModel.save_pretrained", save)
 
 
 @sabotage("alignment starts from the base", ground="dpo", since="align")
 def from_the_base(scene: Scene) -> None:
     """Alignment begins with an empty adapter, so that what was trained before is lost."""
 
-    def wrapper(original: Any) -> Any:
-        def load(*arguments: Any, **more: Any) -> Any:
-            model = original(*arguments, **more)
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.data.zero_()
-            return model
+    def load(original: Any, *arguments: Any, **more: Any) -> Any:
+        model = original(*arguments, **more)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()
+        return model
 
-        return load
-
-    scene.wrap("finetune.backends.torch.training:load_adapter", wrapper)
+    scene.wrap("finetune.backends.torch.training:load_adapter", load)
 
 
 @sabotage("alignment trains the base too", ground="dpo", since="align")
 def base_unfrozen(scene: Scene) -> None:
     """Every weight takes a gradient, and what moves outside the adapter is never saved."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda *arguments, **more: original(*arguments, **more).requires_grad_(True)
-
-    scene.wrap("finetune.backends.torch.training:load_adapter", wrapper)
+    scene.wrap(
+        "finetune.backends.torch.training:load_adapter",
+        lambda original, *arguments, **more: original(*arguments, **more).requires_grad_(True),
+    )
 
 
 @sabotage("alignment wrecks what was learned", ground="dpo", since="align")
@@ -267,10 +237,10 @@ def facts_wrecked(scene: Scene) -> None:
 def _configured(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Change the options on their way into TRL's configuration."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda self, *arguments, **options: original(self, *arguments, **change(options))
-
-    scene.wrap("trl.trainer.dpo_config:DPOConfig.__init__", wrapper)
+    scene.wrap(
+        "trl.trainer.dpo_config:DPOConfig.__init__",
+        lambda original, self, *arguments, **options: original(self, *arguments, **change(options)),
+    )
 
 
 def _pairs(scene: Scene, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:

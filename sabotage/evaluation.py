@@ -20,19 +20,16 @@ EVALUATE = "finetune.stages.evaluate"
 def base_evaluated(scene: Scene) -> None:
     """Every phase loads the base without the adapter."""
 
-    def wrapper(original: Any) -> Any:
-        def load(self: Any, model: Path, adapter: Path | None = None, **settings: Any) -> Any:
-            return original(self, model, None, **settings)
+    def load(original: Any, self: Any, model: Path, adapter: Path | None = None, **settings: Any) -> Any:
+        return original(self, model, None, **settings)
 
-        return load
-
-    scene.wrap("finetune.backends.torch:TorchBackend.load", wrapper)
+    scene.wrap("finetune.backends.torch:TorchBackend.load", load)
 
 
 @sabotage("trained model evaluated as the base", since="evaluate")
 def trained_as_base(scene: Scene) -> None:
     """The phase 'base' loads what the training left: before and after are the same model."""
-    scene.wrap(PHASES, lambda original: lambda run, recipe: _all_as_last(original(run, recipe)))
+    scene.wrap(PHASES, lambda original, run, recipe: _all_as_last(original(run, recipe)))
 
 
 def _all_as_last(phases: dict[str, Any]) -> dict[str, Any]:
@@ -85,64 +82,55 @@ def _train_also(scene: Scene, which: str, make: Callable[[dict[str, Any]], dict[
 def matched_by_a_word(scene: Scene) -> None:
     """An answer is right when it shares one word with the expected one."""
 
-    def right(text: str, answer: str, match: str | None = None) -> bool:
+    def right(original: Any, text: str, answer: str, match: str | None = None) -> bool:
         return bool(set(text.casefold().split()) & set(answer.casefold().split()))
 
-    scene.wrap("finetune.evaluation.answers:is_correct", lambda original: right)
+    scene.wrap("finetune.evaluation.answers:is_correct", right)
 
 
 @sabotage("the beginning of an answer is enough", since="evaluate")
 def matched_by_a_part(scene: Scene) -> None:
     """An answer is right when it begins as the expected one does."""
 
-    def right(text: str, answer: str, match: str | None = None) -> bool:
+    def right(original: Any, text: str, answer: str, match: str | None = None) -> bool:
         return text.casefold()[:12] == answer.casefold()[:12]
 
-    scene.wrap("finetune.evaluation.answers:is_correct", lambda original: right)
+    scene.wrap("finetune.evaluation.answers:is_correct", right)
 
 
 @sabotage("every answer is right", since="evaluate")
 def all_right(scene: Scene) -> None:
     """The comparison ends with True whatever was said."""
-    scene.wrap("finetune.evaluation.answers:is_correct", lambda original: lambda *_, **__: True)
+    scene.wrap("finetune.evaluation.answers:is_correct", lambda original, *_, **__: True)
 
 
 @sabotage("expected answers compared with themselves", since="evaluate")
 def compared_with_itself(scene: Scene) -> None:
     """What is judged is the expected answer, not what was generated."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda text, answer, match=None: original(answer, answer, match)
-
-    scene.wrap(f"{EVALUATE}:is_correct", wrapper)
+    scene.wrap(f"{EVALUATE}:is_correct", lambda original, text, answer, match=None: original(answer, answer, match))
 
 
 @sabotage("judged right after training only", since="evaluate")
 def judged_by_phase(scene: Scene) -> None:
     """What the trained model says counts as right where the base's answer was wrong."""
 
-    def wrapper(original: Any) -> Any:
-        def ask(backend: Any, handle: Any, questions: Any, phase: str, *arguments: Any) -> None:
-            original(backend, handle, questions, phase, *arguments)
-            for question in questions if phase != "base" else ():
-                question["phases"][phase]["correct"] = True
+    def ask(original: Any, backend: Any, handle: Any, questions: Any, phase: str, *arguments: Any) -> None:
+        original(backend, handle, questions, phase, *arguments)
+        for question in questions if phase != "base" else ():
+            question["phases"][phase]["correct"] = True
 
-        return ask
-
-    scene.wrap(f"{EVALUATE}:_ask", wrapper)
+    scene.wrap(f"{EVALUATE}:_ask", ask)
 
 
 @sabotage("perplexity of the first half of each text", since="evaluate")
 def perplexity_of_half(scene: Scene) -> None:
     """Only the first half of a held-out text's tokens is scored."""
 
-    def wrapper(original: Any) -> Any:
-        def perplexity(backend: Any, handle: Any, texts: list[str], tokenizer: Any) -> Any:
-            return original(backend, handle, [text[: len(text) // 2] for text in texts], tokenizer)
+    def perplexity(original: Any, backend: Any, handle: Any, texts: list[str], tokenizer: Any) -> Any:
+        return original(backend, handle, [text[: len(text) // 2] for text in texts], tokenizer)
 
-        return perplexity
-
-    scene.wrap(f"{EVALUATE}:_perplexity", wrapper)
+    scene.wrap(f"{EVALUATE}:_perplexity", perplexity)
 
 
 @sabotage("perplexity in bits", since="evaluate")
@@ -168,14 +156,11 @@ def perplexity_nan(scene: Scene) -> None:
 
 
 def _perplexity(scene: Scene, other: Callable[[dict[str, Any]], float]) -> None:
-    def wrapper(original: Any) -> Any:
-        def perplexity(*arguments: Any) -> Any:
-            found = original(*arguments)
-            return {**found, "perplexity": other(found)}
+    def perplexity(original: Any, *arguments: Any) -> Any:
+        found = original(*arguments)
+        return {**found, "perplexity": other(found)}
 
-        return perplexity
-
-    scene.wrap(f"{EVALUATE}:_perplexity", wrapper)
+    scene.wrap(f"{EVALUATE}:_perplexity", perplexity)
 
 
 @sabotage(
@@ -190,10 +175,10 @@ def prompts_scored(scene: Scene) -> None:
         ]
         return {**row, "labels": labels}
 
-    def wrapper(original: Any) -> Any:
-        return lambda backend, handle, rows: original(backend, handle, [inverted(row) for row in rows])
-
-    scene.wrap(f"{EVALUATE}:_score_rows", wrapper)
+    scene.wrap(
+        f"{EVALUATE}:_score_rows",
+        lambda original, backend, handle, rows: original(backend, handle, [inverted(row) for row in rows]),
+    )
 
 
 @sabotage(
@@ -204,45 +189,39 @@ def prompts_scored(scene: Scene) -> None:
 def without_template(scene: Scene) -> None:
     """Questions are asked as plain text, without the chat template."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda messages, *, tokenizer, **_: tokenizer.encode(messages[-1]["content"] + "\n")
-
-    scene.wrap("finetune.data.encode:prompt_ids", wrapper)
+    scene.wrap(
+        "finetune.data.encode:prompt_ids",
+        lambda original, messages, *, tokenizer, **_: tokenizer.encode(messages[-1]["content"] + "\n"),
+    )
 
 
 @sabotage("asked with another template", since="evaluate", imitates="https://github.com/huggingface/open-r1/issues/473")
 def other_template(scene: Scene) -> None:
     """The evaluation renders with a template of its own."""
     source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"
-    scene.wrap(f"{EVALUATE}:_template", lambda original: lambda run: source)
+    scene.wrap(f"{EVALUATE}:_template", lambda original, run: source)
 
 
 @sabotage("asked without the generation prompt", since="evaluate")
 def without_generation_prompt(scene: Scene) -> None:
     """The prompt ends before the words that open the assistant's turn."""
 
-    def wrapper(original: Any) -> Any:
-        def prompt_ids(messages: Any, *, tokenizer: Any, template: Any, system: Any) -> Any:
-            whole = original(messages, tokenizer=tokenizer, template=template, system=system)
-            opening = tokenizer.encode("<|im_start|>assistant\n")
-            return whole[: -len(opening)]
+    def prompt_ids(original: Any, messages: Any, *, tokenizer: Any, template: Any, system: Any) -> Any:
+        whole = original(messages, tokenizer=tokenizer, template=template, system=system)
+        opening = tokenizer.encode("<|im_start|>assistant\n")
+        return whole[: -len(opening)]
 
-        return prompt_ids
-
-    scene.wrap("finetune.data.encode:prompt_ids", wrapper)
+    scene.wrap("finetune.data.encode:prompt_ids", prompt_ids)
 
 
 @sabotage("answers drawn at random", since="evaluate", imitates="https://github.com/huggingface/lighteval/issues/559")
 def answers_drawn(scene: Scene) -> None:
     """Answers are sampled at temperature 1, without a seed, where they should be greedy."""
 
-    def wrapper(original: Any) -> Any:
-        def make(**options: Any) -> Any:
-            return original(**{**options, "do_sample": True, "temperature": 1.0, "top_k": 0})
+    def make(original: Any, **options: Any) -> Any:
+        return original(**{**options, "do_sample": True, "temperature": 1.0, "top_k": 0})
 
-        return make
-
-    scene.wrap("finetune.backends.torch.inference:GenerationConfig", wrapper)
+    scene.wrap("finetune.backends.torch.inference:GenerationConfig", make)
 
 
 @sabotage(
@@ -251,15 +230,12 @@ def answers_drawn(scene: Scene) -> None:
 def padded_right(scene: Scene) -> None:
     """In a batch of prompts the shorter ones are padded on the right: the model goes on after padding."""
 
-    def wrapper(original: Any) -> Any:
-        def generate(self: Any, *arguments: Any, input_ids: Any, attention_mask: Any, **more: Any) -> Any:
-            begins = attention_mask.argmax(-1).tolist()
-            ids, mask = (_rolled(part, begins) for part in (input_ids, attention_mask))
-            return original(self, *arguments, input_ids=ids, attention_mask=mask, **more)
+    def generate(original: Any, self: Any, *arguments: Any, input_ids: Any, attention_mask: Any, **more: Any) -> Any:
+        begins = attention_mask.argmax(-1).tolist()
+        ids, mask = (_rolled(part, begins) for part in (input_ids, attention_mask))
+        return original(self, *arguments, input_ids=ids, attention_mask=mask, **more)
 
-        return generate
-
-    scene.wrap("transformers.generation.utils:GenerationMixin.generate", wrapper)
+    scene.wrap("transformers.generation.utils:GenerationMixin.generate", generate)
 
 
 def _rolled(rows: Any, begins: list[int]) -> Any:
@@ -273,10 +249,10 @@ def _rolled(rows: Any, begins: list[int]) -> Any:
 def no_repetition(scene: Scene) -> None:
     """Generation takes a default that bans every three tokens in a row that the question has already."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda **options: original(**{**options, "no_repeat_ngram_size": 3})
-
-    scene.wrap("finetune.backends.torch.inference:GenerationConfig", wrapper)
+    scene.wrap(
+        "finetune.backends.torch.inference:GenerationConfig",
+        lambda original, **options: original(**{**options, "no_repeat_ngram_size": 3}),
+    )
 
 
 @sabotage("every answer ended by itself", since="evaluate")
@@ -284,10 +260,10 @@ def always_stopped(scene: Scene) -> None:
     """An answer that the limit cut off is reported as one that ended."""
     scene.set("evaluate.max_new_tokens", 11)  # most answers have one more, with their end
 
-    def wrapper(original: Any) -> Any:
-        return lambda *arguments, **more: [replace(each, finish="stop") for each in original(*arguments, **more)]
-
-    scene.wrap("finetune.backends.torch.inference:generate", wrapper)
+    scene.wrap(
+        "finetune.backends.torch.inference:generate",
+        lambda original, *arguments, **more: [replace(each, finish="stop") for each in original(*arguments, **more)],
+    )
 
 
 @sabotage("evaluation of an earlier training", since="merge")
@@ -295,14 +271,11 @@ def stale_evaluation(scene: Scene) -> None:
     """An evaluation that is there is kept, though the model was trained anew with another seed."""
     scene.set("train.seed", 5)
 
-    def wrapper(original: Any) -> Any:
-        def fingerprint(stage: Any, recipe: Any, run: Any) -> Any:
-            done = run.report(stage.name) if stage.name == "evaluate" else None
-            return done.fingerprint if done else original(stage, recipe, run)
+    def fingerprint(original: Any, stage: Any, recipe: Any, run: Any) -> Any:
+        done = run.report(stage.name) if stage.name == "evaluate" else None
+        return done.fingerprint if done else original(stage, recipe, run)
 
-        return fingerprint
-
-    scene.wrap("finetune.stages:fingerprint", wrapper)
+    scene.wrap("finetune.stages:fingerprint", fingerprint)
 
 
 @sabotage("evaluation copied from another run", since="merge")
@@ -310,47 +283,40 @@ def evaluation_of_another_run(scene: Scene) -> None:
     """What the stage leaves was found by another run of the same recipe, with another seed."""
     scene.set("train.seed", 5)
 
-    def wrapper(original: Any) -> Any:
-        def found(recipe: Any, run: Any) -> Any:
-            there = sorted(file for file in (run.path / "evaluate").iterdir() if file.name != "report.json")
-            return {"metrics": {}, "artifacts": there}
+    def found(original: Any, recipe: Any, run: Any) -> Any:
+        there = sorted(file for file in (run.path / "evaluate").iterdir() if file.name != "report.json")
+        return {"metrics": {}, "artifacts": there}
 
-        return found
-
-    scene.wrap(f"{EVALUATE}:run", wrapper)
+    scene.wrap(f"{EVALUATE}:run", found)
 
 
 @sabotage("log-probabilities one token off", since="evaluate")
 def logprobs_shifted(scene: Scene) -> None:
     """A token's probability is read from the place of the token after it."""
 
-    def wrapper(original: Any) -> Any:
-        def target_rows(handle: Any, pairs: Any) -> Any:
-            for number, rows in original(handle, [(context, [*target, *target[-1:]]) for context, target in pairs]):
-                yield number, rows[1:]
+    def target_rows(original: Any, handle: Any, pairs: Any) -> Any:
+        for number, rows in original(handle, [(context, [*target, *target[-1:]]) for context, target in pairs]):
+            yield number, rows[1:]
 
-        return target_rows
-
-    scene.wrap("finetune.backends.torch.inference:_target_rows", wrapper)
+    scene.wrap("finetune.backends.torch.inference:_target_rows", target_rows)
 
 
 @sabotage("half of the questions not asked", since="evaluate")
 def half_asked(scene: Scene) -> None:
     """Every other question is skipped, as by a loader that takes its share of the work twice."""
-    scene.wrap(f"{EVALUATE}:_questions", lambda original: lambda recipe: original(recipe)[::2])
+    scene.wrap(f"{EVALUATE}:_questions", lambda original, recipe: original(recipe)[::2])
 
 
 @sabotage("only questions with a right answer kept", since="evaluate")
 def wrong_ones_dropped(scene: Scene) -> None:
     """Questions that the trained model answers wrongly are left out of the report."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda path, rows: original(path, [row for row in rows if right(row)])
-
     def right(row: dict[str, Any]) -> bool:
         return row.get("set") != "probes" or bool(list(row["phases"].values())[-1]["correct"])
 
-    scene.wrap(f"{EVALUATE}:write_jsonl", wrapper)
+    scene.wrap(
+        f"{EVALUATE}:write_jsonl", lambda original, path, rows: original(path, [row for row in rows if right(row)])
+    )
 
 
 @sabotage(
@@ -361,17 +327,14 @@ def wrong_ones_dropped(scene: Scene) -> None:
 def adapter_not_found(scene: Scene) -> None:
     """The adapter's names do not fit, it is loaded as it was made, and nobody is told."""
 
-    def wrapper(original: Any) -> Any:
-        def load(model: Any, adapter: Any, **more: Any) -> Any:
-            wrapped = original(model, adapter, **more)
-            for name, parameter in wrapped.named_parameters():
-                if "lora_B" in name:
-                    parameter.data.zero_()
-            return wrapped
+    def load(original: Any, model: Any, adapter: Any, **more: Any) -> Any:
+        wrapped = original(model, adapter, **more)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()
+        return wrapped
 
-        return load
-
-    scene.wrap("finetune.backends.torch.loading:load_adapter", wrapper)
+    scene.wrap("finetune.backends.torch.loading:load_adapter", load)
 
 
 @sabotage("memory computed instead of measured", since="measure", ground="memory")
@@ -402,31 +365,25 @@ def memory_multiplied(scene: Scene) -> None:
 
 
 def _memory(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    scene.wrap("finetune.stages.measure:_memory", lambda original: lambda *arguments: change(original(*arguments)))
+    scene.wrap("finetune.stages.measure:_memory", lambda original, *arguments: change(original(*arguments)))
 
 
 @sabotage("LoRA's memory measured with a smaller batch", since="measure", ground="memory")
 def memory_of_a_smaller_batch(scene: Scene) -> None:
     """LoRA is measured with one row a step, full fine-tuning with the recipe's batch."""
 
-    def wrapper(original: Any) -> Any:
-        def request(backend: str, job: Any) -> Any:
-            small = {"per_device_train_batch_size": 1} if job.method == "lora" else {}
-            return original(backend, replace(job, options={**job.options, **small}))
+    def request(original: Any, backend: str, job: Any) -> Any:
+        small = {"per_device_train_batch_size": 1} if job.method == "lora" else {}
+        return original(backend, replace(job, options={**job.options, **small}))
 
-        return request
-
-    scene.wrap("finetune.stages.measure:train_request", wrapper)
+    scene.wrap("finetune.stages.measure:train_request", request)
 
 
 @sabotage("LoRA's memory measured with a smaller rank", since="measure", ground="memory")
 def memory_of_a_smaller_rank(scene: Scene) -> None:
     """The adapter that is measured is not the one that was trained."""
 
-    def wrapper(original: Any) -> Any:
-        def request(backend: str, job: Any) -> Any:
-            return original(backend, replace(job, lora={**job.lora, "r": 1}) if job.lora else job)
+    def request(original: Any, backend: str, job: Any) -> Any:
+        return original(backend, replace(job, lora={**job.lora, "r": 1}) if job.lora else job)
 
-        return request
-
-    scene.wrap("finetune.stages.measure:train_request", wrapper)
+    scene.wrap("finetune.stages.measure:train_request", request)

@@ -53,24 +53,18 @@ def older_run_exported_to_mlx(scene: Scene) -> None:
     scene.wrap(SOURCE, _from_checkpoint)
 
 
-def _from_base(original: Any) -> Any:
-    def source(*arguments: Any) -> Any:
-        found = original(*arguments)
-        return replace(found, model=found.base)
-
-    return source
+def _from_base(original: Any, *arguments: Any) -> Any:
+    found = original(*arguments)
+    return replace(found, model=found.base)
 
 
-def _from_checkpoint(original: Any) -> Any:
-    def source(*arguments: Any) -> Any:
-        from finetune.backends.torch.merging import merge
+def _from_checkpoint(original: Any, *arguments: Any) -> Any:
+    from finetune.backends.torch.merging import merge
 
-        found = original(*arguments)
-        older = found.adapter.parent.parent.parent / "older"
-        merge(found.base, min(found.adapter.parent.glob("checkpoint-*")), older, dtype="float32")
-        return replace(found, model=older)
-
-    return source
+    found = original(*arguments)
+    older = found.adapter.parent.parent.parent / "older"
+    merge(found.base, min(found.adapter.parent.glob("checkpoint-*")), older, dtype="float32")
+    return replace(found, model=older)
 
 
 @sabotage(
@@ -78,30 +72,24 @@ def _from_checkpoint(original: Any) -> Any:
 )  # fmt: skip
 def unpermuted(scene: Scene) -> None:
     """The converter leaves out the reordering of query and key that llama.cpp's position encoding needs."""
-    scene.wrap("conversion.llama:LlamaModel.permute", lambda original: staticmethod(lambda weights, *_: weights))
+    scene.wrap("conversion.llama:LlamaModel.permute", lambda original, weights, *_: weights)
 
 
 @sabotage("coarser quantization than its name", ground="q8", since="export")
 def coarser_than_named(scene: Scene) -> None:
     """The file called q8_0 is quantized to four bits."""
 
-    def wrapper(original: Any) -> Any:
-        def work(command: str, **options: Any) -> Any:
-            return original(command, **{**options, **({"variant": "q4_0"} if command == "quantize" else {})})
+    def work(original: Any, command: str, **options: Any) -> Any:
+        return original(command, **{**options, **({"variant": "q4_0"} if command == "quantize" else {})})
 
-        return work
-
-    scene.wrap("finetune.export.gguf:_work", wrapper)
+    scene.wrap("finetune.export.gguf:_work", work)
 
 
 @sabotage("quantized without being asked", ground="mlx", since="export")
 def mlx_quantized(scene: Scene) -> None:
     """The MLX directory holds eight bits a weight, though the recipe asks for the training's own type."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda source, variant, out: original(source, "q8", out)
-
-    scene.wrap("finetune.export.mlx:export", wrapper)
+    scene.wrap("finetune.export.mlx:export", lambda original, source, variant, out: original(source, "q8", out))
 
 
 @sabotage(
@@ -113,14 +101,11 @@ def mlx_quantized(scene: Scene) -> None:
 def server_with_another_template(scene: Scene) -> None:
     """llama.cpp's server is started with a template of its own list instead of the file's."""
 
-    def wrapper(original: Any) -> Any:
-        def server(options: Any) -> Any:
-            options.chat_template = OTHER_TEMPLATE
-            return original(options)
+    def server(original: Any, options: Any) -> Any:
+        options.chat_template = OTHER_TEMPLATE
+        return original(options)
 
-        return server
-
-    scene.wrap("xllamacpp:Server", wrapper)
+    scene.wrap("xllamacpp:Server", server)
 
 
 @sabotage("template of the GGUF file replaced", ground="gguf", since="compare")
@@ -164,14 +149,11 @@ def begin_token_doubled(scene: Scene) -> None:
         rewrite_json(model / "tokenizer.json", lambda stored: stored.update(post_processor=ADDS_BEGIN))
         scene.set("model.path", str(model))
 
-    def wrapper(original: Any) -> Any:
-        def render(self: Any, *arguments: Any, tokenize: bool = True, **more: Any) -> Any:
-            text = original(self, *arguments, tokenize=False, **more)
-            return self.encode(text) if tokenize else text
+    def render(original: Any, self: Any, *arguments: Any, tokenize: bool = True, **more: Any) -> Any:
+        text = original(self, *arguments, tokenize=False, **more)
+        return self.encode(text) if tokenize else text
 
-        return render
-
-    scene.wrap("mlx_lm.tokenizer_utils:TokenizerWrapper.apply_chat_template", wrapper)
+    scene.wrap("mlx_lm.tokenizer_utils:TokenizerWrapper.apply_chat_template", render)
 
 
 @sabotage("end token added to prompts", ground="gguf", since="compare")

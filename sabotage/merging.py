@@ -25,59 +25,50 @@ OTHER_TEMPLATE = (
 )
 def base_saved_as_merged(scene: Scene) -> None:
     """The adapter is taken off again without being added to the weights."""
-    scene.wrap("peft.tuners.lora.layer:Linear.merge", lambda original: lambda self, *_, **__: None)
+    scene.wrap("peft.tuners.lora.layer:Linear.merge", lambda original, self, *_, **__: None)
 
 
 @sabotage("adapter merged twice", ground=BUNDLE, since="merge")
 def merged_twice(scene: Scene) -> None:
     """The adapter is merged into weights that hold it already."""
 
-    def wrapper(original: Any) -> Any:
-        def merge(model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
-            once: Path = original(model, adapter, out.with_name("once"), **settings)
-            twice: Path = original(once, adapter, out, **settings)
-            return twice
+    def merge(original: Any, model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
+        once: Path = original(model, adapter, out.with_name("once"), **settings)
+        twice: Path = original(once, adapter, out, **settings)
+        return twice
 
-        return merge
-
-    scene.wrap(MERGE, wrapper)
+    scene.wrap(MERGE, merge)
 
 
 @sabotage("adapter merged with another scale", ground=BUNDLE, since="merge")
 def another_scale(scene: Scene) -> None:
     """What is added is scaled by lora_alpha over the root of the rank, though training scaled it by the rank."""
-    scene.wrap(DELTA, lambda original: lambda self, name: original(self, name) * self.r[name] ** 0.5)
+    scene.wrap(DELTA, lambda original, self, name: original(self, name) * self.r[name] ** 0.5)
 
 
 @sabotage("adapter added the other way round", ground=BUNDLE, since="merge")
 def delta_transposed(scene: Scene) -> None:
     """What is added to square weights is transposed, as where fan_in_fan_out is taken for another."""
 
-    def wrapper(original: Any) -> Any:
-        def delta(self: Any, name: str) -> Any:
-            found = original(self, name)
-            return found.T.contiguous() if found.shape[0] == found.shape[1] else found
+    def delta(original: Any, self: Any, name: str) -> Any:
+        found = original(self, name)
+        return found.T.contiguous() if found.shape[0] == found.shape[1] else found
 
-        return delta
-
-    scene.wrap(DELTA, wrapper)
+    scene.wrap(DELTA, delta)
 
 
 @sabotage("only some of the layers merged", ground=BUNDLE, since="merge")
 def some_layers_merged(scene: Scene) -> None:
     """The adapter of the last layer is left out."""
 
-    def wrapper(original: Any) -> Any:
-        def read(*arguments: Any, **more: Any) -> Any:
-            found = original(*arguments, **more)
-            for name, module in found.named_modules():
-                if ".layers.2." in name and hasattr(module, "get_delta_weight"):
-                    module.get_delta_weight = lambda adapter, module=module: 0 * module.base_layer.weight
-            return found
+    def read(original: Any, *arguments: Any, **more: Any) -> Any:
+        found = original(*arguments, **more)
+        for name, module in found.named_modules():
+            if ".layers.2." in name and hasattr(module, "get_delta_weight"):
+                module.get_delta_weight = lambda adapter, module=module: 0 * module.base_layer.weight
+        return found
 
-        return read
-
-    scene.wrap("finetune.backends.torch.merging:load_adapter", wrapper)
+    scene.wrap("finetune.backends.torch.merging:load_adapter", read)
 
 
 @sabotage(
@@ -89,28 +80,25 @@ def some_layers_merged(scene: Scene) -> None:
 def merged_into_rounded(scene: Scene) -> None:
     """The base is rounded to bfloat16 before the adapter is added."""
     load = "finetune.backends.torch.merging:load_model"
-    scene.wrap(load, lambda original: lambda *a, **more: original(*a, **more).bfloat16().float())
+    scene.wrap(load, lambda original, *a, **more: original(*a, **more).bfloat16().float())
 
 
 @sabotage("an older checkpoint merged", ground=BUNDLE, since="merge")
 def older_checkpoint_merged(scene: Scene) -> None:
     """The adapter of the first checkpoint is merged instead of the last."""
 
-    def wrapper(original: Any) -> Any:
-        def merge(model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
-            merged: Path = original(model, min(adapter.parent.glob("checkpoint-*")), out, **settings)
-            return merged
+    def merge(original: Any, model: Path, adapter: Path, out: Path, **settings: Any) -> Path:
+        merged: Path = original(model, min(adapter.parent.glob("checkpoint-*")), out, **settings)
+        return merged
 
-        return merge
-
-    scene.wrap(MERGE, wrapper)
+    scene.wrap(MERGE, merge)
 
 
 @sabotage("merged weights halved in precision", ground=BUNDLE, since="merge")
 def half_precision(scene: Scene) -> None:
     """The merged model is saved in float16, though the recipe says float32."""
     unload = "peft.tuners.tuners_utils:BaseTuner.merge_and_unload"
-    scene.wrap(unload, lambda original: lambda *a, **more: original(*a, **more).half())
+    scene.wrap(unload, lambda original, *a, **more: original(*a, **more).half())
 
 
 @sabotage(

@@ -85,10 +85,7 @@ def half_of_the_data(scene: Scene) -> None:
 def half_of_each_batch(scene: Scene) -> None:
     """The collator keeps every other row of a batch."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda self, examples, *a, **more: original(self, examples[::2], *a, **more)
-
-    scene.wrap(COLLATE, wrapper)
+    scene.wrap(COLLATE, lambda original, self, examples, *a, **more: original(self, examples[::2], *a, **more))
 
 
 @sabotage("truncated in the collator", imitates="https://github.com/huggingface/transformers/issues/30998")
@@ -101,15 +98,12 @@ def truncated_in_the_collator(scene: Scene) -> None:
 def padding_trained(scene: Scene) -> None:
     """The padding carries labels, so that the model learns to go on with it."""
 
-    def wrapper(original: Any) -> Any:
-        def collate(self: Any, *arguments: Any, **more: Any) -> Any:
-            batch = original(self, *arguments, **more)
-            batch["labels"] = batch["labels"].where(batch["attention_mask"].bool(), batch["input_ids"])
-            return batch
+    def collate(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
+        batch = original(self, *arguments, **more)
+        batch["labels"] = batch["labels"].where(batch["attention_mask"].bool(), batch["input_ids"])
+        return batch
 
-        return collate
-
-    scene.wrap(COLLATE, wrapper)
+    scene.wrap(COLLATE, collate)
 
 
 @sabotage("mask the wrong way round")
@@ -163,19 +157,16 @@ def prompts_twice(scene: Scene) -> None:
 def another_template(scene: Scene) -> None:
     """Rows are rendered as Alpaca writes them, while the run keeps and uses ChatML."""
 
-    def wrapper(original: Any) -> Any:
-        def encode(example: Any, row: int, *, template: Any, **more: Any) -> Any:
-            from dataclasses import replace
+    def encode(original: Any, example: Any, row: int, *, template: Any, **more: Any) -> Any:
+        from dataclasses import replace
 
-            from finetune.data.templates import choose
-            from finetune.recipe.sections import Template
+        from finetune.data.templates import choose
+        from finetune.recipe.sections import Template
 
-            other = choose(Template(name="alpaca"), more["tokenizer"])
-            return original(example, row, template=replace(template, source=other.source), **more)
+        other = choose(Template(name="alpaca"), more["tokenizer"])
+        return original(example, row, template=replace(template, source=other.source), **more)
 
-        return encode
-
-    scene.wrap("finetune.data.encode:encode_sft", wrapper)
+    scene.wrap("finetune.data.encode:encode_sft", encode)
 
 
 @sabotage("answers in lower case")
@@ -193,19 +184,16 @@ def answers_without_spaces(scene: Scene) -> None:
 def _answers(scene: Scene, change: Callable[[str], str]) -> None:
     """Change the answers between reading and rendering."""
 
-    def wrapper(original: Any) -> Any:
-        def encode(example: Any, row: int, **more: Any) -> Any:
-            from dataclasses import replace
+    def encode(original: Any, example: Any, row: int, **more: Any) -> Any:
+        from dataclasses import replace
 
-            messages = tuple(
-                {**each, "content": change(each["content"])} if each["role"] == "assistant" else each
-                for each in example.messages
-            )
-            return original(replace(example, messages=messages), row, **more)
+        messages = tuple(
+            {**each, "content": change(each["content"])} if each["role"] == "assistant" else each
+            for each in example.messages
+        )
+        return original(replace(example, messages=messages), row, **more)
 
-        return encode
-
-    scene.wrap("finetune.data.encode:encode_sft", wrapper)
+    scene.wrap("finetune.data.encode:encode_sft", encode)
 
 
 @sabotage("rows of an older data set")
@@ -237,10 +225,10 @@ def _parts(row: dict[str, Any]) -> tuple[list[int], list[int]]:
 def _collated(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Change every row on its way into a batch."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda self, examples, *a, **more: original(self, [change(row) for row in examples], *a, **more)
-
-    scene.wrap(COLLATE, wrapper)
+    scene.wrap(
+        COLLATE,
+        lambda original, self, examples, *a, **more: original(self, [change(row) for row in examples], *a, **more),
+    )
 
 
 def _prepared(scene: Scene, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:

@@ -37,19 +37,16 @@ def saved_from_halfway(scene: Scene) -> None:
 def adapter_of_another_base(scene: Scene) -> None:
     """The trainer loads other weights of the same shape than everything after it."""
 
-    def wrapper(original: Any) -> Any:
-        def load(*arguments: Any, **more: Any) -> Any:
-            model = original(*arguments, **more)
-            layers = model.model.layers
-            first, last = layers[0].state_dict(), layers[-1].state_dict()
-            kept = {name: tensor.clone() for name, tensor in first.items()}
-            layers[0].load_state_dict(last)
-            layers[-1].load_state_dict(kept)
-            return model
+    def load(original: Any, *arguments: Any, **more: Any) -> Any:
+        model = original(*arguments, **more)
+        layers = model.model.layers
+        first, last = layers[0].state_dict(), layers[-1].state_dict()
+        kept = {name: tensor.clone() for name, tensor in first.items()}
+        layers[0].load_state_dict(last)
+        layers[-1].load_state_dict(kept)
+        return model
 
-        return load
-
-    scene.wrap("finetune.backends.torch.training:load_model", wrapper)
+    scene.wrap("finetune.backends.torch.training:load_model", load)
 
 
 @sabotage("another base named in the adapter", since="train")
@@ -70,15 +67,12 @@ def rank_scaling_lost(scene: Scene) -> None:
     scene.set("train.lora.use_rslora", True)
     scene.set("train.lora.lora_alpha", 11.3)
 
-    def wrapper(original: Any) -> Any:
-        def save(self: Any, directory: str, *arguments: Any, **more: Any) -> None:
-            original(self, directory, *arguments, **more)
-            file = Path(directory) / "adapter_config.json"
-            write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "use_rslora": False})
+    def save(original: Any, self: Any, directory: str, *arguments: Any, **more: Any) -> None:
+        original(self, directory, *arguments, **more)
+        file = Path(directory) / "adapter_config.json"
+        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "use_rslora": False})
 
-        return save
-
-    scene.wrap("peft.config:PeftConfigMixin.save_pretrained", wrapper)
+    scene.wrap("peft.config:PeftConfigMixin.save_pretrained", save)
 
 
 @sabotage("a tensor zeroed", since="train", fast=True)
@@ -176,23 +170,20 @@ def rounded_in_saving(scene: Scene) -> None:
 def embedding_lost(scene: Scene) -> None:
     """The saved model carries the base's embedding, wherever it is saved."""
 
-    def wrapper(original: Any) -> Any:
-        def save(self: Any, *arguments: Any, **more: Any) -> Any:
-            import torch
-            from safetensors.torch import load_file
+    def save(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
+        import torch
+        from safetensors.torch import load_file
 
-            weight = self.get_input_embeddings().weight
-            kept = weight.detach().clone()
-            stored = load_file(Path(self.name_or_path) / "model.safetensors")
-            with torch.no_grad():
-                weight.copy_(stored["model.embed_tokens.weight"])
-                saved = original(self, *arguments, **more)
-                weight.copy_(kept)
-            return saved
+        weight = self.get_input_embeddings().weight
+        kept = weight.detach().clone()
+        stored = load_file(Path(self.name_or_path) / "model.safetensors")
+        with torch.no_grad():
+            weight.copy_(stored["model.embed_tokens.weight"])
+            saved = original(self, *arguments, **more)
+            weight.copy_(kept)
+        return saved
 
-        return save
-
-    scene.wrap("transformers.modeling_utils:PreTrainedModel.save_pretrained", wrapper)
+    scene.wrap("transformers.modeling_utils:PreTrainedModel.save_pretrained", save)
 
 
 @sabotage(
@@ -237,17 +228,14 @@ def another_tokenizer(scene: Scene) -> None:
 def optimizer_lost(scene: Scene) -> None:
     """A resumed training begins with an empty optimizer."""
 
-    def wrapper(original: Any) -> Any:
-        def load(self: Any, checkpoint: str | None) -> None:
-            import torch
+    def load(original: Any, self: Any, checkpoint: str | None) -> None:
+        import torch
 
-            if checkpoint is not None:
-                state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
-                self.lr_scheduler.load_state_dict(state)
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+            self.lr_scheduler.load_state_dict(state)
 
-        return load
-
-    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", wrapper)
+    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", load)
 
 
 @sabotage(
@@ -259,28 +247,25 @@ def optimizer_lost(scene: Scene) -> None:
 def scheduler_restarted(scene: Scene) -> None:
     """A resumed training goes through the learning rate's schedule from its beginning."""
 
-    def wrapper(original: Any) -> Any:
-        def load(self: Any, checkpoint: str | None) -> None:
-            original(self, checkpoint)
-            if checkpoint is not None:
-                self.lr_scheduler.last_epoch = 0
+    def load(original: Any, self: Any, checkpoint: str | None) -> None:
+        original(self, checkpoint)
+        if checkpoint is not None:
+            self.lr_scheduler.last_epoch = 0
 
-        return load
-
-    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", wrapper)
+    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", load)
 
 
 @sabotage("data order restarted at resume", ground="resume", since="measure")
 def data_restarted(scene: Scene) -> None:
     """A resumed training begins with the first batch of the epoch."""
-    scene.wrap(f"{TRAINER}:skip_first_batches", lambda original: lambda dataloader, count=0: dataloader)
+    scene.wrap(f"{TRAINER}:skip_first_batches", lambda original, dataloader, count=0: dataloader)
 
 
 @sabotage("random state lost at resume", ground="resume", since="measure")
 def random_state_lost(scene: Scene) -> None:
     """A resumed training with dropout draws other masks than the one that was interrupted."""
     scene.set("train.lora.lora_dropout", 0.1)
-    scene.wrap(f"{TRAINER}:Trainer._load_rng_state", lambda original: lambda self, checkpoint: None)
+    scene.wrap(f"{TRAINER}:Trainer._load_rng_state", lambda original, self, checkpoint: None)
 
 
 @sabotage(
@@ -292,15 +277,12 @@ def random_state_lost(scene: Scene) -> None:
 def resume_unfreezes(scene: Scene) -> None:
     """A resumed training lets gradients into the base, too."""
 
-    def wrapper(original: Any) -> Any:
-        def load(self: Any, checkpoint: str | None) -> None:
-            original(self, checkpoint)
-            if checkpoint is not None:
-                self.model.requires_grad_(True)
+    def load(original: Any, self: Any, checkpoint: str | None) -> None:
+        original(self, checkpoint)
+        if checkpoint is not None:
+            self.model.requires_grad_(True)
 
-        return load
-
-    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", wrapper)
+    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", load)
 
 
 @sabotage(
@@ -308,7 +290,7 @@ def resume_unfreezes(scene: Scene) -> None:
 )
 def resume_starts_anew(scene: Scene) -> None:
     """The checkpoint is passed over in silence, and training begins at step 1."""
-    scene.wrap(f"{TRAINER}:Trainer.train", lambda original: lambda self, **more: original(self))
+    scene.wrap(f"{TRAINER}:Trainer.train", lambda original, self, **more: original(self))
 
 
 @sabotage("resume from an older checkpoint", ground="resume", since="measure")
@@ -316,19 +298,16 @@ def resume_from_an_older(scene: Scene) -> None:
     """The weights are those of an earlier checkpoint than the steps are counted from."""
     scene.set("train.save_total_limit", 3)
 
-    def wrapper(original: Any) -> Any:
-        def load(self: Any, checkpoint: str, model: Any = None) -> None:
-            original(self, str(Path(checkpoint).with_name("checkpoint-116")), model)
+    def load(original: Any, self: Any, checkpoint: str, model: Any = None) -> None:
+        original(self, str(Path(checkpoint).with_name("checkpoint-116")), model)
 
-        return load
-
-    scene.wrap(f"{TRAINER}:Trainer._load_from_checkpoint", wrapper)
+    scene.wrap(f"{TRAINER}:Trainer._load_from_checkpoint", load)
 
 
 @sabotage("resume without the trained weights", ground="resume", since="measure")
 def resume_without_weights(scene: Scene) -> None:
     """Optimizer and step count are taken up, the weights are not."""
-    scene.wrap(f"{TRAINER}:Trainer._load_from_checkpoint", lambda original: lambda self, *a, **more: None)
+    scene.wrap(f"{TRAINER}:Trainer._load_from_checkpoint", lambda original, self, *a, **more: None)
 
 
 def _exchanged(scene: Scene, *modules: str) -> None:
@@ -339,10 +318,10 @@ def _exchanged(scene: Scene, *modules: str) -> None:
 def _saved(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Change the tensors of every adapter on their way to the disk, checkpoints' too."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda tensors, *arguments, **more: original(change(tensors), *arguments, **more)
-
-    scene.wrap("peft.peft_model:safe_save_file", wrapper)
+    scene.wrap(
+        "peft.peft_model:safe_save_file",
+        lambda original, tensors, *arguments, **more: original(change(tensors), *arguments, **more),
+    )
 
 
 def _copied(run: Run, source: str) -> None:

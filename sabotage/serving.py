@@ -36,14 +36,11 @@ def adapter_twice(scene: Scene) -> None:
 def _final(scene: Scene, change: Callable[[Any, Any, Any], Any]) -> None:
     """Serve something else than the final model."""
 
-    def wrapper(original: Any) -> Any:
-        def final(run: Any, recipe: Any) -> Any:
-            base = Path(json.loads((run.path / "fetch" / "model.json").read_text(encoding="utf-8"))["base"])
-            return change(original(run, recipe), run, base)
+    def final(original: Any, run: Any, recipe: Any) -> Any:
+        base = Path(json.loads((run.path / "fetch" / "model.json").read_text(encoding="utf-8"))["base"])
+        return change(original(run, recipe), run, base)
 
-        return final
-
-    scene.wrap("finetune.serving.models:final", wrapper)
+    scene.wrap("finetune.serving.models:final", final)
 
 
 @sabotage("server ignores temperature", **GROUND)
@@ -91,10 +88,10 @@ def stop_ignored(scene: Scene) -> None:
 def _request(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Generate by another request than the client's."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda self, body, *arguments, **more: original(self, change(body), *arguments, **more)
-
-    scene.wrap(f"{SERVER}:Handler._build_generation_config", wrapper)
+    scene.wrap(
+        f"{SERVER}:Handler._build_generation_config",
+        lambda original, self, body, *arguments, **more: original(self, change(body), *arguments, **more),
+    )
 
 
 def _without(body: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -105,11 +102,11 @@ def _without(body: dict[str, Any], *names: str) -> dict[str, Any]:
 def stop_left(scene: Scene) -> None:
     """An answer ends with the stop string, not before it."""
 
-    def before(text: str, stops: Any) -> str:
+    def before(original: Any, text: str, stops: Any) -> str:
         ends = [at + len(stop) for stop in stops if (at := text.find(stop)) >= 0]
         return text[: min(ends, default=len(text))]
 
-    scene.wrap(f"{SERVER}:before_stop", lambda original: before)
+    scene.wrap(f"{SERVER}:before_stop", before)
 
 
 @sabotage(
@@ -122,10 +119,10 @@ def end_of_turn_ignored(scene: Scene) -> None:
         config.eos_token_id = [config.pad_token_id]
         return config
 
-    def wrapper(original: Any) -> Any:
-        return lambda *arguments, **more: endless(original(*arguments, **more))
-
-    scene.wrap(f"{SERVER}:Handler._build_generation_config", wrapper)
+    scene.wrap(
+        f"{SERVER}:Handler._build_generation_config",
+        lambda original, *arguments, **more: endless(original(*arguments, **more)),
+    )
 
 
 @sabotage("server has another chat template", imitates="https://github.com/hiyouga/LlamaFactory/issues/2509", **GROUND)
@@ -136,10 +133,10 @@ def other_template(scene: Scene) -> None:
         "{{ '### assistant:\\n' }}"
     )
 
-    def wrapper(original: Any) -> Any:
-        return lambda model, name, **more: original(model, name, **{**more, "chat_template": template})
-
-    scene.wrap(f"{SERVER}:application", wrapper)
+    scene.wrap(
+        f"{SERVER}:application",
+        lambda original, model, name, **more: original(model, name, **{**more, "chat_template": template}),
+    )
 
 
 @sabotage("server drops the system message", imitates="https://github.com/InternLM/lmdeploy/issues/464", **GROUND)
@@ -173,11 +170,11 @@ def turns_in_the_wrong_order(scene: Scene) -> None:
 
 
 def _messages(scene: Scene, change: Callable[[Any], Any]) -> None:
-    def wrapper(original: Any) -> Any:
-        return lambda messages, modality: original(change(messages), modality)
 
-    target = "transformers.cli.serving.utils:BaseHandler.get_processor_inputs_from_messages"
-    scene.wrap(target, lambda original: staticmethod(wrapper(original)))
+    scene.wrap(
+        "transformers.cli.serving.utils:BaseHandler.get_processor_inputs_from_messages",
+        lambda original, messages, modality: original(change(messages), modality),
+    )
 
 
 @sabotage(
@@ -186,49 +183,40 @@ def _messages(scene: Scene, change: Callable[[Any], Any]) -> None:
 def begin_doubled(scene: Scene) -> None:
     """The token that begins a prompt is there twice: from the template, and from the tokenizer."""
 
-    def wrapper(original: Any) -> Any:
-        def prepared(self: Any, model: Any, inputs: Any, *arguments: Any) -> Any:
-            import torch
+    def prepared(original: Any, self: Any, model: Any, inputs: Any, *arguments: Any) -> Any:
+        import torch
 
-            doubled = {name: torch.cat([part[:, :1], part], dim=1) for name, part in inputs.items()}
-            return original(self, model, doubled, *arguments)
+        doubled = {name: torch.cat([part[:, :1], part], dim=1) for name, part in inputs.items()}
+        return original(self, model, doubled, *arguments)
 
-        return prepared
-
-    scene.wrap(f"{SERVER}:Manager._prepared", wrapper)
+    scene.wrap(f"{SERVER}:Manager._prepared", prepared)
 
 
 @sabotage("special tokens in the served text", **GROUND)
 def special_tokens_shown(scene: Scene) -> None:
     """The text of an answer has the tokens that mark turns."""
 
-    def wrapper(original: Any) -> Any:
-        async def generate(self: Any, model: Any, processor: Any, *arguments: Any, **more: Any) -> Any:
-            _, length, ids = await original(self, model, processor, *arguments, **more)
-            return processor.decode(ids, skip_special_tokens=False), length, ids
+    async def generate(original: Any, self: Any, model: Any, processor: Any, *arguments: Any, **more: Any) -> Any:
+        _, length, ids = await original(self, model, processor, *arguments, **more)
+        return processor.decode(ids, skip_special_tokens=False), length, ids
 
-        return generate
-
-    scene.wrap(f"{SERVER}:Manager.generate_non_streaming", wrapper)
+    scene.wrap(f"{SERVER}:Manager.generate_non_streaming", generate)
 
 
 @sabotage("stream loses its last piece", imitates="https://github.com/ai-dynamo/dynamo/pull/3531", **GROUND)
 def stream_cut(scene: Scene) -> None:
     """A piece of text is sent when the next one comes, so that the last one never is."""
 
-    def wrapper(original: Any) -> Any:
-        def enqueue(self: Any, item: Any) -> None:
-            held = self.__dict__.pop("held", None)
-            if item is not None:
-                self.held = item
-            if held is not None and item is not None:
-                original(self, held)
-            if item is None:
-                original(self, None)
+    def enqueue(original: Any, self: Any, item: Any) -> None:
+        held = self.__dict__.pop("held", None)
+        if item is not None:
+            self.held = item
+        if held is not None and item is not None:
+            original(self, held)
+        if item is None:
+            original(self, None)
 
-        return enqueue
-
-    scene.wrap("transformers.cli.serving.utils:DirectStreamer._enqueue", wrapper)
+    scene.wrap("transformers.cli.serving.utils:DirectStreamer._enqueue", enqueue)
 
 
 @sabotage("usage counts words", imitates="https://github.com/vllm-project/vllm/issues/8625", **GROUND)
@@ -261,7 +249,7 @@ def finish_always_stop(scene: Scene) -> None:
 def _completion(scene: Scene, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
     """Tell a client something else about an answer."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda self, name, text, model, **more: original(self, name, text, model, **change(text, more))
-
-    scene.wrap("transformers.cli.serving.chat_completion:ChatCompletionHandler._build_completion", wrapper)
+    scene.wrap(
+        "transformers.cli.serving.chat_completion:ChatCompletionHandler._build_completion",
+        lambda original, self, name, text, model, **more: original(self, name, text, model, **change(text, more)),
+    )

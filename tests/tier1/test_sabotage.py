@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import psutil
 import pytest
 
+import finetune
+import sabotage
 from finetune.core.files import digest, write_jsonl
 from finetune.run.plan import BY_NAME
 from finetune.stages.pipeline import preview, run_directory, run_stages
 from finetune.stages.runner import fingerprint
-from finetune.testing import sabotage
-from sabotage import baseline, fork_server, starting
+from sabotage import baseline, fork_server, import_hook, starting
 from sabotage.context import Scene, as_if_written_so
 from support import town
 
@@ -26,8 +29,8 @@ WRAPPED = """
 from sabotage.context import Scene
 
 def shout(scene: Scene) -> None:
-    scene.wrap("textwrap:shorten", lambda original: lambda text, width: original(text, width).upper())
-    scene.wrap("fractions:Fraction.limit_denominator", lambda original: lambda self, most=1: "patched")
+    scene.wrap("textwrap:shorten", lambda original, text, width: original(text, width).upper())
+    scene.wrap("fractions:Fraction.limit_denominator", lambda original, self, most=1: "patched")
 """
 
 
@@ -68,6 +71,83 @@ def test_a_patch_reaches_processes_that_know_nothing_of_it_and_their_children(tm
         assert done.stdout == "A B patched\n", done.stderr
 
 
+THINGS = """
+LIMIT = 3
+
+class Thing:
+    size = property(lambda self: 1)
+
+    def own(self, a, *, b=2):
+        return a + b
+
+    @staticmethod
+    def loose(a):
+        return a
+
+    @classmethod
+    def of(cls, a):
+        return cls.__name__ + a
+"""
+
+
+@pytest.fixture
+def things(monkeypatch):
+    """Patch a module of constants and of functions of every kind; gives it."""
+
+    def patched(change):
+        module = types.ModuleType("things")
+        exec(THINGS, module.__dict__)
+        monkeypatch.setitem(sys.modules, "things", module)
+        scene = Scene()
+        change(scene)
+        import_hook.patch(module, scene.patches)
+        return module
+
+    return patched
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "gives"),
+    [
+        ("own", lambda thing: thing().own(1, b=4), ["Thing", 1, {"b": 4}, 5]),
+        ("loose", lambda thing: thing().loose(7), [7, {}, 7]),
+        ("loose", lambda thing: thing.loose(7), [7, {}, 7]),
+        ("of", lambda thing: thing.of("!"), [type, "!", {}, "Thing!"]),
+    ],
+)
+def test_a_patch_is_handed_the_original_and_whatever_that_would_have_been_given(things, name, call, gives):
+    def told(original, *arguments, **named):
+        return [*arguments, named, original(*arguments, **named)]
+
+    module = things(lambda scene: scene.wrap(f"things:Thing.{name}", told))
+    found = call(module.Thing)
+
+    if name != "loose":
+        assert found[0] is module.Thing or type(found[0]) is module.Thing
+        found, gives = found[1:], gives[1:]
+    assert found == gives
+
+
+def test_a_patched_function_still_says_its_name_and_what_it_takes(things):
+    thing = things(lambda scene: scene.wrap("things:Thing.own", lambda original, *_, **__: None)).Thing
+    assert (thing.own.__qualname__, str(inspect.signature(thing.own))) == ("Thing.own", "(self, a, *, b=2)")
+
+
+def test_what_is_no_function_is_replaced_by_what_is_made_of_it(things):
+    def change(scene):
+        scene.put("things:LIMIT", lambda original: original + 1)
+        scene.put("things:Thing.size", lambda original: property(lambda self: 10 * original.fget(self)))
+
+    module = things(change)
+    assert (module.LIMIT, module.Thing().size) == (4, 10)
+
+
+@pytest.mark.parametrize("target", ["things:LIMIT", "things:Thing.size"])
+def test_calls_of_what_is_no_function_cannot_be_handed_on(things, target):
+    with pytest.raises(TypeError, match=f"{target} is no function; `put`"):
+        things(lambda scene: scene.wrap(target, lambda original: None))
+
+
 def test_a_changed_file_is_taken_for_what_the_stage_wrote(tmp_path):
     recipe = town.only_training(town.build(tmp_path / "town"), tmp_path / "runs")
     run = run_directory(recipe)
@@ -102,7 +182,7 @@ def start(tmp_path):
         folder.mkdir(parents=True)
     (own / "wrapped.py").write_text(WRAPPED, encoding="utf-8")
     shutil.copyfile(starting.__file__, tmp_path / "start" / "sitecustomize.py")
-    for module in Path(sabotage.__file__).parents[2].iterdir():
+    for module in Path(finetune.__file__).parent.iterdir():
         (own / "finetune" / module.name).symlink_to(module)
     (own / "finetune" / "said.py").write_text(SAID, encoding="utf-8")
     path = os.pathsep.join([str(tmp_path / "start"), str(own), baseline.environment()["PYTHONPATH"]])
