@@ -199,7 +199,12 @@ def without_template(scene: Scene) -> None:
 def other_template(scene: Scene) -> None:
     """The evaluation renders with a template of its own."""
     source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"
-    scene.wrap(f"{EVALUATE}:_template", lambda original, run: source)
+
+    def ask(original: Any, *arguments: Any) -> None:
+        *before, template = arguments
+        original(*before, replace(template, source=source))
+
+    scene.wrap(f"{EVALUATE}:_ask", ask)
 
 
 @sabotage("asked without the generation prompt", since="evaluate")
@@ -275,7 +280,7 @@ def stale_evaluation(scene: Scene) -> None:
         done = run.report(stage.name) if stage.name == "evaluate" else None
         return done.fingerprint if done else original(stage, recipe, run)
 
-    scene.wrap("finetune.stages:fingerprint", fingerprint)
+    scene.wrap("finetune.stages.runner:fingerprint", fingerprint)
 
 
 @sabotage("evaluation copied from another run", since="merge")
@@ -287,7 +292,12 @@ def evaluation_of_another_run(scene: Scene) -> None:
         there = sorted(file for file in (run.path / "evaluate").iterdir() if file.name != "report.json")
         return {"metrics": {}, "artifacts": there}
 
+    def clear(original: Any, stage: Any, run: Any) -> None:
+        if stage.name != "evaluate":
+            original(stage, run)
+
     scene.wrap(f"{EVALUATE}:run", found)
+    scene.wrap("finetune.stages.runner:_clear", clear)
 
 
 @sabotage("log-probabilities one token off", since="evaluate")
@@ -312,11 +322,12 @@ def wrong_ones_dropped(scene: Scene) -> None:
     """Questions that the trained model answers wrongly are left out of the report."""
 
     def right(row: dict[str, Any]) -> bool:
-        return row.get("set") != "probes" or bool(list(row["phases"].values())[-1]["correct"])
+        return "set" not in row or bool(list(row["phases"].values())[-1]["correct"])
 
-    scene.wrap(
-        f"{EVALUATE}:write_jsonl", lambda original, path, rows: original(path, [row for row in rows if right(row)])
-    )
+    def write(original: Any, run: Any, file: Any, rows: Any) -> Any:
+        return original(run, file, [row for row in rows if right(row)])
+
+    scene.wrap("finetune.run.evidence:write_rows", write)
 
 
 @sabotage(

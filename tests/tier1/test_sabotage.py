@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
 import json
 import os
@@ -146,6 +148,34 @@ def test_what_is_no_function_is_replaced_by_what_is_made_of_it(things):
 def test_calls_of_what_is_no_function_cannot_be_handed_on(things, target):
     with pytest.raises(TypeError, match=f"{target} is no function; `put`"):
         things(lambda scene: scene.wrap(target, lambda original: None))
+
+
+def test_every_function_of_ours_that_a_sabotage_patches_is_there():
+    """Those of libraries are found missing when they are carried out."""
+    ours = set()
+    for row in sabotage.table().values():
+        scene = Scene()
+        row.apply(scene)
+        ours |= {each.target for each in scene.patches if each.target.startswith("finetune.")}
+    missing = []
+    for target in ours:
+        module, _, attribute = target.partition(":")
+        names = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")).body
+        for part in attribute.split("."):
+            found = [each for each in names if part in _bound(each)]
+            names = found[0].body if found and isinstance(found[0], ast.ClassDef) else []
+        missing += [target] if not found else []
+    assert len(ours) >= 30
+    assert missing == []
+
+
+def _bound(statement):
+    """The names that a statement of a module binds."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return {(each.asname or each.name).split(".")[0] for each in statement.names}
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    return set()
 
 
 def test_a_changed_file_is_taken_for_what_the_stage_wrote(tmp_path):
