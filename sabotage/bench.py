@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from finetune.report.summary import verdicts
 from finetune.run import Run
 from finetune.run.plan import STAGES
 from sabotage import Sabotage, baseline, fork_server, starting
+from sabotage.calls import Called, counted
 from sabotage.context import Scene, as_if_written_so
 
 ENDINGS = (0, 1, 2, 3, 4)  # whatever the command line ends with says something; a crash of Python itself does not
@@ -33,13 +34,15 @@ ORDER = [stage.name for stage in STAGES]
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What became of a run. `failed` are the names of the verdicts that failed, `refused` is what a stage said that would
-    not go on; both empty: nobody noticed anything. `verdicts` are all that were given, `seconds` is wall time."""
+    not go on; both empty: nobody noticed anything. `verdicts` are all that were given, `calls` is how often each patch was
+    called, `seconds` is wall time."""
 
     name: str
     failed: tuple[str, ...]
     refused: str
     seconds: float
     verdicts: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    calls: tuple[Called, ...] = ()
 
     @property
     def caught(self) -> bool:
@@ -93,12 +96,24 @@ class Bench:
         shutil.copytree(honest / "run", run.path, symlinks=True)
         scene = Scene(recipe=recipe, folder=own)
         each.apply(scene)
-        if scene.patches:
+        if scene.patches and not each.keep:
             for stage in ORDER[ORDER.index(each.since) :]:
                 shutil.rmtree(run.path / stage, ignore_errors=True)
         (run.path / "verdicts.json").unlink()
-        found = self._carry_out(each.name, scene, run, {starting.PATCHES: each.reference} if scene.patches else {})
+        found = self._patched(each, scene, run) if scene.patches else self._carry_out(each.name, scene, run)
         self._clear(directory)
+        return found
+
+    def _patched(self, each: Sabotage, scene: Scene, run: Run) -> Found:
+        """Carry out a sabotage that patches. Raises StageError where one of its patches was never called: what it was to
+        break is whole."""
+        calls = _new(run.path.parent / "calls")
+        told = {starting.PATCHES: each.reference, starting.SINCE: each.since, starting.CALLS: str(calls)}
+        found = self._carry_out(each.name, scene, run, told, of=each.apply.__code__.co_filename)
+        found = replace(found, calls=counted(calls, [patch.target for patch in scene.patches]))
+        never = [called.target for called in found.calls if not called.times]
+        if never and not found.refused:  # where a stage would not go on, it may not have come to that
+            raise StageError(f"NEVER CALLED, from '{each.since}' on: {', '.join(never)}")
         return found
 
     def _without_places(self, said: str) -> str:
@@ -123,7 +138,10 @@ class Bench:
                 self.honest[name] = found
         return directory, recipe
 
-    def _carry_out(self, name: str, scene: Scene, run: Run, patches: dict[str, str] | None = None) -> Found:
+    def _carry_out(
+        self, name: str, scene: Scene, run: Run, patches: dict[str, str] | None = None, of: str = ""
+    ) -> Found:
+        """`patches` is what processes are told in their environment, `of` the file of the function that made them."""
         started = time.monotonic()
         environment = {**self.environment, **(patches or {})}
         file = run.path.parent / "recipe.yaml"
@@ -138,7 +156,7 @@ class Bench:
         done = baseline.finetune("run", str(file), *there, more=environment, allowed=ENDINGS)
         stored = tuple((verdicts(run) or {}).get("verdicts", []))
         failed = tuple(verdict["name"] for verdict in stored if not verdict["passed"])
-        refused = "" if done.returncode in (0, 1) else _refused(name, self._without_places(done.stderr))
+        refused = "" if done.returncode in (0, 1) else _refused(name, self._without_places(done.stderr), of)
         if not refused and bool(failed) != (done.returncode == 1):
             last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
             raise StageError(
@@ -158,11 +176,16 @@ def _new(directory: Path) -> Path:
     return directory
 
 
-def _refused(name: str, said: str) -> str:
-    """The last line that a stage said. Raises StageError where it was the sabotage that broke, not what it was done to."""
+def _refused(name: str, said: str, of: str = "") -> str:
+    """The last line that a stage said. Raises StageError where it was the sabotage that broke (in its own file, `of`, or in
+    ours), not what it was done to."""
     refused = next((line for line in said.splitlines() if line.startswith("error: ")), "error: no word")
     places = [line for line in said.splitlines() if line.lstrip().startswith('File "')]
-    if refused.startswith("error: unexpected") and places and str(SABOTAGES) in places[-1]:
+    if (
+        refused.startswith("error: unexpected")
+        and places
+        and any(own in places[-1] for own in (str(SABOTAGES), of) if own)
+    ):
         raise StageError(f"the sabotage '{name}' is broken itself: {refused}\n{said[-800:]}")
     return refused.removeprefix("error: ")
 

@@ -271,7 +271,7 @@ def always_stopped(scene: Scene) -> None:
     )
 
 
-@sabotage("evaluation of an earlier training", since="merge")
+@sabotage("evaluation of an earlier training", since="evaluate", keep=True)
 def stale_evaluation(scene: Scene) -> None:
     """An evaluation that is there is kept, though the model was trained anew with another seed."""
     scene.set("train.seed", 5)
@@ -283,7 +283,7 @@ def stale_evaluation(scene: Scene) -> None:
     scene.wrap("finetune.stages.runner:fingerprint", fingerprint)
 
 
-@sabotage("evaluation copied from another run", since="merge")
+@sabotage("evaluation copied from another run", since="evaluate", keep=True)
 def evaluation_of_another_run(scene: Scene) -> None:
     """What the stage leaves was found by another run of the same recipe, with another seed."""
     scene.set("train.seed", 5)

@@ -179,6 +179,13 @@ def test_a_sabotage_that_breaks_by_itself_is_no_catch():
     assert bench._refused("it", 'File "x.py", line 1\nerror: unexpected KeyError: x') == "unexpected KeyError: x"
 
 
+def test_nor_is_one_of_somebody_elses_module():
+    said = 'Traceback\n  File "x.py", line 1\n  File "/home/somebody/own.py", line 3\nerror: unexpected KeyError: x'
+    with pytest.raises(StageError, match="broken itself"):
+        bench._refused("it", said, "/home/somebody/own.py")
+    assert bench._refused("it", said) == "unexpected KeyError: x"
+
+
 def test_nothing_is_sabotaged_on_a_ground_whose_honest_run_raises_an_alarm(tmp_path, monkeypatch):
     monkeypatch.setattr(baseline, "recipe", lambda name, folder: {})
     monkeypatch.setattr(bench.Bench, "_carry_out", lambda self, name, *_: found(name, failed=("loss_end",)))

@@ -102,7 +102,7 @@ def things(monkeypatch):
         monkeypatch.setitem(sys.modules, "things", module)
         scene = Scene()
         change(scene)
-        import_hook.patch(module, scene.patches)
+        import_hook.patch(module, enumerate(scene.patches), import_hook.Reach())
         return module
 
     return patched
