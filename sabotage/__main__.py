@@ -58,12 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
     document = _document(found, mine, bench, (time.monotonic() - started) / 60)
     if not options.also:
         _write(Path.cwd(), document, whole=whole, honest=options.honest)
+    asked = [*(each.name for each in mine), *(each.name for each in others), *(f"ground {name}" for name in grounds)]
+    broken = [name for name in asked if name not in {run.name for run in found}]
+    for name in broken:
+        print(f"broken: {name}")
     missed = [run for run in found if run.name in sabotages and not run.caught]
     alarms = [run for run in found if run.name not in sabotages and run.caught]
     for said, runs in (("missed", missed), ("false alarm", alarms)):
         for run in runs:
             print(f"{said}: {run.name} {', '.join(run.failed) or run.refused}")
-    return 1 if missed or alarms or len(found) < len(mine) + len(others) + len(grounds) else 0
+    return 1 if missed or alarms or broken else 0
 
 
 def _grounds(options: argparse.Namespace) -> int:
@@ -114,22 +118,45 @@ def _parser() -> argparse.ArgumentParser:
 def _carry_out(
     bench: Bench, sabotages: list[Sabotage], others: list[Control], grounds: Iterable[str], jobs: int
 ) -> list[Found]:
-    """Those that take longest first; a line for each as it ends. One that breaks by itself is told, and left out."""
+    """Those that take longest first; each is told as it ends. One that breaks by itself is told too, and left out."""
+    by_name = {each.name: each for each in sabotages}
 
-    def told(name: str, job: Callable[[], Found]) -> Found | None:
+    def carried_out(name: str, job: Callable[[], Found]) -> Found | None:
         try:
             found = job()
         except StageError as error:
-            print(f"broken: {name}: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: BROKEN\n  {error}", file=sys.stderr, flush=True)
             return None
-        print(f"{found.seconds:6.1f} s  {name}: {', '.join(found.failed) or found.refused or 'nothing'}", flush=True)
+        print(told(found, by_name.get(name)), flush=True)
         return found
 
     jobs_to_do = [(each.name, partial(bench.control, each.name, each.recipe)) for each in others]
     jobs_to_do += [(f"ground {name}", partial(bench.ground, name)) for name in grounds]
     jobs_to_do += [(each.name, partial(bench.attempt, each)) for each in sabotages]
     with ThreadPoolExecutor(jobs) as pool:
-        return [found for found in pool.map(lambda job: told(*job), jobs_to_do) if found]
+        return [found for found in pool.map(lambda job: carried_out(*job), jobs_to_do) if found]
+
+
+def told(found: Found, each: Sabotage | None = None) -> str:
+    """A run as it is printed: of a sabotage what it does, how often each of its patches was called, and what noticed it."""
+    noticed = f"refused: {found.refused}" if found.refused else f"failed: {', '.join(found.failed)}"
+    if each is None:
+        return f"{found.name}: {'FALSE ALARM' if found.caught else 'quiet'}, {found.seconds:.1f} s" + (
+            f"\n  {noticed}" if found.caught else ""
+        )
+    lines = [
+        f"{found.name}: {'caught' if found.caught else 'MISSED'}, {found.seconds:.1f} s",
+        " ".join(each.what.split()),
+    ]
+    for call in found.calls:
+        often = f"called {_count(call.times, 'time')} in {_count(call.processes, 'process', 'processes')}"
+        lines.append(f"{often if call.times else 'NEVER CALLED'}: {call.target}")
+    lines.append(noticed if found.caught else "nothing noticed it: no stage refused, and every verdict passed")
+    return "\n  ".join(lines)
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _document(found: list[Found], sabotages: list[Sabotage], bench: Bench, minutes: float) -> dict[str, Any]:

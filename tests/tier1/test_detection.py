@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from finetune.core import processes
 from finetune.core.errors import StageError
 from finetune.stages.pipeline import run_directory, run_stages
 from sabotage import baseline, bench, detection, table
+from sabotage.__main__ import told
 from sabotage.bench import Found
+from sabotage.calls import Called
 from sabotage.context import Scene, as_if_written_so
 from sabotage.controls import controls
 from support import town
@@ -210,6 +213,26 @@ def test_an_exit_code_that_says_otherwise_than_the_verdicts_is_no_result(tmp_pat
     monkeypatch.setattr(bench, "verdicts", lambda run: stored)
     with pytest.raises(StageError, match=f"'it' ended with {code}"):
         bench.Bench(tmp_path).control("it", lambda folder: {})
+
+
+def test_what_a_sabotage_did_is_told_with_how_often_and_what_noticed_it():
+    each = table()["every second step skipped"]
+    calls = (Called("one:f", 120, 2), Called("two:f", 0, 0))
+    assert told(replace(found(each.name, failed=("step_size", "loss_end")), calls=calls[:1]), each).splitlines() == [
+        "every second step skipped: caught, 1.0 s",
+        f"  {each.what}",
+        "  called 120 times in 2 processes: one:f",
+        "  failed: step_size, loss_end",
+    ]
+    refused = told(replace(found(each.name, refused="no state to go on from"), calls=calls), each)
+    assert refused.splitlines()[3:] == ["  NEVER CALLED: two:f", "  refused: no state to go on from"]
+    assert told(found(each.name), each).splitlines()[0] == "every second step skipped: MISSED, 1.0 s"
+    assert told(found(each.name), each).splitlines()[-1].startswith("  nothing noticed it")
+
+
+def test_an_honest_run_is_told_as_quiet_or_as_a_false_alarm():
+    assert told(found("c")) == "c: quiet, 1.0 s"
+    assert told(found("c", failed=("loss_end",))) == "c: FALSE ALARM, 1.0 s\n  failed: loss_end"
 
 
 def test_there_are_controls_of_every_kind():
