@@ -1,4 +1,4 @@
-"""`python -m sabotage`: carry out sabotages and controls, and write docs/detection.json and .md.
+"""`python -m sabotage`: carry out sabotages and controls, and write docs/detection.csv and .md.
 
 Without names everything runs (half an hour on two cores). With names, only those do, and the rows of sabotages are
 replaced. `--honest` carries out all honest runs and replaces them. `--grounds` runs the grounds by seed and by instruction
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.core.errors import StageError
-from finetune.core.files import write_json, write_text
 from finetune.core.lookup import did_you_mean
 from finetune.run.manifest import installed
 from sabotage import Sabotage, baseline, detection, honest, table
@@ -177,8 +176,7 @@ def _document(found: list[Found], sabotages: list[Sabotage], bench: Bench, minut
 def _write(root: Path, document: dict[str, Any], *, whole: bool, honest: bool) -> None:
     stored = detection.load(root)
     result = document if whole or not stored else detection.merge(stored, document, honest=honest)
-    write_json(root / detection.RESULTS, result)
-    write_text(root / detection.PAGE, detection.render(result))
+    detection.store(root, result)
 
 
 if __name__ == "__main__":

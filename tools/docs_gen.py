@@ -1,5 +1,5 @@
 """The docs that are written from the code: docs/recipes.md and the keys in docs/specs.md from the models, the tree
-in docs/architecture.md from the source, docs/detection.md from the measured docs/detection.json.
+in docs/architecture.md from the source, docs/detection.md from the measured docs/detection.csv.
 
 `python -m tools.docs_gen` writes them; with `--check` it writes nothing and exits 1 when one is out of date.
 """

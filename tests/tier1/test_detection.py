@@ -14,7 +14,7 @@ from finetune.checks.expected import EXPECT_KEYS
 from finetune.core import processes
 from finetune.core.errors import StageError
 from finetune.stages.pipeline import run_directory, run_stages
-from sabotage import baseline, bench, detection, table
+from sabotage import baseline, bench, detection, table, tables
 from sabotage.__main__ import told
 from sabotage.bench import Found
 from sabotage.calls import Called
@@ -25,6 +25,7 @@ from support import town
 ROOT = Path(__file__).parents[2]
 ON_ROWS = [each for each in table().values() if 1 in detection.tiers(each)]
 RAREST = 60
+TABLES = (detection.RESULTS, detection.CONTROLS, detection.BOUNDS)
 STORED = detection.load(ROOT)
 
 
@@ -169,6 +170,32 @@ def test_results_of_a_few_take_the_places_of_their_old_rows_and_of_no_others():
     assert (merged["controls"], merged["spreads"]) == ([*new["controls"], old["controls"][0]], {"v": 1})
     anew = detection.merge(old, new, honest=True)
     assert (anew["controls"], anew["spreads"]) == (new["controls"], {"v": 2})
+
+
+def test_what_is_stored_is_read_as_it_was_a_row_for_each(tmp_path):
+    each = next(iter(table().values()))
+    told = detection.row(found(each.name, refused='it said, "no"', failed=("x", "y")), each)
+    told |= {"what": "One line.", "tiers": [1, 2]}
+    document = {
+        "machine": "2 cores", "minutes": 1.5, "versions": {"torch": "2"}, "sabotages": [told, {**told, "tiers": []}],
+        "controls": [detection.row(found("c, seed 1"))],
+        "spreads": detection.spreads([found(verdicts=[verdict(1 / 3), verdict(0.0, name="w")])]),
+    }  # fmt: skip
+    (tmp_path / "docs").mkdir()
+    detection.store(tmp_path, document)
+
+    assert detection.load(tmp_path) == document
+    assert document["spreads"]["w"]["room"] is None
+    assert [len((tmp_path / file).read_text().splitlines()) for file in TABLES] == [3, 2, 3]
+
+
+def test_text_of_several_lines_is_stored_in_one(tmp_path):
+    tables.write(tmp_path / "t.csv", {"said": str}, [{"said": "one\n  two"}])
+    assert (tmp_path / "t.csv").read_text() == "said\none two\n"
+
+
+def test_there_is_nothing_stored_in_a_checkout_without(tmp_path):
+    assert detection.load(tmp_path) == {}
 
 
 # -- the bench and its command -----------------------------------------------------------------------------------------
