@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.core.files import read_jsonl, write_jsonl
 from finetune.run import Run
 from sabotage import sabotage
 from sabotage.context import Scene
+from sabotage.files import change_pairs
+from sabotage.targets import DPO_COLLATE, DPO_CONFIG, LOAD_TRAINED_ADAPTER, USE_ADAPTER
 
-TRAINER = "trl.trainer.dpo_trainer"
-COLLATE = f"{TRAINER}:DataCollatorForPreference.torch_call"
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -24,7 +23,7 @@ def swapped(scene: Scene) -> None:
     def collate(original: Any, self: Any, examples: Any) -> Any:
         return original(self, [_exchanged(example) for example in examples])
 
-    scene.wrap(COLLATE, collate)
+    scene.wrap(DPO_COLLATE, collate)
 
 
 def _exchanged(example: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def _exchanged(example: dict[str, Any]) -> dict[str, Any]:
 @sabotage("pairs prepared the wrong way round", ground="dpo", since="prepare")
 def prepared_swapped(scene: Scene) -> None:
     """`prepare` writes every answer into the other one's place, so that all that follows agrees."""
-    _pairs(scene, lambda pairs: [_exchanged(pair) for pair in pairs])
+    change_pairs(scene, lambda pairs: [_exchanged(pair) for pair in pairs])
 
 
 @sabotage(
@@ -47,7 +46,7 @@ def moving_reference(scene: Scene) -> None:
     """The reference is scored with the adapter that is being trained."""
     scene.set("align.precompute_ref_log_probs", False)
 
-    scene.wrap(f"{TRAINER}:use_adapter", lambda original, model, adapter_name=None: original(model, "default"))
+    scene.wrap(USE_ADAPTER, lambda original, model, adapter_name=None: original(model, "default"))
 
 
 @sabotage(
@@ -59,7 +58,7 @@ def moving_reference(scene: Scene) -> None:
 def base_as_reference(scene: Scene) -> None:
     """The reference is scored with adapters disabled, though the policy begins as the trained adapter."""
 
-    scene.wrap(f"{TRAINER}:use_adapter", lambda original, model, adapter_name=None: original(model, None))
+    scene.wrap(USE_ADAPTER, lambda original, model, adapter_name=None: original(model, None))
 
 
 @sabotage("the reference scored with dropout", ground="dpo", since="align")
@@ -80,7 +79,7 @@ def reference_with_dropout(scene: Scene) -> None:
             for hook in hooks:
                 hook.remove()
 
-    scene.wrap(f"{TRAINER}:DPOTrainer.compute_ref_log_probs", score)
+    scene.wrap("trl.trainer.dpo_trainer:DPOTrainer.compute_ref_log_probs", score)
 
 
 @sabotage("the reference of the row before", ground="dpo", since="align")
@@ -136,7 +135,7 @@ def on_the_prompt(scene: Scene) -> None:
         batch = original(self, examples)
         return {**batch, "completion_mask": batch["attention_mask"]}
 
-    scene.wrap(COLLATE, collate)
+    scene.wrap(DPO_COLLATE, collate)
 
 
 @sabotage("end-of-turn left out of the preferences", ground="dpo", since="align")
@@ -147,19 +146,19 @@ def without_the_end(scene: Scene) -> None:
         short = [{**e, **{name: e[name][:-1] for name in ("chosen_ids", "rejected_ids")}} for e in examples]
         return original(self, short)
 
-    scene.wrap(COLLATE, collate)
+    scene.wrap(DPO_COLLATE, collate)
 
 
 @sabotage("every pair is one answer twice", ground="dpo", since="prepare")
 def equal_pairs(scene: Scene) -> None:
     """The rejected answer of every prepared pair is the chosen one."""
-    _pairs(scene, lambda pairs: [{**pair, "rejected_ids": pair["chosen_ids"]} for pair in pairs])
+    change_pairs(scene, lambda pairs: [{**pair, "rejected_ids": pair["chosen_ids"]} for pair in pairs])
 
 
 @sabotage("half of the pairs are one answer twice", ground="dpo", since="prepare")
 def half_equal_pairs(scene: Scene) -> None:
     """The rejected answer of every other prepared pair is the chosen one."""
-    _pairs(
+    change_pairs(
         scene,
         lambda pairs: [
             {**pair, "rejected_ids": pair["chosen_ids"]} if number % 2 else pair for number, pair in enumerate(pairs)
@@ -215,7 +214,7 @@ def from_the_base(scene: Scene) -> None:
                 parameter.data.zero_()
         return model
 
-    scene.wrap("finetune.backends.torch.training:load_adapter", load)
+    scene.wrap(LOAD_TRAINED_ADAPTER, load)
 
 
 @sabotage("alignment trains the base too", ground="dpo", since="align")
@@ -223,7 +222,7 @@ def base_unfrozen(scene: Scene) -> None:
     """Every weight takes a gradient, and what moves outside the adapter is never saved."""
 
     scene.wrap(
-        "finetune.backends.torch.training:load_adapter",
+        LOAD_TRAINED_ADAPTER,
         lambda original, *arguments, **more: original(*arguments, **more).requires_grad_(True),
     )
 
@@ -238,16 +237,6 @@ def _configured(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]
     """Change the options on their way into TRL's configuration."""
 
     scene.wrap(
-        "trl.trainer.dpo_config:DPOConfig.__init__",
+        DPO_CONFIG,
         lambda original, self, *arguments, **options: original(self, *arguments, **change(options)),
     )
-
-
-def _pairs(scene: Scene, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-    """Change the pairs that `prepare` leaves for alignment."""
-
-    def rewrite(run: Run) -> None:
-        file = run.path / "prepare" / "preferences.jsonl"
-        write_jsonl(file, change(read_jsonl(file)))
-
-    scene.after("prepare", rewrite)

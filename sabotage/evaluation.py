@@ -11,9 +11,7 @@ from typing import Any
 from finetune.core.files import read_jsonl, write_jsonl
 from sabotage import sabotage
 from sabotage.context import Scene
-
-PHASES = "finetune.run.evidence:phases"
-EVALUATE = "finetune.stages.evaluate"
+from sabotage.targets import EVALUATE, GENERATE, GENERATION_CONFIG, IS_CORRECT, PERPLEXITY, PHASES, PROMPT_IDS
 
 
 @sabotage("base evaluated instead of the trained model", since="evaluate")
@@ -85,7 +83,7 @@ def matched_by_a_word(scene: Scene) -> None:
     def right(original: Any, text: str, answer: str, match: str | None = None) -> bool:
         return bool(set(text.casefold().split()) & set(answer.casefold().split()))
 
-    scene.wrap("finetune.evaluation.answers:is_correct", right)
+    scene.wrap(IS_CORRECT, right)
 
 
 @sabotage("the beginning of an answer is enough", since="evaluate")
@@ -95,13 +93,13 @@ def matched_by_a_part(scene: Scene) -> None:
     def right(original: Any, text: str, answer: str, match: str | None = None) -> bool:
         return text.casefold()[:12] == answer.casefold()[:12]
 
-    scene.wrap("finetune.evaluation.answers:is_correct", right)
+    scene.wrap(IS_CORRECT, right)
 
 
 @sabotage("every answer is right", since="evaluate")
 def all_right(scene: Scene) -> None:
     """The comparison ends with True whatever was said."""
-    scene.wrap("finetune.evaluation.answers:is_correct", lambda original, *_, **__: True)
+    scene.wrap(IS_CORRECT, lambda original, *_, **__: True)
 
 
 @sabotage("expected answers compared with themselves", since="evaluate")
@@ -130,7 +128,7 @@ def perplexity_of_half(scene: Scene) -> None:
     def perplexity(original: Any, backend: Any, handle: Any, texts: list[str], tokenizer: Any) -> Any:
         return original(backend, handle, [text[: len(text) // 2] for text in texts], tokenizer)
 
-    scene.wrap(f"{EVALUATE}:_perplexity", perplexity)
+    scene.wrap(PERPLEXITY, perplexity)
 
 
 @sabotage("perplexity in bits", since="evaluate")
@@ -160,7 +158,7 @@ def _perplexity(scene: Scene, other: Callable[[dict[str, Any]], float]) -> None:
         found = original(*arguments)
         return {**found, "perplexity": other(found)}
 
-    scene.wrap(f"{EVALUATE}:_perplexity", perplexity)
+    scene.wrap(PERPLEXITY, perplexity)
 
 
 @sabotage(
@@ -190,7 +188,7 @@ def without_template(scene: Scene) -> None:
     """Questions are asked as plain text, without the chat template."""
 
     scene.wrap(
-        "finetune.data.encode:prompt_ids",
+        PROMPT_IDS,
         lambda original, messages, *, tokenizer, **_: tokenizer.encode(messages[-1]["content"] + "\n"),
     )
 
@@ -216,7 +214,7 @@ def without_generation_prompt(scene: Scene) -> None:
         opening = tokenizer.encode("<|im_start|>assistant\n")
         return whole[: -len(opening)]
 
-    scene.wrap("finetune.data.encode:prompt_ids", prompt_ids)
+    scene.wrap(PROMPT_IDS, prompt_ids)
 
 
 @sabotage("answers drawn at random", since="evaluate", imitates="https://github.com/huggingface/lighteval/issues/559")
@@ -226,7 +224,7 @@ def answers_drawn(scene: Scene) -> None:
     def make(original: Any, **options: Any) -> Any:
         return original(**{**options, "do_sample": True, "temperature": 1.0, "top_k": 0})
 
-    scene.wrap("finetune.backends.torch.inference:GenerationConfig", make)
+    scene.wrap(GENERATION_CONFIG, make)
 
 
 @sabotage(
@@ -240,7 +238,7 @@ def padded_right(scene: Scene) -> None:
         ids, mask = (_rolled(part, begins) for part in (input_ids, attention_mask))
         return original(self, *arguments, input_ids=ids, attention_mask=mask, **more)
 
-    scene.wrap("transformers.generation.utils:GenerationMixin.generate", generate)
+    scene.wrap(GENERATE, generate)
 
 
 def _rolled(rows: Any, begins: list[int]) -> Any:
@@ -255,7 +253,7 @@ def no_repetition(scene: Scene) -> None:
     """Generation takes a default that bans every three tokens in a row that the question has already."""
 
     scene.wrap(
-        "finetune.backends.torch.inference:GenerationConfig",
+        GENERATION_CONFIG,
         lambda original, **options: original(**{**options, "no_repeat_ngram_size": 3}),
     )
 

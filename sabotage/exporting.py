@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.core.files import digest, write_json
-from finetune.run import Run
 from sabotage import sabotage
 from sabotage.context import Scene
-from sabotage.files import Gguf, rewrite_gguf, rewrite_json, rewrite_weights
-from sabotage.merging import OTHER_TEMPLATE
+from sabotage.files import (
+    OTHER_TEMPLATE,
+    Gguf,
+    change_export,
+    change_gguf,
+    change_gguf_metadata,
+    rewrite_json,
+    rewrite_weights,
+)
+from sabotage.targets import EXPORT_SOURCE
 
-SOURCE = "finetune.stages.export:_source"
 PAD, BEGIN = 0, "<|endoftext|>"  # the same token of the tiny tokenizer
 _FIRST, _TEXT = {"SpecialToken": {"id": BEGIN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
 ADDS_BEGIN = {
@@ -32,25 +35,25 @@ ADDS_BEGIN = {
 )  # fmt: skip
 def base_exported(scene: Scene) -> None:
     """The GGUF file is made from the base model."""
-    scene.wrap(SOURCE, _from_base)
+    scene.wrap(EXPORT_SOURCE, _from_base)
 
 
 @sabotage("base exported to MLX", ground="mlx", since="export")
 def base_exported_to_mlx(scene: Scene) -> None:
     """The MLX directory is made from the base model."""
-    scene.wrap(SOURCE, _from_base)
+    scene.wrap(EXPORT_SOURCE, _from_base)
 
 
 @sabotage("export of an older run", ground="gguf", since="export")
 def older_run_exported(scene: Scene) -> None:
     """The GGUF file is made from a model that was merged before the training ended."""
-    scene.wrap(SOURCE, _from_checkpoint)
+    scene.wrap(EXPORT_SOURCE, _from_checkpoint)
 
 
 @sabotage("export of an older run to MLX", ground="mlx", since="export")
 def older_run_exported_to_mlx(scene: Scene) -> None:
     """The MLX directory is made from a model that was merged before the training ended."""
-    scene.wrap(SOURCE, _from_checkpoint)
+    scene.wrap(EXPORT_SOURCE, _from_checkpoint)
 
 
 def _from_base(original: Any, *arguments: Any) -> Any:
@@ -111,7 +114,7 @@ def server_with_another_template(scene: Scene) -> None:
 @sabotage("template of the GGUF file replaced", ground="gguf", since="compare")
 def gguf_template_replaced(scene: Scene) -> None:
     """The GGUF file carries another chat template than that of the training."""
-    _metadata(scene, {"tokenizer.chat_template": OTHER_TEMPLATE})
+    change_gguf_metadata(scene, {"tokenizer.chat_template": OTHER_TEMPLATE})
 
 
 @sabotage(
@@ -119,7 +122,7 @@ def gguf_template_replaced(scene: Scene) -> None:
 )  # fmt: skip
 def gguf_template_lost(scene: Scene) -> None:
     """The GGUF file carries no chat template."""
-    _metadata(scene, {"tokenizer.chat_template": None})
+    change_gguf_metadata(scene, {"tokenizer.chat_template": None})
 
 
 @sabotage(
@@ -128,7 +131,7 @@ def gguf_template_lost(scene: Scene) -> None:
 )  # fmt: skip
 def gguf_eos_replaced(scene: Scene) -> None:
     """The GGUF file names the padding as its end-of-turn token."""
-    _metadata(scene, {"tokenizer.ggml.eos_token_id": PAD})
+    change_gguf_metadata(scene, {"tokenizer.ggml.eos_token_id": PAD})
 
 
 @sabotage(
@@ -136,7 +139,7 @@ def gguf_eos_replaced(scene: Scene) -> None:
 )
 def begin_token_added(scene: Scene) -> None:
     """The GGUF file says that a begin token is to be put before each prompt, which no prompt of the training had."""
-    _metadata(scene, {"tokenizer.ggml.add_bos_token": True})
+    change_gguf_metadata(scene, {"tokenizer.ggml.add_bos_token": True})
 
 
 @sabotage("begin token doubled", imitates="https://github.com/abetlen/llama-cpp-python/issues/1501", ground="mlx")
@@ -159,7 +162,7 @@ def begin_token_doubled(scene: Scene) -> None:
 @sabotage("end token added to prompts", ground="gguf", since="compare")
 def end_token_added(scene: Scene) -> None:
     """The GGUF file says that an end-of-text token is to be put after each prompt."""
-    _metadata(scene, {"tokenizer.ggml.add_eos_token": True})
+    change_gguf_metadata(scene, {"tokenizer.ggml.add_eos_token": True})
 
 
 @sabotage(
@@ -168,7 +171,7 @@ def end_token_added(scene: Scene) -> None:
 )  # fmt: skip
 def other_pre_tokenizer(scene: Scene) -> None:
     """The GGUF file names another pre-tokenizer than that of its vocabulary."""
-    _metadata(scene, {"tokenizer.ggml.pre": "deepseek-llm"})
+    change_gguf_metadata(scene, {"tokenizer.ggml.pre": "deepseek-llm"})
 
 
 @sabotage("marks of turns taken for text", ground="gguf", since="compare")
@@ -178,7 +181,7 @@ def marks_taken_for_text(scene: Scene) -> None:
     def change(file: Gguf) -> None:
         file.values["tokenizer.ggml.token_type"] = [1] * len(file.values["tokenizer.ggml.token_type"])
 
-    _gguf(scene, change)
+    change_gguf(scene, change)
 
 
 @sabotage("two tokens of the GGUF file exchanged", ground="gguf", since="compare")
@@ -189,7 +192,7 @@ def gguf_tokens_exchanged(scene: Scene) -> None:
         words = file.values["tokenizer.ggml.tokens"]
         words[-1], words[-2] = words[-2], words[-1]
 
-    _gguf(scene, change)
+    change_gguf(scene, change)
 
 
 @sabotage("merges of the GGUF file lost", ground="gguf", since="compare")
@@ -199,25 +202,25 @@ def gguf_merges_lost(scene: Scene) -> None:
     def change(file: Gguf) -> None:
         file.values["tokenizer.ggml.merges"] = file.values["tokenizer.ggml.merges"][:1]
 
-    _gguf(scene, change)
+    change_gguf(scene, change)
 
 
 @sabotage("position base changed", ground="gguf", since="compare")
 def position_base_changed(scene: Scene) -> None:
     """The GGUF file has another base of the position encoding."""
-    _metadata(scene, {"llama.rope.freq_base": 500000.0})
+    change_gguf_metadata(scene, {"llama.rope.freq_base": 500000.0})
 
 
 @sabotage("norm epsilon changed", ground="gguf", since="compare")
 def norm_epsilon_changed(scene: Scene) -> None:
     """The GGUF file has another epsilon of the norms."""
-    _metadata(scene, {"llama.attention.layer_norm_rms_epsilon": 1e-5})
+    change_gguf_metadata(scene, {"llama.attention.layer_norm_rms_epsilon": 1e-5})
 
 
 @sabotage("context length changed", ground="gguf", since="compare")
 def context_length_changed(scene: Scene) -> None:
     """The GGUF file says that the model takes four times as many tokens as it was made for."""
-    _metadata(scene, {"llama.context_length": 2048})
+    change_gguf_metadata(scene, {"llama.context_length": 2048})
 
 
 @sabotage("number of heads changed", ground="gguf", since="compare")
@@ -225,7 +228,7 @@ def number_of_heads_changed(scene: Scene) -> None:
     """The GGUF file has twice as many heads, each half as wide."""
     halved = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), 16)
     changes = {**halved, "attention.head_count": 8, "attention.head_count_kv": 4}
-    _metadata(scene, {f"llama.{name}": value for name, value in changes.items()})
+    change_gguf_metadata(scene, {f"llama.{name}": value for name, value in changes.items()})
 
 
 @sabotage("a layer dropped", ground="gguf", since="compare")
@@ -236,7 +239,7 @@ def layer_dropped(scene: Scene) -> None:
         file.values["llama.block_count"] = 2
         file.tensors = {name: held for name, held in file.tensors.items() if not name.startswith("blk.2.")}
 
-    _gguf(scene, change)
+    change_gguf(scene, change)
 
 
 @sabotage("layers in another order", ground="gguf", since="compare")
@@ -247,7 +250,7 @@ def layers_in_another_order(scene: Scene) -> None:
         other = {"blk.0.": "blk.1.", "blk.1.": "blk.0."}
         file.tensors = {other.get(name[:6], name[:6]) + name[6:]: held for name, held in file.tensors.items()}
 
-    _gguf(scene, change)
+    change_gguf(scene, change)
 
 
 @sabotage("output matrix of zeros", ground="gguf", since="compare")
@@ -258,7 +261,7 @@ def output_of_zeros(scene: Scene) -> None:
         data, kind = file.tensors["token_embd.weight"]
         file.tensors["output.weight"] = (data * 0, kind)
 
-    _gguf(scene, change)
+    change_gguf(scene, change)
 
 
 @sabotage("a norm left out", ground="gguf", since="compare")
@@ -269,13 +272,13 @@ def norm_left_out(scene: Scene) -> None:
         data, kind = file.tensors["blk.1.ffn_norm.weight"]
         file.tensors["blk.1.ffn_norm.weight"] = (data * 0 + 1, kind)
 
-    _gguf(scene, change)
+    change_gguf(scene, change)
 
 
 @sabotage("template of the MLX model replaced", ground="mlx", since="compare")
 def mlx_template_replaced(scene: Scene) -> None:
     """The MLX directory carries another chat template than that of the training."""
-    _exported(scene, lambda folder: (folder / "chat_template.jinja").write_text(OTHER_TEMPLATE, encoding="utf-8"))
+    change_export(scene, lambda folder: (folder / "chat_template.jinja").write_text(OTHER_TEMPLATE, encoding="utf-8"))
 
 
 @sabotage(
@@ -286,7 +289,7 @@ def mlx_template_replaced(scene: Scene) -> None:
 )
 def mlx_template_lost(scene: Scene) -> None:
     """The MLX directory carries no chat template."""
-    _exported(scene, lambda folder: (folder / "chat_template.jinja").unlink())
+    change_export(scene, lambda folder: (folder / "chat_template.jinja").unlink())
 
 
 @sabotage(
@@ -300,7 +303,7 @@ def mlx_stops_elsewhere(scene: Scene) -> None:
         for name in ("config.json", "generation_config.json"):
             rewrite_json(folder / name, lambda config: config.update(eos_token_id=PAD))
 
-    _exported(scene, change)
+    change_export(scene, change)
 
 
 @sabotage("position base of the MLX model changed", ground="mlx", since="compare")
@@ -311,13 +314,13 @@ def mlx_position_base(scene: Scene) -> None:
         config["rope_theta"] = 500000.0
         config["rope_parameters"]["rope_theta"] = 500000.0
 
-    _exported(scene, lambda folder: rewrite_json(folder / "config.json", change))
+    change_export(scene, lambda folder: rewrite_json(folder / "config.json", change))
 
 
 @sabotage("norm epsilon of the MLX model changed", ground="mlx", since="compare")
 def mlx_norm_epsilon(scene: Scene) -> None:
     """The MLX directory's configuration has another epsilon of the norms."""
-    _exported(
+    change_export(
         scene, lambda folder: rewrite_json(folder / "config.json", lambda config: config.update(rms_norm_eps=1e-5))
     )
 
@@ -332,25 +335,4 @@ def bundle_adapter_untrained(scene: Scene) -> None:
 
         rewrite_weights(folder / "adapter" / "adapter_model.safetensors", clear)
 
-    _exported(scene, change)
-
-
-def _metadata(scene: Scene, changes: dict[str, Any]) -> None:
-    _gguf(scene, lambda file: file.values.update(changes))
-
-
-def _gguf(scene: Scene, change: Callable[[Gguf], None]) -> None:
-    """Change the GGUF file that was exported."""
-    _exported(scene, lambda path: rewrite_gguf(path, change))
-
-
-def _exported(scene: Scene, change: Callable[[Path], Any]) -> None:
-    """Change what the run's one export wrote, so that the stage's own account of it fits."""
-
-    def rewrite(run: Run) -> None:
-        account = run.path / "export" / "exports.json"
-        (entry,) = json.loads(account.read_text(encoding="utf-8"))
-        change(run.path / entry["path"])
-        write_json(account, [{**entry, "sha256": digest(run.path / entry["path"])}])
-
-    scene.after("export", rewrite)
+    change_export(scene, change)

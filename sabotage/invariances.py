@@ -8,10 +8,17 @@ from typing import Any
 
 from sabotage import sabotage
 from sabotage.context import Scene
+from sabotage.targets import (
+    GENERATE,
+    ITEMS_IN_BATCH,
+    LORA_DELTA,
+    SFT_COLLATE,
+    SFT_COLLATOR,
+    SFT_LOSS,
+    TRAINER,
+    TRAINING_STEP,
+)
 
-TRAINER = "transformers.trainer:Trainer"
-SFT_TRAINER = "trl.trainer.sft_trainer:SFTTrainer"
-COLLATOR = "trl.trainer.sft_trainer:DataCollatorForLanguageModeling"
 TRL_2175 = "https://github.com/huggingface/trl/issues/2175"
 TRL_3067 = "https://github.com/huggingface/trl/issues/3067"
 
@@ -31,13 +38,13 @@ def last_micro_batch(scene: Scene) -> None:
         model.zero_grad()
         return original(self, model, *arguments, **more)
 
-    scene.wrap(f"{TRAINER}.training_step", training_step)
+    scene.wrap(TRAINING_STEP, training_step)
 
 
 @_invariance("loss averaged over small batches", TRL_2175)
 def mean_of_means(scene: Scene) -> None:
     """The loss of a window is the mean of its small batches' means, so a short answer's tokens weigh more."""
-    scene.wrap(f"{TRAINER}._get_num_items_in_batch", lambda original, self, *arguments: None)
+    scene.wrap(ITEMS_IN_BATCH, lambda original, self, *arguments: None)
 
 
 @_invariance("accumulated loss not divided", "https://github.com/hiyouga/LlamaFactory/issues/7443")
@@ -47,7 +54,7 @@ def not_divided(scene: Scene) -> None:
     def compute_loss(original: Any, self: Any, model: Any, inputs: Any, *arguments: Any, **more: Any) -> Any:
         return original(self, model, inputs, *arguments, **{**more, "num_items_in_batch": None})
 
-    scene.wrap(f"{SFT_TRAINER}.compute_loss", compute_loss)
+    scene.wrap(SFT_LOSS, compute_loss)
 
 
 @_invariance("short window divided as a whole one", "https://github.com/modelscope/ms-swift/pull/10084")
@@ -58,7 +65,7 @@ def short_window(scene: Scene) -> None:
         found = original(self, batches, *arguments)
         return found * self.args.gradient_accumulation_steps / max(1, len(batches))
 
-    scene.wrap(f"{TRAINER}._get_num_items_in_batch", count)
+    scene.wrap(ITEMS_IN_BATCH, count)
 
 
 @_invariance("short last batch dropped")
@@ -80,7 +87,7 @@ def clipped_by_batch(scene: Scene) -> None:
         self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm / 8)
         return loss
 
-    scene.wrap(f"{TRAINER}.training_step", training_step)
+    scene.wrap(TRAINING_STEP, training_step)
 
 
 @_invariance("dropout the recipe does not ask for")
@@ -123,7 +130,7 @@ def positions_lost(scene: Scene) -> None:
     def positions(original: Any, lengths: list[list[int]]) -> Any:
         return original([[sum(each)] for each in lengths])
 
-    scene.wrap(f"{COLLATOR}.get_position_ids_from_packed_seq_lengths", positions)
+    scene.wrap(f"{SFT_COLLATOR}.get_position_ids_from_packed_seq_lengths", positions)
 
 
 @_invariance("packed rows attend to each other", "https://github.com/MeetKai/functionary/issues/265")
@@ -154,7 +161,7 @@ def padding_attended(scene: Scene) -> None:
         mask = more["input_ids"].new_ones(more["input_ids"].shape)
         return original(self, *arguments, **{**more, "attention_mask": mask})
 
-    scene.wrap("transformers.generation.utils:GenerationMixin.generate", generate)
+    scene.wrap(GENERATE, generate)
 
 
 @_invariance("loss divided by padding too")
@@ -164,7 +171,7 @@ def padding_counted(scene: Scene) -> None:
     def count(original: Any, self: Any, batches: Any, device: Any) -> Any:
         return original(self, [{"labels": batch["input_ids"].clamp(min=0)} for batch in batches], device)
 
-    scene.wrap(f"{TRAINER}._get_num_items_in_batch", count)
+    scene.wrap(ITEMS_IN_BATCH, count)
 
 
 @_invariance("padding trained on")
@@ -178,7 +185,7 @@ def padding_trained(scene: Scene) -> None:
             batch["labels"][beyond] = batch["input_ids"][beyond]
         return batch
 
-    scene.wrap(f"{COLLATOR}.torch_call", call)
+    scene.wrap(SFT_COLLATE, call)
 
 
 # -- order -------------------------------------------------------------------------------------------------------------
@@ -235,13 +242,13 @@ def one_order(scene: Scene) -> None:
 @_invariance("merged with half of the scale")
 def merged_with_half(scene: Scene) -> None:
     """What an adapter adds is halved when it is merged."""
-    scene.wrap("peft.tuners.lora.layer:Linear.get_delta_weight", lambda original, *a: 0.5 * original(*a))
+    scene.wrap(LORA_DELTA, lambda original, *a: 0.5 * original(*a))
 
 
 @_invariance("merged in low precision", "https://github.com/huggingface/peft/issues/1388")
 def merged_coarsely(scene: Scene) -> None:
     """What an adapter adds passes through bfloat16 when it is merged, though everything is float32."""
     scene.wrap(
-        "peft.tuners.lora.layer:Linear.get_delta_weight",
+        LORA_DELTA,
         lambda original, *a: (delta := original(*a)).bfloat16().to(delta.dtype),
     )

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.run import Run
 from sabotage import sabotage
 from sabotage.context import Scene
-from sabotage.files import rewrite_json, rewrite_weights, write
+from sabotage.files import OTHER_TEMPLATE, change_merged, rewrite_json, rewrite_weights, write
+from sabotage.targets import LORA_DELTA, MERGE
 
-MERGE = "finetune.backends.torch.merging:merge"
-DELTA = "peft.tuners.lora.layer:Linear.get_delta_weight"
 BUNDLE = "bundle"  # the ground whose merged model is compared with the adapter, and exported as it is
-OTHER_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
 
 
 @sabotage(
@@ -43,7 +36,7 @@ def merged_twice(scene: Scene) -> None:
 @sabotage("adapter merged with another scale", ground=BUNDLE, since="merge")
 def another_scale(scene: Scene) -> None:
     """What is added is scaled by lora_alpha over the root of the rank, though training scaled it by the rank."""
-    scene.wrap(DELTA, lambda original, self, name: original(self, name) * self.r[name] ** 0.5)
+    scene.wrap(LORA_DELTA, lambda original, self, name: original(self, name) * self.r[name] ** 0.5)
 
 
 @sabotage("adapter added the other way round", ground=BUNDLE, since="merge")
@@ -54,7 +47,7 @@ def delta_transposed(scene: Scene) -> None:
         found = original(self, name)
         return found.T.contiguous() if found.shape[0] == found.shape[1] else found
 
-    scene.wrap(DELTA, delta)
+    scene.wrap(LORA_DELTA, delta)
 
 
 @sabotage("only some of the layers merged", ground=BUNDLE, since="merge")
@@ -118,7 +111,7 @@ def tied_head_lost(scene: Scene) -> None:
         rewrite_weights(model / "model.safetensors", change)
         rewrite_json(model / "config.json", lambda config: config.update(tie_word_embeddings=False))
 
-    _merged(scene, untie)
+    change_merged(scene, untie)
 
 
 @sabotage("merged layers in another order", ground=BUNDLE, since="merge")
@@ -130,7 +123,7 @@ def layers_swapped(scene: Scene) -> None:
             other = name.replace(".layers.1.", ".layers.2.")
             tensors[name], tensors[other] = tensors[other], tensors[name]
 
-    _merged(scene, lambda model: rewrite_weights(model / "model.safetensors", swap))
+    change_merged(scene, lambda model: rewrite_weights(model / "model.safetensors", swap))
 
 
 @sabotage("a merged tensor zeroed", ground=BUNDLE, since="merge")
@@ -141,7 +134,7 @@ def tensor_zeroed(scene: Scene) -> None:
         name = "model.layers.1.mlp.down_proj.weight"
         tensors[name] = tensors[name] * 0
 
-    _merged(scene, lambda model: rewrite_weights(model / "model.safetensors", zero))
+    change_merged(scene, lambda model: rewrite_weights(model / "model.safetensors", zero))
 
 
 @sabotage(
@@ -150,7 +143,7 @@ def tensor_zeroed(scene: Scene) -> None:
 )  # fmt: skip
 def merged_template_replaced(scene: Scene) -> None:
     """The merged model carries another chat template than that of the training."""
-    _merged(scene, lambda model: write(model / "chat_template.jinja", OTHER_TEMPLATE))
+    change_merged(scene, lambda model: write(model / "chat_template.jinja", OTHER_TEMPLATE))
 
 
 @sabotage(
@@ -161,7 +154,7 @@ def merged_template_replaced(scene: Scene) -> None:
 )
 def merged_template_lost(scene: Scene) -> None:
     """The merged model carries no chat template."""
-    _merged(scene, lambda model: (model / "chat_template.jinja").unlink())
+    change_merged(scene, lambda model: (model / "chat_template.jinja").unlink())
 
 
 @sabotage(
@@ -174,7 +167,7 @@ def merged_stops_elsewhere(scene: Scene) -> None:
         for name in ("generation_config.json", "config.json"):
             rewrite_json(model / name, lambda config: config.update(eos_token_id=0))
 
-    _merged(scene, change)
+    change_merged(scene, change)
 
 
 @sabotage("end-of-turn token of the merged tokenizer replaced", ground=BUNDLE, since="merge")
@@ -184,7 +177,7 @@ def merged_eos_replaced(scene: Scene) -> None:
     def change(model: Path) -> None:
         rewrite_json(model / "tokenizer_config.json", lambda config: config.update(eos_token="<|endoftext|>"))
 
-    _merged(scene, change)
+    change_merged(scene, change)
 
 
 @sabotage("two tokens of the vocabulary exchanged", ground=BUNDLE, since="merge")
@@ -196,7 +189,7 @@ def tokens_exchanged(scene: Scene) -> None:
         one, other = sorted(vocabulary, key=vocabulary.get)[-2:]
         vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
 
-    _merged(scene, lambda model: rewrite_json(model / "tokenizer.json", swap))
+    change_merged(scene, lambda model: rewrite_json(model / "tokenizer.json", swap))
 
 
 @sabotage("merges of the tokenizer lost", ground=BUNDLE, since="merge")
@@ -206,7 +199,7 @@ def merges_lost(scene: Scene) -> None:
     def clear(stored: dict[str, Any]) -> None:
         stored["model"]["merges"] = []
 
-    _merged(scene, lambda model: rewrite_json(model / "tokenizer.json", clear))
+    change_merged(scene, lambda model: rewrite_json(model / "tokenizer.json", clear))
 
 
 @sabotage("an added token of the tokenizer missing", ground=BUNDLE, since="merge")
@@ -221,7 +214,7 @@ def added_token_missing(scene: Scene) -> None:
         rewrite_json(model / "tokenizer.json", drop)
         rewrite_json(model / "tokenizer_config.json", lambda config: config.update(extra_special_tokens=[]))
 
-    _merged(scene, change)
+    change_merged(scene, change)
 
 
 @sabotage("a space before the first word", ground=BUNDLE, since="merge")
@@ -231,7 +224,7 @@ def space_before_the_first_word(scene: Scene) -> None:
     def change(stored: dict[str, Any]) -> None:
         stored["pre_tokenizer"]["add_prefix_space"] = True
 
-    _merged(scene, lambda model: rewrite_json(model / "tokenizer.json", change))
+    change_merged(scene, lambda model: rewrite_json(model / "tokenizer.json", change))
 
 
 @sabotage("position base of the merged model changed", ground=BUNDLE, since="merge")
@@ -241,19 +234,12 @@ def merged_position_base(scene: Scene) -> None:
     def change(config: dict[str, Any]) -> None:
         config["rope_parameters"]["rope_theta"] = 500000.0
 
-    _merged(scene, lambda model: rewrite_json(model / "config.json", change))
+    change_merged(scene, lambda model: rewrite_json(model / "config.json", change))
 
 
 @sabotage("norm epsilon of the merged model changed", ground=BUNDLE, since="merge")
 def merged_norm_epsilon(scene: Scene) -> None:
     """The merged model's configuration has another epsilon of the norms."""
-    _merged(scene, lambda model: rewrite_json(model / "config.json", lambda config: config.update(rms_norm_eps=1e-3)))
-
-
-def _merged(scene: Scene, change: Callable[[Path], Any]) -> None:
-    """Change the directory of the merged model."""
-    scene.after("merge", lambda run: change(_model(run)))
-
-
-def _model(run: Run) -> Path:
-    return run.path / "merge" / "model"
+    change_merged(
+        scene, lambda model: rewrite_json(model / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
+    )

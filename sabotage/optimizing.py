@@ -8,7 +8,7 @@ from typing import Any
 
 from sabotage import sabotage
 from sabotage.context import Scene
-from sabotage.training import ADAMW_STEP, TRAINER
+from sabotage.targets import ADAMW_STEP, CREATE_OPTIMIZER, CREATE_SCHEDULER, GET_PEFT_MODEL, GET_SCHEDULER, TRAINER
 
 
 def _with_groups(scene: Scene, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -20,14 +20,14 @@ def _with_groups(scene: Scene, change: Callable[[dict[str, Any]], Any]) -> None:
             change(group)
         return optimizer
 
-    scene.wrap(f"{TRAINER}.create_optimizer", create)
+    scene.wrap(CREATE_OPTIMIZER, create)
 
 
 def _with_schedule_for(scene: Scene, planned: Callable[[int], int]) -> None:
     """Lay the schedule out for another number of steps than those that will be taken."""
 
     scene.wrap(
-        f"{TRAINER}.create_scheduler",
+        CREATE_SCHEDULER,
         lambda original, self, num_training_steps, *a, **more: original(self, planned(num_training_steps), *a, **more),
     )
 
@@ -43,7 +43,7 @@ def _with_dropout(scene: Scene, share: float) -> None:
                 module.lora_dropout["default"] = torch.nn.Dropout(share) if share else torch.nn.Identity()
         return model
 
-    scene.wrap("peft:get_peft_model", lambda original, *a, **more: put(original(*a, **more)))
+    scene.wrap(GET_PEFT_MODEL, lambda original, *a, **more: put(original(*a, **more)))
 
 
 def _always_constant(original: Any, name: Any, *arguments: Any, **more: Any) -> Any:
@@ -103,7 +103,7 @@ def learning_rate_divided(scene: Scene) -> None:
 @sabotage("learning rate constant", ground="full", since="train")
 def learning_rate_constant(scene: Scene) -> None:
     """The learning rate stays where it is, whatever schedule the recipe asks for."""
-    scene.wrap("transformers.trainer:get_scheduler", _always_constant)
+    scene.wrap(GET_SCHEDULER, _always_constant)
 
 
 @sabotage("warm-up left out", ground="full", since="train", imitates="https://github.com/y0ast/Glow-PyTorch/issues/3")
@@ -166,7 +166,7 @@ def queries_left_out(scene: Scene) -> None:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
         return optimizer
 
-    scene.wrap(f"{TRAINER}.create_optimizer", create)
+    scene.wrap(CREATE_OPTIMIZER, create)
 
 
 @sabotage("dropout of the adapter left out", since="train")
@@ -200,7 +200,7 @@ def gradients_not_clipped(scene: Scene) -> None:
 @sabotage("alignment at a constant learning rate", ground="dpo", since="align")
 def alignment_constant(scene: Scene) -> None:
     """The learning rate of alignment stays where it is, whatever schedule the recipe asks for."""
-    scene.wrap("transformers.trainer:get_scheduler", _always_constant)
+    scene.wrap(GET_SCHEDULER, _always_constant)
 
 
 @sabotage("every step of alignment taken twice", ground="dpo", since="align")

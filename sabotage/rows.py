@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from finetune.core.files import read_jsonl, write_jsonl
-from finetune.run import Run
 from sabotage import sabotage
 from sabotage.context import Scene
+from sabotage.files import change_rows
+from sabotage.targets import ENCODE_SFT, SFT_COLLATE
 
-COLLATE = "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.torch_call"
 MASKED = -100
 
 
@@ -34,13 +33,13 @@ def end_of_turn_masked(scene: Scene) -> None:
         last = max(place for place, label in enumerate(row["labels"]) if label != MASKED)
         return {**row, "labels": [*row["labels"][:last], MASKED, *row["labels"][last + 1 :]]}
 
-    _prepared(scene, lambda rows: [masked(row) for row in rows])
+    change_rows(scene, lambda rows: [masked(row) for row in rows])
 
 
 @sabotage("nothing left to train", imitates="https://github.com/huggingface/trl/issues/6668")
 def nothing_left_to_train(scene: Scene) -> None:
     """Every label of every row is masked."""
-    _prepared(scene, lambda rows: [{**row, "labels": [MASKED] * len(row["labels"])} for row in rows])
+    change_rows(scene, lambda rows: [{**row, "labels": [MASKED] * len(row["labels"])} for row in rows])
 
 
 @sabotage("answers cut off", imitates="https://github.com/huggingface/transformers/issues/30998")
@@ -52,7 +51,7 @@ def answers_cut_off(scene: Scene) -> None:
         most = first + (len(row["labels"]) - first) // 2
         return {**row, "input_ids": row["input_ids"][:most], "labels": row["labels"][:most]}
 
-    _prepared(scene, lambda rows: [cut(row) for row in rows])
+    change_rows(scene, lambda rows: [cut(row) for row in rows])
 
 
 @sabotage("answers of other questions")
@@ -66,26 +65,26 @@ def answers_shuffled(scene: Scene) -> None:
             for row, (prompt, _), (_, answer) in zip(rows, parts, [parts[-1], *parts[:-1]], strict=True)
         ]
 
-    _prepared(scene, rotated)
+    change_rows(scene, rotated)
 
 
 @sabotage("one example again and again")
 def one_example(scene: Scene) -> None:
     """Every prepared row is the first one."""
-    _prepared(scene, lambda rows: [{**rows[0], "row": row["row"]} for row in rows])
+    change_rows(scene, lambda rows: [{**rows[0], "row": row["row"]} for row in rows])
 
 
 @sabotage("half of the data dropped")
 def half_of_the_data(scene: Scene) -> None:
     """Every other prepared row is missing."""
-    _prepared(scene, lambda rows: rows[::2])
+    change_rows(scene, lambda rows: rows[::2])
 
 
 @sabotage("half of each batch thrown away")
 def half_of_each_batch(scene: Scene) -> None:
     """The collator keeps every other row of a batch."""
 
-    scene.wrap(COLLATE, lambda original, self, examples, *a, **more: original(self, examples[::2], *a, **more))
+    scene.wrap(SFT_COLLATE, lambda original, self, examples, *a, **more: original(self, examples[::2], *a, **more))
 
 
 @sabotage("truncated in the collator", imitates="https://github.com/huggingface/transformers/issues/30998")
@@ -103,7 +102,7 @@ def padding_trained(scene: Scene) -> None:
         batch["labels"] = batch["labels"].where(batch["attention_mask"].bool(), batch["input_ids"])
         return batch
 
-    scene.wrap(COLLATE, collate)
+    scene.wrap(SFT_COLLATE, collate)
 
 
 @sabotage("mask the wrong way round")
@@ -114,7 +113,7 @@ def mask_inverted(scene: Scene) -> None:
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         return {**row, "labels": [token if label == MASKED else MASKED for token, label in pairs]}
 
-    _prepared(scene, lambda rows: [inverted(row) for row in rows])
+    change_rows(scene, lambda rows: [inverted(row) for row in rows])
 
 
 @sabotage("first word of the answers masked")
@@ -125,7 +124,7 @@ def first_token_masked(scene: Scene) -> None:
         first = next(place for place, label in enumerate(row["labels"]) if label != MASKED)
         return {**row, "labels": [*row["labels"][:first], MASKED, *row["labels"][first + 1 :]]}
 
-    _prepared(scene, lambda rows: [masked(row) for row in rows])
+    change_rows(scene, lambda rows: [masked(row) for row in rows])
 
 
 @sabotage("role marker trained as answer")
@@ -139,7 +138,7 @@ def role_marker_trained(scene: Scene) -> None:
             "labels": row["labels"][: first - 2] + row["input_ids"][first - 2 : first] + row["labels"][first:],
         }
 
-    _prepared(scene, lambda rows: [longer(row) for row in rows])
+    change_rows(scene, lambda rows: [longer(row) for row in rows])
 
 
 @sabotage("prompts rendered twice")
@@ -150,7 +149,7 @@ def prompts_twice(scene: Scene) -> None:
         prompt, answer = _parts(row)
         return {**row, "input_ids": prompt * 2 + answer, "labels": [MASKED] * len(prompt) * 2 + answer}
 
-    _prepared(scene, lambda rows: [doubled(row) for row in rows])
+    change_rows(scene, lambda rows: [doubled(row) for row in rows])
 
 
 @sabotage("trained with another template", imitates="https://github.com/hiyouga/LlamaFactory/issues/2509")
@@ -166,7 +165,7 @@ def another_template(scene: Scene) -> None:
         other = choose(Template(name="alpaca"), more["tokenizer"])
         return original(example, row, template=replace(template, source=other.source), **more)
 
-    scene.wrap("finetune.data.encode:encode_sft", encode)
+    scene.wrap(ENCODE_SFT, encode)
 
 
 @sabotage("answers in lower case")
@@ -193,13 +192,15 @@ def _answers(scene: Scene, change: Callable[[str], str]) -> None:
         )
         return original(replace(example, messages=messages), row, **more)
 
-    scene.wrap("finetune.data.encode:encode_sft", encode)
+    scene.wrap(ENCODE_SFT, encode)
 
 
 @sabotage("rows of an older data set")
 def older_data(scene: Scene) -> None:
     """A cache gives the rows in the order that an older file had."""
-    _prepared(scene, lambda rows: [{**older, "row": row["row"]} for row, older in zip(rows, _older(rows), strict=True)])
+    change_rows(
+        scene, lambda rows: [{**older, "row": row["row"]} for row, older in zip(rows, _older(rows), strict=True)]
+    )
 
 
 def _older(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -210,7 +211,7 @@ def _older(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @sabotage("begin token in front of every row", imitates="https://github.com/MakazhanAlpamys/Soup/issues/781")
 def begin_token_added(scene: Scene) -> None:
     """Training rows begin with a token that no prompt begins with later."""
-    _prepared(
+    change_rows(
         scene,
         lambda rows: [{**row, "input_ids": [0, *row["input_ids"]], "labels": [MASKED, *row["labels"]]} for row in rows],
     )
@@ -226,16 +227,6 @@ def _collated(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) 
     """Change every row on its way into a batch."""
 
     scene.wrap(
-        COLLATE,
+        SFT_COLLATE,
         lambda original, self, examples, *a, **more: original(self, [change(row) for row in examples], *a, **more),
     )
-
-
-def _prepared(scene: Scene, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-    """Change the rows that `prepare` leaves for the training."""
-
-    def rewrite(run: Run) -> None:
-        file = run.path / "prepare" / "train.jsonl"
-        write_jsonl(file, change(read_jsonl(file)))
-
-    scene.after("prepare", rewrite)

@@ -12,9 +12,9 @@ from finetune.core.files import write_json
 from finetune.run import Run
 from sabotage import sabotage
 from sabotage.context import Scene
+from sabotage.files import ADAPTER, MODEL, change_adapter_config, change_tensors
+from sabotage.targets import LOAD_TRAINED_MODEL, RESUME_OPTIMIZER, RESUME_WEIGHTS, TRAINER
 
-TRAINER = "transformers.trainer"
-ADAPTER, MODEL = "train/adapter/adapter_model.safetensors", "train/model/model.safetensors"
 TENSORS = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
 
 
@@ -46,19 +46,19 @@ def adapter_of_another_base(scene: Scene) -> None:
         layers[-1].load_state_dict(kept)
         return model
 
-    scene.wrap("finetune.backends.torch.training:load_model", load)
+    scene.wrap(LOAD_TRAINED_MODEL, load)
 
 
 @sabotage("another base named in the adapter", since="train")
 def another_base_named(scene: Scene) -> None:
     """The adapter's configuration names a base that it was not trained on."""
-    _configured(scene, base_model_name_or_path="somebody/another-model")
+    change_adapter_config(scene, base_model_name_or_path="somebody/another-model")
 
 
 @sabotage("lora_alpha saved wrong", imitates="https://github.com/huggingface/diffusers/issues/6087", since="train")
 def lora_alpha_saved_wrong(scene: Scene) -> None:
     """The adapter's configuration names a third less lora_alpha than it was trained with."""
-    _configured(scene, lora_alpha=48)
+    change_adapter_config(scene, lora_alpha=48)
 
 
 @sabotage("rank scaling lost in saving", imitates="https://github.com/vllm-project/vllm/issues/10798", since="train")
@@ -79,14 +79,14 @@ def rank_scaling_lost(scene: Scene) -> None:
 def tensor_zeroed(scene: Scene) -> None:
     """One B matrix of the saved adapter is all zeros."""
     name = TENSORS.format(1, "v_proj", "B")
-    _stored(scene, ADAPTER, lambda tensors: {**tensors, name: tensors[name] * 0})
+    change_tensors(scene, ADAPTER, lambda tensors: {**tensors, name: tensors[name] * 0})
 
 
 @sabotage("an A matrix zeroed", since="train")
 def a_matrix_zeroed(scene: Scene) -> None:
     """One A matrix of the saved adapter is all zeros, so that its B counts for nothing."""
     name = TENSORS.format(1, "v_proj", "A")
-    _stored(scene, ADAPTER, lambda tensors: {**tensors, name: tensors[name] * 0})
+    change_tensors(scene, ADAPTER, lambda tensors: {**tensors, name: tensors[name] * 0})
 
 
 @sabotage("two tensors exchanged", since="train")
@@ -105,13 +105,13 @@ def tensors_of_two_shapes(scene: Scene) -> None:
 def tensor_transposed(scene: Scene) -> None:
     """One square matrix of the saved model lies on its side."""
     name = "model.layers.1.self_attn.o_proj.weight"
-    _stored(scene, MODEL, lambda tensors: {**tensors, name: tensors[name].T.contiguous()})
+    change_tensors(scene, MODEL, lambda tensors: {**tensors, name: tensors[name].T.contiguous()})
 
 
 @sabotage("half of the layers not saved", since="train")
 def half_of_the_layers(scene: Scene) -> None:
     """The saved adapter lacks every layer but the first."""
-    _stored(scene, ADAPTER, lambda tensors: {n: t for n, t in tensors.items() if ".layers.0." in n})
+    change_tensors(scene, ADAPTER, lambda tensors: {n: t for n, t in tensors.items() if ".layers.0." in n})
 
 
 @sabotage(
@@ -121,7 +121,7 @@ def half_of_the_layers(scene: Scene) -> None:
 )
 def foreign_names(scene: Scene) -> None:
     """The saved tensors carry the name of a wrapper, so that a loader finds none of them and goes on with the base."""
-    _stored(
+    change_tensors(
         scene, ADAPTER, lambda tensors: {n.replace(".self_attn.", ".inner.self_attn."): t for n, t in tensors.items()}
     )
 
@@ -151,7 +151,7 @@ def saved_in_bfloat16(scene: Scene) -> None:
     def rounded(tensors: dict[str, Any]) -> dict[str, Any]:
         return {name: tensor.bfloat16() for name, tensor in tensors.items()}
 
-    _stored(scene, MODEL, rounded)
+    change_tensors(scene, MODEL, rounded)
 
 
 @sabotage("rounded through bfloat16 in saving", ground="resume", since="train")
@@ -235,7 +235,7 @@ def optimizer_lost(scene: Scene) -> None:
             state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
             self.lr_scheduler.load_state_dict(state)
 
-    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", load)
+    scene.wrap(RESUME_OPTIMIZER, load)
 
 
 @sabotage(
@@ -252,20 +252,20 @@ def scheduler_restarted(scene: Scene) -> None:
         if checkpoint is not None:
             self.lr_scheduler.last_epoch = 0
 
-    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", load)
+    scene.wrap(RESUME_OPTIMIZER, load)
 
 
 @sabotage("data order restarted at resume", ground="resume", since="measure")
 def data_restarted(scene: Scene) -> None:
     """A resumed training begins with the first batch of the epoch."""
-    scene.wrap(f"{TRAINER}:skip_first_batches", lambda original, dataloader, count=0: dataloader)
+    scene.wrap("transformers.trainer:skip_first_batches", lambda original, dataloader, count=0: dataloader)
 
 
 @sabotage("random state lost at resume", ground="resume", since="measure")
 def random_state_lost(scene: Scene) -> None:
     """A resumed training with dropout draws other masks than the one that was interrupted."""
     scene.set("train.lora.lora_dropout", 0.1)
-    scene.wrap(f"{TRAINER}:Trainer._load_rng_state", lambda original, self, checkpoint: None)
+    scene.wrap(f"{TRAINER}._load_rng_state", lambda original, self, checkpoint: None)
 
 
 @sabotage(
@@ -282,7 +282,7 @@ def resume_unfreezes(scene: Scene) -> None:
         if checkpoint is not None:
             self.model.requires_grad_(True)
 
-    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", load)
+    scene.wrap(RESUME_OPTIMIZER, load)
 
 
 @sabotage(
@@ -290,7 +290,7 @@ def resume_unfreezes(scene: Scene) -> None:
 )
 def resume_starts_anew(scene: Scene) -> None:
     """The checkpoint is passed over in silence, and training begins at step 1."""
-    scene.wrap(f"{TRAINER}:Trainer.train", lambda original, self, **more: original(self))
+    scene.wrap(f"{TRAINER}.train", lambda original, self, **more: original(self))
 
 
 @sabotage("resume from an older checkpoint", ground="resume", since="measure")
@@ -301,18 +301,18 @@ def resume_from_an_older(scene: Scene) -> None:
     def load(original: Any, self: Any, checkpoint: str, model: Any = None) -> None:
         original(self, str(Path(checkpoint).with_name("checkpoint-116")), model)
 
-    scene.wrap(f"{TRAINER}:Trainer._load_from_checkpoint", load)
+    scene.wrap(RESUME_WEIGHTS, load)
 
 
 @sabotage("resume without the trained weights", ground="resume", since="measure")
 def resume_without_weights(scene: Scene) -> None:
     """Optimizer and step count are taken up, the weights are not."""
-    scene.wrap(f"{TRAINER}:Trainer._load_from_checkpoint", lambda original, self, *a, **more: None)
+    scene.wrap(RESUME_WEIGHTS, lambda original, self, *a, **more: None)
 
 
 def _exchanged(scene: Scene, *modules: str) -> None:
     one, other = (TENSORS.format(1, module, "B") for module in modules)
-    _stored(scene, ADAPTER, lambda tensors: {**tensors, one: tensors[other], other: tensors[one]})
+    change_tensors(scene, ADAPTER, lambda tensors: {**tensors, one: tensors[other], other: tensors[one]})
 
 
 def _saved(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -326,25 +326,3 @@ def _saved(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
 def _copied(run: Run, source: str) -> None:
     shutil.copy2(run.path / "train" / source / Path(ADAPTER).name, run.path / ADAPTER)
-
-
-def _configured(scene: Scene, **values: Any) -> None:
-    """Change what the trained adapter's configuration says."""
-
-    def change(run: Run) -> None:
-        file = run.path / "train" / "adapter" / "adapter_config.json"
-        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **values})
-
-    scene.after("train", change)
-
-
-def _stored(scene: Scene, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Change the tensors that a training left in a file."""
-
-    def rewrite(run: Run) -> None:
-        from safetensors.torch import load_file, save_file
-
-        file = run.path / name
-        save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-    scene.after("train", rewrite)

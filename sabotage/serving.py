@@ -10,8 +10,8 @@ from typing import Any
 
 from sabotage import sabotage
 from sabotage.context import Scene
+from sabotage.targets import SERVED_MODEL, SERVED_REQUEST, SERVER
 
-SERVER = "finetune.backends.torch.server"
 GROUND: dict[str, Any] = {"ground": "serving", "since": "measure"}
 
 
@@ -40,7 +40,7 @@ def _final(scene: Scene, change: Callable[[Any, Any, Any], Any]) -> None:
         base = Path(json.loads((run.path / "fetch" / "model.json").read_text(encoding="utf-8"))["base"])
         return change(original(run, recipe), run, base)
 
-    scene.wrap("finetune.serving.models:final", final)
+    scene.wrap(SERVED_MODEL, final)
 
 
 @sabotage("server ignores temperature", **GROUND)
@@ -89,7 +89,7 @@ def _request(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -
     """Generate by another request than the client's."""
 
     scene.wrap(
-        f"{SERVER}:Handler._build_generation_config",
+        SERVED_REQUEST,
         lambda original, self, body, *arguments, **more: original(self, change(body), *arguments, **more),
     )
 
@@ -120,7 +120,7 @@ def end_of_turn_ignored(scene: Scene) -> None:
         return config
 
     scene.wrap(
-        f"{SERVER}:Handler._build_generation_config",
+        SERVED_REQUEST,
         lambda original, *arguments, **more: endless(original(*arguments, **more)),
     )
 

@@ -7,9 +7,15 @@ from typing import Any
 
 from sabotage import sabotage
 from sabotage.context import Scene
-
-ADAMW_STEP = "torch.optim.adamw:AdamW.step"
-TRAINER = "transformers.trainer:Trainer"
+from sabotage.targets import (
+    ADAMW_STEP,
+    CREATE_OPTIMIZER,
+    CREATE_SCHEDULER,
+    GET_PEFT_MODEL,
+    LOAD_TRAINED_MODEL,
+    SFT_LOSS,
+    TRAINER,
+)
 
 
 @sabotage("learning rate 0", fast=True)
@@ -48,7 +54,7 @@ def adapter_frozen(scene: Scene) -> None:
                 parameter.requires_grad_(False)
         return model
 
-    scene.wrap("peft:get_peft_model", lambda original, *a, **more: freeze(original(*a, **more)))
+    scene.wrap(GET_PEFT_MODEL, lambda original, *a, **more: freeze(original(*a, **more)))
 
 
 @sabotage("only one of the layers attached")
@@ -59,7 +65,7 @@ def one_of_the_layers(scene: Scene) -> None:
         config.layers_to_transform = [0]
         return original(model, config, *arguments, **more)
 
-    scene.wrap("peft:get_peft_model", attach)
+    scene.wrap(GET_PEFT_MODEL, attach)
 
 
 @sabotage("lora_alpha ignored")
@@ -72,7 +78,7 @@ def lora_alpha_ignored(scene: Scene) -> None:
                 module.scaling = dict.fromkeys(module.scaling, 0.25)
         return model
 
-    scene.wrap("peft:get_peft_model", lambda original, *a, **more: rescale(original(*a, **more)))
+    scene.wrap(GET_PEFT_MODEL, lambda original, *a, **more: rescale(original(*a, **more)))
 
 
 @sabotage("optimizer of a copied model")
@@ -85,7 +91,7 @@ def optimizer_of_a_copy(scene: Scene) -> None:
             group["params"] = [parameter.detach().clone().requires_grad_() for parameter in group["params"]]
         return optimizer
 
-    scene.wrap(f"{TRAINER}.create_optimizer", create)
+    scene.wrap(CREATE_OPTIMIZER, create)
 
 
 @sabotage("adapter never attached", imitates="https://github.com/axolotl-ai-cloud/axolotl/pull/159")
@@ -99,7 +105,7 @@ def adapter_never_attached(scene: Scene) -> None:
                 module._disable_adapters = True
         return model
 
-    scene.wrap("peft:get_peft_model", lambda original, *a, **more: detach(original(*a, **more)))
+    scene.wrap(GET_PEFT_MODEL, lambda original, *a, **more: detach(original(*a, **more)))
 
 
 @sabotage("base trained along with the adapter", imitates="https://github.com/Blaizzy/mlx-vlm/issues/2178")
@@ -110,7 +116,7 @@ def base_trained_too(scene: Scene) -> None:
         model.requires_grad_(True)
         return model
 
-    scene.wrap("peft:get_peft_model", lambda original, *a, **more: thaw(original(*a, **more)))
+    scene.wrap(GET_PEFT_MODEL, lambda original, *a, **more: thaw(original(*a, **more)))
 
 
 @sabotage("frozen layers in full fine-tuning", ground="full")
@@ -122,7 +128,7 @@ def frozen_layers(scene: Scene) -> None:
             parameter.requires_grad_(False)
         return original(self, *arguments, **more)
 
-    scene.wrap(f"{TRAINER}.create_optimizer", create)
+    scene.wrap(CREATE_OPTIMIZER, create)
 
 
 @sabotage("plain gradient descent instead of Adam")
@@ -147,7 +153,7 @@ def warm_up_never_ends(scene: Scene) -> None:
         scheduler.lr_lambdas = [lambda step: 0.01 for _ in scheduler.lr_lambdas]
         return scheduler
 
-    scene.wrap(f"{TRAINER}.create_scheduler", create)
+    scene.wrap(CREATE_SCHEDULER, create)
 
 
 @sabotage("training ends after a third")
@@ -165,7 +171,7 @@ def ends_early(scene: Scene) -> None:
 @sabotage("half precision instead of single")
 def half_precision(scene: Scene) -> None:
     """The base is loaded in float16, whatever the recipe says."""
-    scene.wrap("finetune.backends.torch.training:load_model", lambda original, *a, **more: original(*a, **more).half())
+    scene.wrap(LOAD_TRAINED_MODEL, lambda original, *a, **more: original(*a, **more).half())
 
 
 @sabotage("NaN shown as the last good loss")
@@ -180,7 +186,7 @@ def nan_filtered(scene: Scene) -> None:
         return loss * float("nan") if self.state.global_step >= self.state.max_steps // 2 else loss
 
     scene.wrap("finetune.backends.torch.sft:arguments", arguments)
-    scene.wrap("trl.trainer.sft_trainer:SFTTrainer.compute_loss", compute)
+    scene.wrap(SFT_LOSS, compute)
     scene.wrap(ADAMW_STEP, _skipped_where_nan)
 
 

@@ -28,7 +28,8 @@ from finetune.recipe.profiles import PROFILES
 from finetune.recipe.sections import Align, Data, Evaluate, Expect, Lora, Model, Optimization, Section, Template, Train
 from finetune.testing import logs
 from finetune.testing.spec.model import Bounds, Inference, Learned, Loss, Spec, Stderr, json_schema
-from sabotage import baseline, detection
+from sabotage import detection
+from tools import sabotage_docs
 
 RECIPES = Path("docs/recipes.md")
 SPECS = Path("docs/specs.md")
@@ -353,10 +354,11 @@ def specs(text: str) -> str:
     return between(text, "keys", "\n" + "\n".join(tables(SPEC_SECTIONS, set())))
 
 
-def grounds(text: str) -> str:
-    """docs/sabotage.md with the table of grounds."""
-    rows = ([f"`{name}`", each.what] for name, each in baseline.GROUNDS.items())
-    return between(text, "grounds", table(("ground", "what it does"), rows))
+def sabotages(text: str) -> str:
+    """docs/sabotage.md with the tables of grounds, of places to patch and of what changes files."""
+    text = between(text, "grounds", table(("ground", "what it does"), sabotage_docs.grounds()))
+    text = between(text, "targets", table(("name", "place", "what it takes, and gives"), sabotage_docs.places()))
+    return between(text, "files", table(("helper", "what it does"), sabotage_docs.helpers()))
 
 
 def compatibility(text: str) -> str:
@@ -394,7 +396,7 @@ def outdated(root: Path) -> dict[Path, str]:
     for name, write in (
         (ARCHITECTURE, lambda text: architecture(text, root / SOURCE)),
         (SPECS, specs),
-        (SABOTAGE, grounds),
+        (SABOTAGE, sabotages),
         (COMPATIBILITY, compatibility),
     ):
         if (root / name).is_file():
