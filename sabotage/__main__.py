@@ -2,7 +2,7 @@
 
 Without names everything runs (half an hour on two cores). With names, only those do, and the rows of sabotages are
 replaced. `--honest` carries out all honest runs and replaces them. `--grounds` runs the grounds by seed and by instruction
-set instead, and writes docs/honest.json and .md.
+set instead, and writes docs/honest.csv and .md.
 """
 
 from __future__ import annotations

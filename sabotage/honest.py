@@ -1,4 +1,4 @@
-"""Grounds by seed and by instruction set: docs/honest.json, and the page that is written from it.
+"""Grounds by seed and by instruction set: docs/honest.csv, and the page that is written from it.
 
 A CPU without some instructions rounds otherwise, so its training goes another way. Environment variables make such CPUs
 of one; libraries read them when they are loaded, so each set has a server of warm starts, and a pretrained model, of its own.
@@ -21,10 +21,10 @@ from typing import Any
 from finetune.checks.expected import EXPECT_KEYS
 from finetune.core.files import write_json, write_text
 from finetune.run.manifest import installed
-from sabotage import baseline, detection
+from sabotage import baseline, detection, tables
 from sabotage.bench import Bench, Found
 
-RESULTS = Path("docs/honest.json")
+HEAD, RESULTS = Path("docs/honest.json"), Path("docs/honest.csv")  # what was measured on, and what
 PAGE = Path("docs/honest.md")
 SETS: dict[str, Mapping[str, str]] = {
     "default": {"ATEN_CPU_CAPABILITY": "default"},
@@ -46,6 +46,12 @@ DELICATE = {
     "loss_beyond_noise": "beyond noise",
     "dpo_prefers_chosen": "prefers chosen",
 }
+
+# A line of the table: `kind` is `nearest`, once for every ground and set, `worst` or `alarm`.
+COLUMNS: tables.Columns = {
+    "ground": str, "instructions": str, "capability": str, "runs": int, "kind": str, "name": str, "measured": tables.number,
+    "compare": str, "bound": tables.number, "room": tables.number, "said": str,
+}  # fmt: skip
 
 Document = dict[str, Any]
 
@@ -152,18 +158,41 @@ def merge(stored: Document, new: Document) -> Document:
 
 
 def write(root: Path, new: Document) -> Document:
-    """Put `new` into docs/honest.json of a checkout, write the page, and return all that is stored then."""
+    """Put `new` into what docs/ of a checkout has, write the page, and return all that is stored then."""
     result = merge(load(root), new)
-    write_json(root / RESULTS, result)
+    write_json(root / HEAD, {name: result[name] for name in ("machine", "versions")})
+    tables.write(root / RESULTS, COLUMNS, (line for each in result["rows"] for line in _lines(each)))
     write_text(root / PAGE, render(result))
     return result
 
 
 def load(root: Path) -> Document:
-    """docs/honest.json of a checkout; empty where there is none."""
-    path = root / RESULTS
-    found: Document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What is stored in docs/ of a checkout; empty where nothing is."""
+    if not (root / HEAD).is_file():
+        return {}
+    found: Document = {**json.loads((root / HEAD).read_text(encoding="utf-8")), "rows": []}
+    for line in tables.read(root / RESULTS, COLUMNS):
+        name = line["name"]
+        if line["kind"] == "nearest":
+            where = {column: line[column] for column in ("ground", "instructions", "capability", "runs")}
+            nearest = {"name": name, "room": line["room"]} if name else None
+            found["rows"].append({**where, "alarms": {}, "worst": {}, "nearest": nearest})
+        elif line["kind"] == "worst":
+            measured = {column: line[column] for column in ("measured", "bound", "compare", "room")}
+            found["rows"][-1]["worst"][name] = measured
+        else:
+            found["rows"][-1]["alarms"][name] = line["said"]
     return found
+
+
+def _lines(each: Document) -> Iterator[Document]:
+    """The lines of one ground under one instruction set."""
+    where = dict.fromkeys(COLUMNS) | {name: each[name] for name in ("ground", "instructions", "capability", "runs")}
+    yield where | {"kind": "nearest"} | (each["nearest"] or {})
+    for name, worst in each["worst"].items():
+        yield where | {"kind": "worst", "name": name} | worst
+    for name, said in each["alarms"].items():
+        yield where | {"kind": "alarm", "name": name, "said": said}
 
 
 def render(stored: Document) -> str:
@@ -172,7 +201,7 @@ def render(stored: Document) -> str:
     runs, alarms = sum(each["runs"] for each in rows), sum(len(each["alarms"]) for each in rows)
     parts = [
         "# Honest runs, by CPU",
-        "<!-- Written by `python -m sabotage --grounds` from docs/honest.json. Do not edit. -->",
+        "<!-- Written by `python -m sabotage --grounds` from docs/honest.csv. Do not edit. -->",
         f"In {runs} honest runs of the bench's grounds there {detection.alarms(alarms)}. Measured on {stored['machine']}; "
         "`python -m sabotage --grounds` does it again.",
         "Each ground runs with several seeds (other facts, another order, other adapters) under each *instruction set*: "

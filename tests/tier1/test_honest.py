@@ -101,6 +101,21 @@ def test_new_rows_take_the_places_of_their_old_ones_and_of_no_others():
     assert merged["rows"] == [old[0], new[1], new[0]]
 
 
+def test_what_is_stored_is_read_as_it_was(tmp_path):
+    (tmp_path / "docs").mkdir()
+    runs = [found(kept(0.9)), found(refused="no, there is none", name="lora, seed 1")]
+    rows = [honest.row("lora", "avx2", "AVX2", ()), honest.row("lora", "own", "AVX2", runs)]
+    stored = honest.write(tmp_path, document(*rows))
+
+    assert stored["rows"] == rows
+    assert honest.load(tmp_path) == stored
+    assert len((tmp_path / honest.RESULTS).read_text().splitlines()) == 1 + 1 + 3
+
+
+def test_there_is_nothing_stored_in_a_checkout_without(tmp_path):
+    assert honest.load(tmp_path) == {}
+
+
 # -- how it is measured ------------------------------------------------------------------------------------------------
 
 
