@@ -1,7 +1,7 @@
 """`python -m sabotage`: carry out sabotages and controls, and write docs/detection.csv and .md.
 
 Without names everything runs (half an hour on two cores). With names, only those do, and the rows of sabotages are
-replaced. `--honest` carries out all honest runs and replaces them. `--grounds` runs the grounds by seed and by instruction
+replaced. `--honest` carries out all honest runs and replaces them. `--baselines` runs the baselines by seed and by instruction
 set instead, and writes docs/honest.csv and .md.
 """
 
@@ -36,10 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     for module in options.also:
         importlib.import_module(module)
-    if options.grounds is not None:
-        return _grounds(options)
+    if options.baselines is not None:
+        return _baselines(options)
     sabotages, honest_runs = table(), controls()
-    grounds = baseline.GROUNDS if options.honest else ()
+    baselines = baseline.BASELINES if options.honest else ()
     whole = not options.names and not options.honest
     wanted = {*options.names, *(honest_runs if options.honest or whole else ()), *(sabotages if whole else ())}
     if _unknown("sabotage or control", wanted, [*sabotages, *honest_runs]):
@@ -53,11 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
         mine = [each for name, each in sabotages.items() if name in wanted]
         others = [each for name, each in honest_runs.items() if name in wanted]
         with Bench(Path(options.keep or scratch), keep=bool(options.keep)) as bench:
-            found = _carry_out(bench, mine, others, grounds, options.jobs)
+            found = _carry_out(bench, mine, others, baselines, options.jobs)
     document = _document(found, mine, bench, (time.monotonic() - started) / 60)
     if not options.also:
         _write(Path.cwd(), document, whole=whole, honest=options.honest)
-    asked = [*(each.name for each in mine), *(each.name for each in others), *(f"ground {name}" for name in grounds)]
+    asked = [
+        *(each.name for each in mine),
+        *(each.name for each in others),
+        *(f"baseline {name}" for name in baselines),
+    ]
     broken = [name for name in asked if name not in {run.name for run in found}]
     for name in broken:
         print(f"broken: {name}")
@@ -69,14 +73,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if missed or alarms or broken else 0
 
 
-def _grounds(options: argparse.Namespace) -> int:
-    """Grounds by seed and instruction set: 0 when all were quiet, 1 otherwise, 2 for a name that is not known."""
+def _baselines(options: argparse.Namespace) -> int:
+    """Baselines by seed and instruction set: 0 when all were quiet, 1 otherwise, 2 for a name that is not known."""
     sets = options.capabilities.split(",")
-    if _unknown("ground", options.grounds, baseline.GROUNDS) or _unknown("instruction set", sets, honest.SETS):
+    if _unknown("baseline", options.baselines, baseline.BASELINES) or _unknown("instruction set", sets, honest.SETS):
         return 2
-    names = options.grounds or list(baseline.GROUNDS)
+    names = options.baselines or list(baseline.BASELINES)
     alarms = 0
-    with tempfile.TemporaryDirectory(prefix="grounds-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="baselines-") as scratch:
         for each in sets:  # written one by one, as each takes a quarter of an hour
             found = honest.measure(names, options.seeds, each, Path(options.keep or scratch), jobs=options.jobs)
             honest.write(Path.cwd(), found)
@@ -104,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", metavar="DIR", help="leave the runs in this folder")
     parser.add_argument("--honest", action="store_true", help="all honest runs, and no sabotage that is not named")
     parser.add_argument(
-        "--grounds", nargs="*", metavar="NAME", help="grounds by seed and instruction set; all without a name"
+        "--baselines", nargs="*", metavar="NAME", help="baselines by seed and instruction set; all without a name"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds of each ground, from 0 on (default: 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds of each baseline, from 0 on (default: 5)")
     parser.add_argument(
         "--capabilities", default=",".join(honest.SETS), metavar="SETS", help="instruction sets (default: %(default)s)"
     )
@@ -115,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _carry_out(
-    bench: Bench, sabotages: list[Sabotage], others: list[Control], grounds: Iterable[str], jobs: int
+    bench: Bench, sabotages: list[Sabotage], others: list[Control], baselines: Iterable[str], jobs: int
 ) -> list[Found]:
     """Those that take longest first; each is told as it ends. One that breaks by itself is told too, and left out."""
     by_name = {each.name: each for each in sabotages}
@@ -130,7 +134,7 @@ def _carry_out(
         return found
 
     jobs_to_do = [(each.name, partial(bench.control, each.name, each.recipe)) for each in others]
-    jobs_to_do += [(f"ground {name}", partial(bench.ground, name)) for name in grounds]
+    jobs_to_do += [(f"baseline {name}", partial(bench.baseline, name)) for name in baselines]
     jobs_to_do += [(each.name, partial(bench.attempt, each)) for each in sabotages]
     with ThreadPoolExecutor(jobs) as pool:
         return [found for found in pool.map(lambda job: carried_out(*job), jobs_to_do) if found]

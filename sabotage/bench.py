@@ -24,7 +24,7 @@ from finetune.run import Run
 from finetune.run.plan import STAGES
 from sabotage import Sabotage, baseline, fork_server, starting
 from sabotage.calls import Called, counted
-from sabotage.context import Scene, as_if_written_so
+from sabotage.context import Context, as_if_written_so
 
 ENDINGS = (0, 1, 2, 3, 4)  # whatever the command line ends with says something; a crash of Python itself does not
 SABOTAGES = Path(__file__).parent
@@ -50,14 +50,14 @@ class Found:
 
 
 class Bench:
-    """A folder in which sabotages are carried out, each on a copy of its ground's honest run, which is made once.
+    """A folder in which sabotages are carried out, each on a copy of its baseline's honest run, which is made once.
 
     A context manager: within it, processes start warm (see `warm`). `keep` leaves every run where it was.
     """
 
     def __init__(self, directory: Path, *, keep: bool = False) -> None:
         self.directory, self.keep = directory, keep
-        self.honest: dict[str, Found] = {}  # by ground
+        self.honest: dict[str, Found] = {}  # by baseline
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._open = ExitStack()
         start = _new(directory / "start")
@@ -77,40 +77,40 @@ class Bench:
     def control(self, name: str, recipe: Callable[[Path], dict[str, Any]]) -> Found:
         """Carry out an honest run of the recipe that `recipe(folder for data)` gives: whatever fails is a false alarm."""
         directory = self.directory / "controls" / _folder(name)
-        found = self._carry_out(name, Scene(recipe=recipe(directory / "data")), Run(_new(directory / "run")))
+        found = self._carry_out(name, Context(recipe=recipe(directory / "data")), Run(_new(directory / "run")))
         self._clear(directory)
         return found
 
-    def ground(self, name: str) -> Found:
-        """The honest run of a ground, made once."""
+    def baseline(self, name: str) -> Found:
+        """The honest run of a baseline, made once."""
         self._honest(name)
         return self.honest[name]
 
     def attempt(self, each: Sabotage) -> Found:
         """Carry out a sabotage. Raises StageError where the honest run raises an alarm already, or where it was the
         sabotage itself that broke."""
-        honest, recipe = self._honest(each.ground)
+        honest, recipe = self._honest(each.baseline)
         directory = _new(self.directory / _folder(each.name))
         run, own = Run(directory / "run"), directory / "own"
         own.mkdir()
         shutil.copytree(honest / "run", run.path, symlinks=True)
-        scene = Scene(recipe=recipe, folder=own)
-        each.apply(scene)
-        if scene.patches and not each.keep:
+        context = Context(recipe=recipe, folder=own)
+        each.apply(context)
+        if context.patches and not each.keep:
             for stage in ORDER[ORDER.index(each.since) :]:
                 shutil.rmtree(run.path / stage, ignore_errors=True)
         (run.path / "verdicts.json").unlink()
-        found = self._patched(each, scene, run) if scene.patches else self._carry_out(each.name, scene, run)
+        found = self._patched(each, context, run) if context.patches else self._carry_out(each.name, context, run)
         self._clear(directory)
         return found
 
-    def _patched(self, each: Sabotage, scene: Scene, run: Run) -> Found:
+    def _patched(self, each: Sabotage, context: Context, run: Run) -> Found:
         """Carry out a sabotage that patches. Raises StageError where one of its patches was never called: what it was to
         break is whole."""
         calls = _new(run.path.parent / "calls")
         told = {starting.PATCHES: each.reference, starting.SINCE: each.since, starting.CALLS: str(calls)}
-        found = self._carry_out(each.name, scene, run, told, of=each.apply.__code__.co_filename)
-        found = replace(found, calls=counted(calls, [patch.target for patch in scene.patches]))
+        found = self._carry_out(each.name, context, run, told, of=each.apply.__code__.co_filename)
+        found = replace(found, calls=counted(calls, [patch.target for patch in context.patches]))
         never = [called.target for called in found.calls if not called.times]
         if never and not found.refused:  # where a stage would not go on, it may not have come to that
             raise StageError(f"NEVER CALLED, from '{each.since}' on: {', '.join(never)}")
@@ -127,30 +127,30 @@ class Bench:
             shutil.rmtree(directory)
 
     def _honest(self, name: str) -> tuple[Path, dict[str, Any]]:
-        """The folder of a ground's honest run, and its recipe."""
+        """The folder of a baseline's honest run, and its recipe."""
         directory = self.directory / "honest" / name
         with self._locks[name]:
             recipe = baseline.recipe(name, directory / "data")
             if name not in self.honest:
-                found = self._carry_out(f"ground {name}", Scene(recipe=recipe), Run(_new(directory / "run")))
+                found = self._carry_out(f"baseline {name}", Context(recipe=recipe), Run(_new(directory / "run")))
                 if found.caught:
                     raise StageError(f"the honest run '{name}' raises an alarm: {found.failed or found.refused}")
                 self.honest[name] = found
         return directory, recipe
 
     def _carry_out(
-        self, name: str, scene: Scene, run: Run, patches: dict[str, str] | None = None, of: str = ""
+        self, name: str, context: Context, run: Run, patches: dict[str, str] | None = None, of: str = ""
     ) -> Found:
         """`patches` is what processes are told in their environment, `of` the file of the function that made them."""
         started = time.monotonic()
         environment = {**self.environment, **(patches or {})}
         file = run.path.parent / "recipe.yaml"
-        write_text(file, yaml.write(scene.recipe))
+        write_text(file, yaml.write(context.recipe))
         there = ("--run", str(run.path), "--quiet")
-        for stage in sorted(scene.changes, key=ORDER.index):
-            if scene.settings or run.report(stage) is None:
+        for stage in sorted(context.changes, key=ORDER.index):
+            if context.settings or run.report(stage) is None:
                 baseline.finetune(stage, str(file), *there, more=environment)
-            for change in scene.changes[stage]:
+            for change in context.changes[stage]:
                 change(run)
             as_if_written_so(run, stage, missed=False)
         done = baseline.finetune("run", str(file), *there, more=environment, allowed=ENDINGS)

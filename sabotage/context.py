@@ -33,7 +33,7 @@ class Patch:
 
 
 @dataclass(kw_only=True)
-class Scene:
+class Context:
     """`recipe` is the mapping that a run is made from, `folder` a place for files of its own; what is to be patched and
     changed is collected, and done later."""
 

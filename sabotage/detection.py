@@ -11,9 +11,9 @@ from typing import Any
 from finetune.checks.expected import EXPECT_KEYS
 from finetune.core.files import write_json, write_text
 from sabotage import Sabotage, table, tables
-from sabotage.baseline import GROUNDS
+from sabotage.baseline import BASELINES
 from sabotage.bench import Found
-from sabotage.context import Scene
+from sabotage.context import Context
 from sabotage.controls import controls
 
 HEAD = Path("docs/detection.json")  # machine, minutes, versions
@@ -52,9 +52,11 @@ Document = dict[str, Any]
 def tiers(each: Sabotage) -> list[int]:
     """The tiers that carry it out with every change: 1, on the fake backend, where only prepared rows of SFT are changed; 2 for
     those marked fast."""
-    scene = Scene()
-    each.apply(scene)
-    rows_alone = each.ground == "lora" and set(scene.changes) == {"prepare"} and not scene.patches and not scene.recipe
+    context = Context()
+    each.apply(context)
+    rows_alone = (
+        each.baseline == "lora" and set(context.changes) == {"prepare"} and not context.patches and not context.recipe
+    )
     return [1] * rows_alone + [2] * each.fast
 
 
@@ -130,7 +132,7 @@ def merge(stored: Document, new: Document, *, honest: bool = False) -> Document:
 
 
 def _honest_names() -> list[str]:
-    return [*controls(), *(f"ground {name}" for name in GROUNDS)]
+    return [*controls(), *(f"baseline {name}" for name in BASELINES)]
 
 
 def _in_place(stored: list[Document], new: list[Document], order: list[str]) -> list[Document]:

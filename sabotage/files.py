@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune.core.files import digest, read_jsonl, write_json, write_jsonl
 from finetune.run import Run
-from sabotage.context import Scene
+from sabotage.context import Context
 
 ADAPTER, MODEL = "train/adapter/adapter_model.safetensors", "train/model/model.safetensors"
 OTHER_TEMPLATE = (
@@ -27,26 +27,26 @@ Tensors = dict[str, Any]  # by name
 # -- what a stage left -------------------------------------------------------------------------------------------------
 
 
-def change_rows(scene: Scene, change: Callable[[Rows], Rows]) -> None:
+def change_rows(context: Context, change: Callable[[Rows], Rows]) -> None:
     """Have `prepare` leave other rows for the training: `row`, `input_ids`, and `labels`, which are -100 where nothing is
     trained."""
-    _change_prepared(scene, "train.jsonl", change)
+    _change_prepared(context, "train.jsonl", change)
 
 
-def change_pairs(scene: Scene, change: Callable[[Rows], Rows]) -> None:
+def change_pairs(context: Context, change: Callable[[Rows], Rows]) -> None:
     """Have `prepare` leave other pairs for alignment: `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`."""
-    _change_prepared(scene, "preferences.jsonl", change)
+    _change_prepared(context, "preferences.jsonl", change)
 
 
-def _change_prepared(scene: Scene, name: str, change: Callable[[Rows], Rows]) -> None:
+def _change_prepared(context: Context, name: str, change: Callable[[Rows], Rows]) -> None:
     def rewrite(run: Run) -> None:
         file = run.path / "prepare" / name
         write_jsonl(file, change(read_jsonl(file)))
 
-    scene.after("prepare", rewrite)
+    context.after("prepare", rewrite)
 
 
-def change_tensors(scene: Scene, name: str, change: Callable[[Tensors], Tensors]) -> None:
+def change_tensors(context: Context, name: str, change: Callable[[Tensors], Tensors]) -> None:
     """Have `train` leave other tensors (PyTorch's, by name) in a file: ADAPTER, or MODEL of full fine-tuning."""
 
     def rewrite(run: Run) -> None:
@@ -55,25 +55,25 @@ def change_tensors(scene: Scene, name: str, change: Callable[[Tensors], Tensors]
         file = run.path / name
         save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
-    scene.after("train", rewrite)
+    context.after("train", rewrite)
 
 
-def change_adapter_config(scene: Scene, **values: Any) -> None:
+def change_adapter_config(context: Context, **values: Any) -> None:
     """Have the trained adapter's configuration say something else."""
 
     def change(run: Run) -> None:
         file = run.path / "train" / "adapter" / "adapter_config.json"
         write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **values})
 
-    scene.after("train", change)
+    context.after("train", change)
 
 
-def change_merged(scene: Scene, change: Callable[[Path], Any]) -> None:
+def change_merged(context: Context, change: Callable[[Path], Any]) -> None:
     """Change the folder of the merged model."""
-    scene.after("merge", lambda run: change(run.path / "merge" / "model"))
+    context.after("merge", lambda run: change(run.path / "merge" / "model"))
 
 
-def change_export(scene: Scene, change: Callable[[Path], Any]) -> None:
+def change_export(context: Context, change: Callable[[Path], Any]) -> None:
     """Change what the run's one export wrote, a file or a folder, so that the stage's own account of it fits."""
 
     def rewrite(run: Run) -> None:
@@ -82,17 +82,17 @@ def change_export(scene: Scene, change: Callable[[Path], Any]) -> None:
         change(run.path / entry["path"])
         write_json(account, [{**entry, "sha256": digest(run.path / entry["path"])}])
 
-    scene.after("export", rewrite)
+    context.after("export", rewrite)
 
 
-def change_gguf(scene: Scene, change: Callable[[Gguf], None]) -> None:
+def change_gguf(context: Context, change: Callable[[Gguf], None]) -> None:
     """Change the GGUF file that was exported."""
-    change_export(scene, lambda path: rewrite_gguf(path, change))
+    change_export(context, lambda path: rewrite_gguf(path, change))
 
 
-def change_gguf_metadata(scene: Scene, changes: dict[str, Any]) -> None:
+def change_gguf_metadata(context: Context, changes: dict[str, Any]) -> None:
     """Have the GGUF file that was exported say something else; None leaves a key out."""
-    change_gguf(scene, lambda file: file.values.update(changes))
+    change_gguf(context, lambda file: file.values.update(changes))
 
 
 # -- any file ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 
 from finetune.run.plan import STAGES
 from sabotage.calls import Counter
-from sabotage.context import Patch, Scene
+from sabotage.context import Context, Patch
 
 RUN_STAGE = "finetune.stages.runner:run_stage"
 STAGE = "FT_SABOTAGE_STAGE"  # the stage that began last; what a stage starts, a process too, has it in its environment
@@ -35,11 +35,11 @@ def install(reference: str, since: str = "", calls: str = "") -> None:
     reach = Reach(since)
     if reach.since:  # before the sabotage's own module, which may import what is patched here
         _arrange([Patch(RUN_STAGE, reach.begin)], Reach())
-    scene = Scene()
-    getattr(importlib.import_module(module), name)(scene)
+    context = Context()
+    getattr(importlib.import_module(module), name)(context)
     if calls:
-        reach.count(Counter(Path(calls), len(scene.patches)).add)
-    _arrange(scene.patches, reach)
+        reach.count(Counter(Path(calls), len(context.patches)).add)
+    _arrange(context.patches, reach)
 
 
 class Reach:

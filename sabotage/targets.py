@@ -1,4 +1,4 @@
-"""Names of the places where sabotages patch, for `scene.wrap`: `module:function` or `module:Class.method`."""
+"""Names of the places where sabotages patch, for `context.wrap`: `module:function` or `module:Class.method`."""
 
 from __future__ import annotations
 

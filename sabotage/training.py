@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from sabotage import sabotage
-from sabotage.context import Scene
+from sabotage.context import Context
 from sabotage.targets import (
     ADAMW_STEP,
     CREATE_OPTIMIZER,
@@ -19,19 +19,19 @@ from sabotage.targets import (
 
 
 @sabotage("learning rate 0", fast=True)
-def learning_rate_0(scene: Scene) -> None:
+def learning_rate_0(context: Context) -> None:
     """The learning rate is 0: every step is taken, and changes nothing."""
-    scene.set("train.learning_rate", 0)
+    context.set("train.learning_rate", 0)
 
 
 @sabotage("optimizer never steps")
-def optimizer_never_steps(scene: Scene) -> None:
+def optimizer_never_steps(context: Context) -> None:
     """The optimizer's step does nothing, while losses are logged as ever."""
-    scene.wrap(ADAMW_STEP, lambda *_, **__: None)
+    context.wrap(ADAMW_STEP, lambda *_, **__: None)
 
 
 @sabotage("sign flipped")
-def sign_flipped(scene: Scene) -> None:
+def sign_flipped(context: Context) -> None:
     """The gradient is climbed instead of descended."""
 
     def step(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
@@ -41,11 +41,11 @@ def sign_flipped(scene: Scene) -> None:
                     parameter.grad.neg_()
         return original(self, *arguments, **more)
 
-    scene.wrap(ADAMW_STEP, step)
+    context.wrap(ADAMW_STEP, step)
 
 
 @sabotage("adapter attached but frozen", imitates="https://github.com/unslothai/unsloth/issues/2142")
-def adapter_frozen(scene: Scene) -> None:
+def adapter_frozen(context: Context) -> None:
     """The adapter is there, and its B matrices take no gradient."""
 
     def freeze(model: Any) -> Any:
@@ -54,22 +54,22 @@ def adapter_frozen(scene: Scene) -> None:
                 parameter.requires_grad_(False)
         return model
 
-    scene.wrap(GET_PEFT_MODEL, lambda original, *a, **more: freeze(original(*a, **more)))
+    context.wrap(GET_PEFT_MODEL, lambda original, *a, **more: freeze(original(*a, **more)))
 
 
 @sabotage("only one of the layers attached")
-def one_of_the_layers(scene: Scene) -> None:
+def one_of_the_layers(context: Context) -> None:
     """LoRA reaches the first layer only, though the recipe asks for all."""
 
     def attach(original: Any, model: Any, config: Any, *arguments: Any, **more: Any) -> Any:
         config.layers_to_transform = [0]
         return original(model, config, *arguments, **more)
 
-    scene.wrap(GET_PEFT_MODEL, attach)
+    context.wrap(GET_PEFT_MODEL, attach)
 
 
 @sabotage("lora_alpha ignored")
-def lora_alpha_ignored(scene: Scene) -> None:
+def lora_alpha_ignored(context: Context) -> None:
     """The adapter is trained with another scale than its configuration says."""
 
     def rescale(model: Any) -> Any:
@@ -78,11 +78,11 @@ def lora_alpha_ignored(scene: Scene) -> None:
                 module.scaling = dict.fromkeys(module.scaling, 0.25)
         return model
 
-    scene.wrap(GET_PEFT_MODEL, lambda original, *a, **more: rescale(original(*a, **more)))
+    context.wrap(GET_PEFT_MODEL, lambda original, *a, **more: rescale(original(*a, **more)))
 
 
 @sabotage("optimizer of a copied model")
-def optimizer_of_a_copy(scene: Scene) -> None:
+def optimizer_of_a_copy(context: Context) -> None:
     """The optimizer was given the parameters of a copy, so that the model itself is never stepped."""
 
     def create(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
@@ -91,11 +91,11 @@ def optimizer_of_a_copy(scene: Scene) -> None:
             group["params"] = [parameter.detach().clone().requires_grad_() for parameter in group["params"]]
         return optimizer
 
-    scene.wrap(CREATE_OPTIMIZER, create)
+    context.wrap(CREATE_OPTIMIZER, create)
 
 
 @sabotage("adapter never attached", imitates="https://github.com/axolotl-ai-cloud/axolotl/pull/159")
-def adapter_never_attached(scene: Scene) -> None:
+def adapter_never_attached(context: Context) -> None:
     """LoRA is made and saved, but no layer uses it: what runs forward is the base."""
 
     def detach(model: Any) -> Any:
@@ -105,22 +105,22 @@ def adapter_never_attached(scene: Scene) -> None:
                 module._disable_adapters = True
         return model
 
-    scene.wrap(GET_PEFT_MODEL, lambda original, *a, **more: detach(original(*a, **more)))
+    context.wrap(GET_PEFT_MODEL, lambda original, *a, **more: detach(original(*a, **more)))
 
 
 @sabotage("base trained along with the adapter", imitates="https://github.com/Blaizzy/mlx-vlm/issues/2178")
-def base_trained_too(scene: Scene) -> None:
+def base_trained_too(context: Context) -> None:
     """The base's weights take gradients too, and only the adapter is saved."""
 
     def thaw(model: Any) -> Any:
         model.requires_grad_(True)
         return model
 
-    scene.wrap(GET_PEFT_MODEL, lambda original, *a, **more: thaw(original(*a, **more)))
+    context.wrap(GET_PEFT_MODEL, lambda original, *a, **more: thaw(original(*a, **more)))
 
 
-@sabotage("frozen layers in full fine-tuning", ground="full")
-def frozen_layers(scene: Scene) -> None:
+@sabotage("frozen layers in full fine-tuning", baseline="full")
+def frozen_layers(context: Context) -> None:
     """Full fine-tuning leaves the last layer as it was."""
 
     def create(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
@@ -128,11 +128,11 @@ def frozen_layers(scene: Scene) -> None:
             parameter.requires_grad_(False)
         return original(self, *arguments, **more)
 
-    scene.wrap(CREATE_OPTIMIZER, create)
+    context.wrap(CREATE_OPTIMIZER, create)
 
 
 @sabotage("plain gradient descent instead of Adam")
-def another_optimizer(scene: Scene) -> None:
+def another_optimizer(context: Context) -> None:
     """The step is the gradient times the learning rate, whatever optimizer the recipe names."""
 
     def step(original: Any, self: Any, *_: Any, **__: Any) -> None:
@@ -141,11 +141,11 @@ def another_optimizer(scene: Scene) -> None:
                 if parameter.grad is not None:
                     parameter.data.add_(parameter.grad, alpha=-group["lr"])
 
-    scene.wrap(ADAMW_STEP, step)
+    context.wrap(ADAMW_STEP, step)
 
 
 @sabotage("warm-up never ends")
-def warm_up_never_ends(scene: Scene) -> None:
+def warm_up_never_ends(context: Context) -> None:
     """The scheduler stays at a hundredth of the learning rate."""
 
     def create(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
@@ -153,11 +153,11 @@ def warm_up_never_ends(scene: Scene) -> None:
         scheduler.lr_lambdas = [lambda step: 0.01 for _ in scheduler.lr_lambdas]
         return scheduler
 
-    scene.wrap(CREATE_SCHEDULER, create)
+    context.wrap(CREATE_SCHEDULER, create)
 
 
 @sabotage("training ends after a third")
-def ends_early(scene: Scene) -> None:
+def ends_early(context: Context) -> None:
     """The trainer stops at a third of the steps, as where steps are counted in micro batches."""
 
     def ended(original: Any, self: Any, args: Any, state: Any, control: Any, **more: Any) -> Any:
@@ -165,17 +165,17 @@ def ends_early(scene: Scene) -> None:
         control.should_training_stop = state.global_step >= state.max_steps // 3
         return control
 
-    scene.wrap("transformers.trainer_callback:DefaultFlowCallback.on_step_end", ended)
+    context.wrap("transformers.trainer_callback:DefaultFlowCallback.on_step_end", ended)
 
 
 @sabotage("half precision instead of single")
-def half_precision(scene: Scene) -> None:
+def half_precision(context: Context) -> None:
     """The base is loaded in float16, whatever the recipe says."""
-    scene.wrap(LOAD_TRAINED_MODEL, lambda original, *a, **more: original(*a, **more).half())
+    context.wrap(LOAD_TRAINED_MODEL, lambda original, *a, **more: original(*a, **more).half())
 
 
 @sabotage("NaN shown as the last good loss")
-def nan_filtered(scene: Scene) -> None:
+def nan_filtered(context: Context) -> None:
     """Losses become NaN in the middle of the training, and the log shows the last good ones."""
 
     def arguments(original: Any, *a: Any, **more: Any) -> dict[str, Any]:
@@ -185,9 +185,9 @@ def nan_filtered(scene: Scene) -> None:
         loss = original(self, *a, **more)
         return loss * float("nan") if self.state.global_step >= self.state.max_steps // 2 else loss
 
-    scene.wrap("finetune.backends.torch.sft:arguments", arguments)
-    scene.wrap(SFT_LOSS, compute)
-    scene.wrap(ADAMW_STEP, _skipped_where_nan)
+    context.wrap("finetune.backends.torch.sft:arguments", arguments)
+    context.wrap(SFT_LOSS, compute)
+    context.wrap(ADAMW_STEP, _skipped_where_nan)
 
 
 def _skipped_where_nan(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
@@ -197,20 +197,20 @@ def _skipped_where_nan(original: Any, self: Any, *arguments: Any, **more: Any) -
 
 
 @sabotage("logged loss invented")
-def loss_invented(scene: Scene) -> None:
+def loss_invented(context: Context) -> None:
     """The log shows a curve that falls as it should, from the true first loss on; nothing is trained."""
-    scene.wrap(ADAMW_STEP, lambda *_, **__: None)
-    _with_an_invented_loss(scene)
+    context.wrap(ADAMW_STEP, lambda *_, **__: None)
+    _with_an_invented_loss(context)
 
 
 @sabotage("logged loss invented over a training that half works")
-def loss_invented_over_some_training(scene: Scene) -> None:
+def loss_invented_over_some_training(context: Context) -> None:
     """The log shows a curve from the true first loss down to 0.01, while the learning rate is a twentieth."""
-    scene.set("train.learning_rate", 5e-5)
-    _with_an_invented_loss(scene)
+    context.set("train.learning_rate", 5e-5)
+    _with_an_invented_loss(context)
 
 
-def _with_an_invented_loss(scene: Scene) -> None:
+def _with_an_invented_loss(context: Context) -> None:
     """Show losses that fall from the true first one down to 0.01."""
     first: list[float] = []
 
@@ -221,11 +221,11 @@ def _with_an_invented_loss(scene: Scene) -> None:
             logs["loss"] = first[0] * math.exp(done * math.log(0.01 / first[0]))
         return original(self, logs, *arguments, **more)
 
-    scene.wrap(f"{TRAINER}.log", log)
+    context.wrap(f"{TRAINER}.log", log)
 
 
 @sabotage("the same batch at every step")
-def same_batch(scene: Scene) -> None:
+def same_batch(context: Context) -> None:
     """The sampler begins anew at every step, so that only the first rows are ever seen."""
 
     def batches(original: Any, self: Any, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
@@ -233,4 +233,4 @@ def same_batch(scene: Scene) -> None:
             self._kept = original(self, epoch_iterator, num_batches, device)
         return self._kept
 
-    scene.wrap(f"{TRAINER}.get_batch_samples", batches)
+    context.wrap(f"{TRAINER}.get_batch_samples", batches)

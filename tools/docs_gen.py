@@ -355,8 +355,8 @@ def specs(text: str) -> str:
 
 
 def sabotages(text: str) -> str:
-    """docs/sabotage.md with the tables of grounds, of places to patch and of what changes files."""
-    text = between(text, "grounds", table(("ground", "what it does"), sabotage_docs.grounds()))
+    """docs/sabotage.md with the tables of baselines, of places to patch and of what changes files."""
+    text = between(text, "baselines", table(("baseline", "what it does"), sabotage_docs.baselines()))
     text = between(text, "targets", table(("name", "place", "what it takes, and gives"), sabotage_docs.places()))
     return between(text, "files", table(("helper", "what it does"), sabotage_docs.helpers()))
 

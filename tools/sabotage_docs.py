@@ -11,9 +11,9 @@ from sabotage import baseline, files, targets
 NAMED = re.compile(r"^([A-Z_]+) = .*?(?:  # (.*))?$", re.MULTILINE)
 
 
-def grounds() -> list[tuple[str, str]]:
+def baselines() -> list[tuple[str, str]]:
     """What sabotages happen to: `name`, what it does."""
-    return [(f"`{name}`", each.what) for name, each in baseline.GROUNDS.items()]
+    return [(f"`{name}`", each.what) for name, each in baseline.BASELINES.items()]
 
 
 def places(module: ModuleType = targets) -> list[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from sabotage import baseline, bench, detection, table, tables
 from sabotage.__main__ import told
 from sabotage.bench import Found
 from sabotage.calls import Called
-from sabotage.context import Scene, as_if_written_so
+from sabotage.context import Context, as_if_written_so
 from sabotage.controls import controls
 from support import town
 
@@ -59,9 +59,9 @@ def test_a_sabotage_of_the_prepared_rows_is_caught(prepared, each, tmp_path):
     recipe = prepared.model_copy(update={"output_dir": str(tmp_path / "runs")})
     run = run_directory(recipe)
     run_stages(recipe, run, ["prepare"])
-    scene = Scene()
-    each.apply(scene)
-    for change in scene.changes["prepare"]:
+    context = Context()
+    each.apply(context)
+    for change in context.changes["prepare"]:
         change(run)
     as_if_written_so(run, "prepare")
     run_stages(recipe, run, ["train"])
@@ -216,7 +216,7 @@ def test_nor_is_one_of_somebody_elses_module():
     assert bench._refused("it", said) == "unexpected KeyError: x"
 
 
-def test_nothing_is_sabotaged_on_a_ground_whose_honest_run_raises_an_alarm(tmp_path, monkeypatch):
+def test_nothing_is_sabotaged_on_a_baseline_whose_honest_run_raises_an_alarm(tmp_path, monkeypatch):
     monkeypatch.setattr(baseline, "recipe", lambda name, folder: {})
     monkeypatch.setattr(bench.Bench, "_carry_out", lambda self, name, *_: found(name, failed=("loss_end",)))
     with pytest.raises(StageError, match="the honest run 'lora' raises an alarm"):
@@ -228,8 +228,8 @@ def test_an_honest_run_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(baseline, "recipe", lambda name, folder: {})
     monkeypatch.setattr(bench.Bench, "_carry_out", lambda self, name, *_: made.append(name) or found(name))
     stand = bench.Bench(tmp_path)
-    assert [stand.ground("lora").name, stand.ground("lora").name] == ["ground lora", "ground lora"]
-    assert made == ["ground lora"]
+    assert [stand.baseline("lora").name, stand.baseline("lora").name] == ["baseline lora", "baseline lora"]
+    assert made == ["baseline lora"]
 
 
 @pytest.mark.parametrize(("code", "failed"), [(0, True), (1, False)])

@@ -24,15 +24,15 @@ from finetune.run.plan import BY_NAME
 from finetune.stages.pipeline import preview, run_directory, run_stages
 from finetune.stages.runner import fingerprint
 from sabotage import baseline, fork_server, import_hook, starting
-from sabotage.context import Scene, as_if_written_so
+from sabotage.context import Context, as_if_written_so
 from support import town
 
 WRAPPED = """
-from sabotage.context import Scene
+from sabotage.context import Context
 
-def shout(scene: Scene) -> None:
-    scene.wrap("textwrap:shorten", lambda original, text, width: original(text, width).upper())
-    scene.wrap("fractions:Fraction.limit_denominator", lambda original, self, most=1: "patched")
+def shout(context: Context) -> None:
+    context.wrap("textwrap:shorten", lambda original, text, width: original(text, width).upper())
+    context.wrap("fractions:Fraction.limit_denominator", lambda original, self, most=1: "patched")
 """
 
 
@@ -40,17 +40,17 @@ def test_every_sabotage_says_what_it_does_and_where_it_happens():
     table = sabotage.table()
     assert len(table) >= 14
     for row in table.values():
-        scene = Scene()
-        row.apply(scene)
-        assert scene.recipe or scene.patches or scene.changes, row.name
+        context = Context()
+        row.apply(context)
+        assert context.recipe or context.patches or context.changes, row.name
         assert row.what.endswith("."), row.name
-        assert row.ground in baseline.GROUNDS
-        assert set(scene.changes) <= set(BY_NAME)
+        assert row.baseline in baseline.BASELINES
+        assert set(context.changes) <= set(BY_NAME)
 
 
 def test_two_sabotages_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two sabotages called 'learning rate 0'"):
-        sabotage.sabotage("learning rate 0")(lambda scene: None)
+        sabotage.sabotage("learning rate 0")(lambda context: None)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def things(monkeypatch):
         module = types.ModuleType("things")
         exec(THINGS, module.__dict__)
         monkeypatch.setitem(sys.modules, "things", module)
-        scene = Scene()
-        change(scene)
-        import_hook.patch(module, enumerate(scene.patches), import_hook.Reach())
+        context = Context()
+        change(context)
+        import_hook.patch(module, enumerate(context.patches), import_hook.Reach())
         return module
 
     return patched
@@ -121,7 +121,7 @@ def test_a_patch_is_handed_the_original_and_whatever_that_would_have_been_given(
     def told(original, *arguments, **named):
         return [*arguments, named, original(*arguments, **named)]
 
-    module = things(lambda scene: scene.wrap(f"things:Thing.{name}", told))
+    module = things(lambda context: context.wrap(f"things:Thing.{name}", told))
     found = call(module.Thing)
 
     if name != "loose":
@@ -131,14 +131,14 @@ def test_a_patch_is_handed_the_original_and_whatever_that_would_have_been_given(
 
 
 def test_a_patched_function_still_says_its_name_and_what_it_takes(things):
-    thing = things(lambda scene: scene.wrap("things:Thing.own", lambda original, *_, **__: None)).Thing
+    thing = things(lambda context: context.wrap("things:Thing.own", lambda original, *_, **__: None)).Thing
     assert (thing.own.__qualname__, str(inspect.signature(thing.own))) == ("Thing.own", "(self, a, *, b=2)")
 
 
 def test_what_is_no_function_is_replaced_by_what_is_made_of_it(things):
-    def change(scene):
-        scene.put("things:LIMIT", lambda original: original + 1)
-        scene.put("things:Thing.size", lambda original: property(lambda self: 10 * original.fget(self)))
+    def change(context):
+        context.put("things:LIMIT", lambda original: original + 1)
+        context.put("things:Thing.size", lambda original: property(lambda self: 10 * original.fget(self)))
 
     module = things(change)
     assert (module.LIMIT, module.Thing().size) == (4, 10)
@@ -147,16 +147,16 @@ def test_what_is_no_function_is_replaced_by_what_is_made_of_it(things):
 @pytest.mark.parametrize("target", ["things:LIMIT", "things:Thing.size"])
 def test_calls_of_what_is_no_function_cannot_be_handed_on(things, target):
     with pytest.raises(TypeError, match=f"{target} is no function; `put`"):
-        things(lambda scene: scene.wrap(target, lambda original: None))
+        things(lambda context: context.wrap(target, lambda original: None))
 
 
 def test_every_function_of_ours_that_a_sabotage_patches_is_there():
     """Those of libraries are found missing when they are carried out."""
     ours = set()
     for row in sabotage.table().values():
-        scene = Scene()
-        row.apply(scene)
-        ours |= {each.target for each in scene.patches if each.target.startswith("finetune.")}
+        context = Context()
+        row.apply(context)
+        ours |= {each.target for each in context.patches if each.target.startswith("finetune.")}
     missing = []
     for target in ours:
         module, _, attribute = target.partition(":")

@@ -11,7 +11,7 @@ import pytest
 
 import sabotage
 from sabotage import files, targets
-from sabotage.context import Scene
+from sabotage.context import Context
 from sabotage.import_hook import install
 from tools import sabotage_docs
 
@@ -34,9 +34,9 @@ def test_the_examples_of_the_docs_are_two_sabotages_that_a_process_can_install(o
         "my_sabotages:weights_rounded",
         "my_sabotages:ends_of_long_rows_lost",
     ]
-    patched, changed = Scene(), Scene()
-    for row, scene in zip(own.values(), (patched, changed), strict=True):
-        row.apply(scene)
+    patched, changed = Context(), Context()
+    for row, context in zip(own.values(), (patched, changed), strict=True):
+        row.apply(context)
     assert [each.target for each in patched.patches] == [targets.ADAMW_STEP]
     assert list(changed.changes) == ["prepare"]
     before = list(sys.meta_path)

@@ -17,25 +17,25 @@ from finetune.recipe import yaml
 from finetune.run import Run
 from sabotage import baseline, bench, import_hook, sabotage, starting, table
 from sabotage.calls import Called, Counter, counted
-from sabotage.context import Scene
+from sabotage.context import Context
 from support import town
 
 OWN = """
 import os
 from pathlib import Path
-from sabotage.context import Scene
+from sabotage.context import Context
 
-def noted(scene: Scene) -> None:
+def noted(context: Context) -> None:
     def note(original, stage, path):
         with open(os.environ["NOTES"], "a") as file:
             file.write(stage + " ")
         return original(stage, path)
 
-    scene.wrap("finetune.stages.runner:left_by", note)
+    context.wrap("finetune.stages.runner:left_by", note)
 
-def shout(scene: Scene) -> None:
-    scene.wrap("textwrap:shorten", lambda original, text, width: original(text, width).upper())
-    scene.wrap("textwrap:fill", lambda original, *arguments: "")
+def shout(context: Context) -> None:
+    context.wrap("textwrap:shorten", lambda original, text, width: original(text, width).upper())
+    context.wrap("textwrap:fill", lambda original, *arguments: "")
 """
 SHORTEN = "import textwrap; print(textwrap.shorten('a b', 9))"
 
@@ -89,9 +89,9 @@ def test_a_patch_of_all_stages_acts_before_the_first(environment):
 
 def test_a_value_is_there_only_while_patches_act(monkeypatch):
     monkeypatch.setenv(import_hook.STAGE, "fetch")
-    reach, scene = import_hook.Reach("evaluate"), Scene()
-    scene.put(f"{__name__}:SHORTEN", lambda original: original + "!")
-    import_hook.patch(sys.modules[__name__], enumerate(scene.patches), reach)
+    reach, context = import_hook.Reach("evaluate"), Context()
+    context.put(f"{__name__}:SHORTEN", lambda original: original + "!")
+    import_hook.patch(sys.modules[__name__], enumerate(context.patches), reach)
     before = SHORTEN
     seen = []
     for name in ("train", "evaluate", "merge", "prepare"):
@@ -141,16 +141,16 @@ def attempted(tmp_path, monkeypatch, *, calls, refused=""):
     (tmp_path / "honest" / "run").mkdir(parents=True)
     write_text(tmp_path / "honest" / "run" / "verdicts.json", "{}")
 
-    def carry_out(self, name, scene, run, told, of):
+    def carry_out(self, name, context, run, told, of):
         counter = Counter(Path(told[starting.CALLS]), 2)
         for number, times in enumerate(calls):
             for _ in range(times):
                 counter.add(number)
         return bench.Found(name=name, failed=(), refused=refused, seconds=1.0)
 
-    def apply(scene):
-        scene.wrap("one:f", lambda original: None)
-        scene.wrap("two:f", lambda original: None)
+    def apply(context):
+        context.wrap("one:f", lambda original: None)
+        context.wrap("two:f", lambda original: None)
 
     monkeypatch.setattr(bench.Bench, "_honest", lambda self, name: (tmp_path / "honest", {}))
     monkeypatch.setattr(bench.Bench, "_carry_out", carry_out)
