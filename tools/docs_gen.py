@@ -1,6 +1,6 @@
 """The docs that are written from the code: docs/recipes.md and the keys in docs/specs.md from the models, the tree
 in docs/architecture.md from the source, the verdicts in docs/checks.md from the checks, docs/detection.md from the measured
-docs/detection.json.
+docs/detection.csv.
 
 `python -m tools.docs_gen` writes them; with `--check` it writes nothing and exits 1 when one is out of date.
 """
@@ -29,7 +29,8 @@ from finetune.recipe.profiles import PROFILES
 from finetune.recipe.sections import Section
 from finetune.testing import logs
 from finetune.testing.spec.model import Bounds, Inference, Learned, Loss, Spec, Stderr, json_schema
-from sabotage import baseline, detection
+from sabotage import detection
+from tools import sabotage_docs
 
 RECIPES = Path("docs/recipes.md")
 SPECS = Path("docs/specs.md")
@@ -223,10 +224,11 @@ def _place(evidence: str) -> str:
     return evidence if " " in evidence else f"`{evidence}`"
 
 
-def grounds(text: str) -> str:
-    """docs/sabotage.md with the table of grounds."""
-    rows = ([f"`{name}`", each.what] for name, each in baseline.GROUNDS.items())
-    return between(text, "grounds", table(("ground", "what it does"), rows))
+def sabotages(text: str) -> str:
+    """docs/sabotage.md with the tables of baselines, of places to patch and of what changes files."""
+    text = between(text, "baselines", table(("baseline", "what it does"), sabotage_docs.baselines()))
+    text = between(text, "targets", table(("name", "place", "what it takes, and gives"), sabotage_docs.places()))
+    return between(text, "files", table(("helper", "what it does"), sabotage_docs.helpers()))
 
 
 def compatibility(text: str) -> str:
@@ -264,8 +266,8 @@ def outdated(root: Path) -> dict[Path, str]:
     for name, write in (
         (ARCHITECTURE, lambda text: architecture(text, root / SOURCE)),
         (SPECS, specs),
-        (SABOTAGE, grounds),
         (CHECKS, verdicts),
+        (SABOTAGE, sabotages),
         (COMPATIBILITY, compatibility),
     ):
         if (root / name).is_file():
