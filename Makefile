@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 # Two heavy sessions side by side on a small machine slow each other down five times.
 .NOTPARALLEL:
-.PHONY: help quickstart exports test test-unit test-e2e-workflow test-e2e-real-model test-e2e-quick test-e2e-all \
+.PHONY: help quickstart exports test test-unit test-smoke test-e2e-workflow test-e2e-real-model test-e2e-quick test-e2e-all \
 	test-e2e-gguf test-e2e-mlx test-e2e-ollama test-browser faults faults-all \
 	lint format docs bench sabotage nox clean
 
@@ -28,6 +28,9 @@ test: $(TOOLS) ## Every check and test that this machine can run
 
 test-unit: $(TOOLS) ## The tests that need neither torch nor the network
 	@$(NOX) -s unit $(PASS)
+
+test-smoke: $(TOOLS) ## The fastest spec alone: a tiny model learns shipped stories
+	@$(NOX) -s tier2 -- tests/tier2/specs -m smoke $(ARGS)
 
 test-e2e-workflow: $(TOOLS) ## Tier 1: the whole workflow on the fake backend
 	@$(NOX) -s tier1 $(PASS)

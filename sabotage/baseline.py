@@ -44,7 +44,7 @@ INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CP
 
 
 @dataclass(frozen=True)
-class Ground:
+class Baseline:
     """A kind of run: what it does, in a sentence; its training; and what its recipe asks for besides (`section.key`)."""
 
     what: str
@@ -52,20 +52,20 @@ class Ground:
     asks: Mapping[str, Any] = field(default_factory=dict)
 
 
-GROUNDS = {
-    "lora": Ground("LoRA, 300 steps, evaluated and merged."),
-    "full": Ground("Full fine-tuning, 120 steps.", training="full"),
-    "dpo": Ground("LoRA, then DPO.", training="dpo"),
-    "resume": Ground("LoRA; the last part is trained again from a checkpoint.", asks={"expect.resume": True}),
-    "memory": Ground(
+BASELINES = {
+    "lora": Baseline("LoRA, 300 steps, evaluated and merged."),
+    "full": Baseline("Full fine-tuning, 120 steps.", training="full"),
+    "dpo": Baseline("LoRA, then DPO.", training="dpo"),
+    "resume": Baseline("LoRA; the last part is trained again from a checkpoint.", asks={"expect.resume": True}),
+    "memory": Baseline(
         "LoRA; its training state is measured against full fine-tuning's.", asks={"expect.memory_reduction_min": 0.3}
     ),
-    "serving": Ground("LoRA, served and asked over HTTP.", asks={"expect.serving": True}),
-    "invariance": Ground("LoRA; the trainer is held against itself.", asks={"expect.invariance": True}),
-    "gguf": Ground("LoRA, exported to GGUF f16, run by llama.cpp.", asks={"export": ["gguf:f16"]}),
-    "q8": Ground("LoRA, exported to GGUF q8_0, run by llama.cpp.", asks={"export": ["gguf:q8_0"]}),
-    "mlx": Ground("LoRA, exported to MLX.", asks={"export": ["mlx"]}),
-    "bundle": Ground("LoRA, and the bundle for a hub.", asks={"export": ["bundle"]}),
+    "serving": Baseline("LoRA, served and asked over HTTP.", asks={"expect.serving": True}),
+    "invariance": Baseline("LoRA; the trainer is held against itself.", asks={"expect.invariance": True}),
+    "gguf": Baseline("LoRA, exported to GGUF f16, run by llama.cpp.", asks={"export": ["gguf:f16"]}),
+    "q8": Baseline("LoRA, exported to GGUF q8_0, run by llama.cpp.", asks={"export": ["gguf:q8_0"]}),
+    "mlx": Baseline("LoRA, exported to MLX.", asks={"export": ["mlx"]}),
+    "bundle": Baseline("LoRA, and the bundle for a hub.", asks={"export": ["bundle"]}),
 }
 
 
@@ -124,20 +124,20 @@ def _pretraining(architecture: str) -> dict[str, Any]:
 
 
 def recipe(name: str, folder: Path, *, seed: int = 0, architecture: str = "llama") -> dict[str, Any]:
-    """The recipe of a ground, as a mapping, with its data files written into `folder`. `seed` is that of the new facts and
+    """The recipe of a baseline, as a mapping, with its data files written into `folder`. `seed` is that of the new facts and
     of the training."""
-    ground = GROUNDS[name].training
+    baseline = BASELINES[name].training
     files = _files(folder, seed)
     train: dict[str, Any] = {
-        "method": "full" if ground == "full" else "lora",
-        "max_steps": 120 if ground == "full" else 300,
+        "method": "full" if baseline == "full" else "lora",
+        "max_steps": 120 if baseline == "full" else 300,
         "per_device_train_batch_size": 8,
-        "learning_rate": 5e-4 if ground == "full" else 1e-3,
+        "learning_rate": 5e-4 if baseline == "full" else 1e-3,
         "warmup_steps": 5,
         "save_steps": 116,
         "seed": seed,
     }
-    if ground != "full":
+    if baseline != "full":
         train["lora"] = {"r": 32, "lora_alpha": 64}
     found: dict[str, Any] = {
         "name": name,
@@ -150,10 +150,10 @@ def recipe(name: str, folder: Path, *, seed: int = 0, architecture: str = "llama
             "max_new_tokens": 20,
         },
     }
-    if ground == "dpo":
+    if baseline == "dpo":
         align = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 1e-4, "seed": seed}
         found["align"] = {"data": {"path": files["preferences"]}, **align}
-    for key, value in GROUNDS[name].asks.items():
+    for key, value in BASELINES[name].asks.items():
         put(found, key, deepcopy(value))
     return found
 

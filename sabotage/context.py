@@ -19,18 +19,27 @@ from finetune.run.report import digest_in, left_by
 from finetune.run.seal import digest_of_manifest
 from sabotage.baseline import put
 
-Wrapper = Callable[[Any], Any]
 Change = Callable[[Run], None]
 
 
+@dataclass(frozen=True)
+class Patch:
+    """What is done to `module:attribute`: calls of it are handed on to `function`, or, where it `makes` a value, what
+    `function(original)` gives is put in its place."""
+
+    target: str
+    function: Callable[..., Any]
+    makes: bool = False
+
+
 @dataclass(kw_only=True)
-class Scene:
+class Context:
     """`recipe` is the mapping that a run is made from, `folder` a place for files of its own; what is to be patched and
     changed is collected, and done later."""
 
     folder: Path = field(default_factory=Path)
     recipe: dict[str, Any] = field(default_factory=dict)
-    patches: list[tuple[str, str, Wrapper]] = field(default_factory=list)
+    patches: list[Patch] = field(default_factory=list)
     changes: dict[str, list[Change]] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
 
@@ -39,11 +48,16 @@ class Scene:
         self.settings.append(key)
         put(self.recipe, key, value)
 
-    def wrap(self, target: str, wrapper: Wrapper) -> None:
-        """Replace `module:attribute` (or `module:Class.attribute`) by `wrapper(original)` once its module is imported, in
-        every process of the run."""
-        module, _, attribute = target.partition(":")
-        self.patches.append((module, attribute, wrapper))
+    def wrap(self, target: str, patch: Callable[..., Any]) -> None:
+        """Call `patch(original, *arguments, **named)` in place of the function `module:attribute`, in every process of the
+        run. The method `module:Class.attribute` is called with its object: `patch(original, self, ...)`, and so is
+        `original(self, ...)`."""
+        self.patches.append(Patch(target, patch))
+
+    def put(self, target: str, make: Callable[[Any], Any]) -> None:
+        """Put `make(original)` in the place of `module:attribute`: of a constant, a class or a property, which `wrap` is not
+        for. It is made once in each process."""
+        self.patches.append(Patch(target, make, makes=True))
 
     def after(self, stage: str, change: Change) -> None:
         """Call `change(run)` when a stage has finished; the stage's report is then made to fit what is there."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.recipe import yaml
 from finetune.recipe.examples import example
-from sabotage import baseline as ground
+from sabotage import baseline
 
 EMBEDDED = "embedded model"
 SEEDS = {"lora": range(1, 6), "full": (1, 2), "dpo": (1, 2), "gguf": (1,), "resume": (1,), "serving": (1,)}
@@ -41,7 +41,7 @@ WAYS_TO_ALIGN: dict[str, dict[str, Any]] = {
     "robust DPO": {"align.loss_type": "robust", "align.label_smoothing": 0.1},
     "DPO with warm-up": {"align.warmup_steps": 0.1, "align.weight_decay": 0.01},
 }
-# The ways in which most may differ, on other grounds too.
+# The ways in which most may differ, on other baselines too.
 ELSEWHERE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("bfloat16", {"model.dtype": "bfloat16"}, ("full", "dpo", "resume", "gguf", "mlx")),
     ("trained by MLX", {"backend": "mlx"}, ("full", "resume", "memory", "gguf")),
@@ -52,10 +52,10 @@ PER_ARCHITECTURE = 2  # seeds
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """One honest run: a ground, and what is set otherwise in its recipe."""
+    """One honest run: a baseline, and what is set otherwise in its recipe."""
 
     name: str
-    ground: str = "lora"
+    baseline: str = "lora"
     seed: int = 0
     architecture: str = "llama"
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -64,9 +64,9 @@ class Control:
         """The recipe as a mapping, its data files in `folder`."""
         if self.name == EMBEDDED:
             return _embedded()
-        found = ground.recipe(self.ground, folder, seed=self.seed, architecture=self.architecture)
+        found = baseline.recipe(self.baseline, folder, seed=self.seed, architecture=self.architecture)
         for key, value in self.changes.items():
-            ground.put(found, key, value)
+            baseline.put(found, key, value)
         return found
 
 
@@ -74,16 +74,16 @@ def controls() -> dict[str, Control]:
     """Every control by its name. (The honest runs that sabotages happen to are controls too; see `bench`.)"""
     rows = [Control(name=EMBEDDED)]
     rows += [
-        Control(name=f"{name}, seed {seed}", ground=name, seed=seed) for name, all in SEEDS.items() for seed in all
+        Control(name=f"{name}, seed {seed}", baseline=name, seed=seed) for name, all in SEEDS.items() for seed in all
     ]
     rows += [Control(name=f"data order {seed}", changes={"train.data_seed": seed}) for seed in DATA_SEEDS]
     rows += [Control(name=f"learning rate {rate:g}", changes={"train.learning_rate": rate}) for rate in LEARNING_RATES]
     rows += [Control(name=name, changes=changes) for name, changes in WAYS.items()]
-    rows += [Control(name=name, ground="dpo", changes=changes) for name, changes in WAYS_TO_ALIGN.items()]
+    rows += [Control(name=name, baseline="dpo", changes=changes) for name, changes in WAYS_TO_ALIGN.items()]
     rows += [
-        Control(name=f"{name}, {of}", ground=of, changes=changes)
-        for name, changes, grounds in ELSEWHERE
-        for of in grounds
+        Control(name=f"{name}, {of}", baseline=of, changes=changes)
+        for name, changes, baselines in ELSEWHERE
+        for of in baselines
     ]
     rows += [
         Control(name=f"{architecture}, seed {seed}", architecture=architecture, seed=seed)

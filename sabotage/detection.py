@@ -1,4 +1,4 @@
-"""What sabotages and controls came to: docs/detection.json, and the page that is written from it."""
+"""What sabotages and controls came to: tables in docs/, and the page that is written from them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checks.expected import EXPECT_KEYS
-from sabotage import Sabotage, table
-from sabotage.baseline import GROUNDS
+from finetune.core.files import write_json, write_text
+from sabotage import Sabotage, table, tables
+from sabotage.baseline import BASELINES
 from sabotage.bench import Found
-from sabotage.context import Scene
+from sabotage.context import Context
 from sabotage.controls import controls
 
-RESULTS = Path("docs/detection.json")
+HEAD = Path("docs/detection.json")  # machine, minutes, versions
+RESULTS, CONTROLS, BOUNDS = Path("docs/detection.csv"), Path("docs/controls.csv"), Path("docs/bounds.csv")
 PAGE = Path("docs/detection.md")
+FOUND: tables.Columns = {"failed": tables.words, "refused": str, "seconds": float}
+SABOTAGES: tables.Columns = {"name": str, "area": str, "what": str, "imitates": str, "tiers": tables.numbers, **FOUND}
+RUNS: tables.Columns = {"name": str, **FOUND}
+SPREADS: tables.Columns = {
+    "verdict": str, "compare": str, "strictest": float, "loosest": float, "unit": str, "count": int, "least": float,
+    "most": float, "room": tables.number,
+}  # fmt: skip
 ROOM = 1.5  # times as far as the worst control: the least that a bound of ours lets a measurement go
 PROMISED = ("stored_bits", "weights_precision")  # what a format or a type promises is no bound of ours
 AREAS = {
@@ -43,9 +52,11 @@ Document = dict[str, Any]
 def tiers(each: Sabotage) -> list[int]:
     """The tiers that carry it out with every change: 1, on the fake backend, where only prepared rows of SFT are changed; 2 for
     those marked fast."""
-    scene = Scene()
-    each.apply(scene)
-    rows_alone = each.ground == "lora" and set(scene.changes) == {"prepare"} and not scene.patches and not scene.recipe
+    context = Context()
+    each.apply(context)
+    rows_alone = (
+        each.baseline == "lora" and set(context.changes) == {"prepare"} and not context.patches and not context.recipe
+    )
     return [1] * rows_alone + [2] * each.fast
 
 
@@ -121,7 +132,7 @@ def merge(stored: Document, new: Document, *, honest: bool = False) -> Document:
 
 
 def _honest_names() -> list[str]:
-    return [*controls(), *(f"ground {name}" for name in GROUNDS)]
+    return [*controls(), *(f"baseline {name}" for name in BASELINES)]
 
 
 def _in_place(stored: list[Document], new: list[Document], order: list[str]) -> list[Document]:
@@ -136,7 +147,7 @@ def render(stored: Document) -> str:
     false = [entry for entry in controls if caught(entry)]
     parts = [
         "# Detection",
-        "<!-- Written by `make sabotage` (and `make docs`) from docs/detection.json. Do not edit. -->",
+        "<!-- Written by `make sabotage` (and `make docs`) from docs/detection.csv. Do not edit. -->",
         f"Of {len(sabotages)} ways in which fine-tuning silently goes wrong, done on purpose to the real pipeline, "
         f"**{len(found)} are caught** ({len(found) / len(sabotages):.0%}). In {len(controls)} honest runs there "
         f"{alarms(len(false))}. `make sabotage` does it again: {stored['minutes']:.0f} minutes on {stored['machine']}.",
@@ -145,7 +156,8 @@ def render(stored: Document) -> str:
         "patches reach every process of the run, the checks' own too; no check knows of them. How to add one: "
         "[sabotage.md](sabotage.md). *Caught by*: the verdicts that failed; *refused*: a stage would not go on, and said "
         "so. *Tier*: 1 and 2 run with every change, *nightly* with `make sabotage`. *Seconds*: the whole run and all "
-        "checks, two side by side; what lies before the sabotage is copied from an honest run.",
+        "checks, two side by side; what lies before the sabotage is copied from an honest run. As tables: "
+        "[detection.csv](detection.csv), [controls.csv](controls.csv), [bounds.csv](bounds.csv).",
     ]
     missed = [entry for entry in sabotages if not caught(entry)]
     if missed:
@@ -226,7 +238,19 @@ def grid(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def load(root: Path) -> Document:
-    """docs/detection.json of a checkout; empty where there is none."""
-    path = root / RESULTS
-    found: Document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    """What is stored in docs/ of a checkout; empty where nothing is."""
+    if not (root / HEAD).is_file():
+        return {}
+    found: Document = json.loads((root / HEAD).read_text(encoding="utf-8"))
+    spreads = {row.pop("verdict"): row for row in tables.read(root / BOUNDS, SPREADS)}
+    sabotages, runs = tables.read(root / RESULTS, SABOTAGES), tables.read(root / CONTROLS, RUNS)
+    return {**found, "sabotages": sabotages, "controls": runs, "spreads": spreads}
+
+
+def store(root: Path, document: Document) -> None:
+    """Write the three tables, what they were measured on, and the page."""
+    write_json(root / HEAD, {name: document[name] for name in ("machine", "minutes", "versions")})
+    tables.write(root / RESULTS, SABOTAGES, document["sabotages"])
+    tables.write(root / CONTROLS, RUNS, document["controls"])
+    tables.write(root / BOUNDS, SPREADS, ({"verdict": name, **each} for name, each in document["spreads"].items()))
+    write_text(root / PAGE, render(document))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.core.files import digest, write_json
-from finetune.run import Run
 from sabotage import sabotage
-from sabotage.context import Scene
-from sabotage.files import Gguf, rewrite_gguf, rewrite_json, rewrite_weights
-from sabotage.merging import OTHER_TEMPLATE
+from sabotage.context import Context
+from sabotage.files import (
+    OTHER_TEMPLATE,
+    Gguf,
+    change_export,
+    change_gguf,
+    change_gguf_metadata,
+    rewrite_json,
+    rewrite_weights,
+)
+from sabotage.targets import EXPORT_SOURCE
 
-SOURCE = "finetune.stages.export:_source"
 PAD, BEGIN = 0, "<|endoftext|>"  # the same token of the tiny tokenizer
 _FIRST, _TEXT = {"SpecialToken": {"id": BEGIN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
 ADDS_BEGIN = {
@@ -28,289 +31,283 @@ ADDS_BEGIN = {
 
 
 @sabotage(
-    "base exported instead of merged", imitates="https://github.com/unslothai/unsloth/issues/869", ground="gguf", since="export"
-)  # fmt: skip
-def base_exported(scene: Scene) -> None:
+    "base exported instead of merged",
+    imitates="https://github.com/unslothai/unsloth/issues/869",
+    baseline="gguf",
+    since="export",
+)
+def base_exported(context: Context) -> None:
     """The GGUF file is made from the base model."""
-    scene.wrap(SOURCE, _from_base)
+    context.wrap(EXPORT_SOURCE, _from_base)
 
 
-@sabotage("base exported to MLX", ground="mlx", since="export")
-def base_exported_to_mlx(scene: Scene) -> None:
+@sabotage("base exported to MLX", baseline="mlx", since="export")
+def base_exported_to_mlx(context: Context) -> None:
     """The MLX directory is made from the base model."""
-    scene.wrap(SOURCE, _from_base)
+    context.wrap(EXPORT_SOURCE, _from_base)
 
 
-@sabotage("export of an older run", ground="gguf", since="export")
-def older_run_exported(scene: Scene) -> None:
+@sabotage("export of an older run", baseline="gguf", since="export")
+def older_run_exported(context: Context) -> None:
     """The GGUF file is made from a model that was merged before the training ended."""
-    scene.wrap(SOURCE, _from_checkpoint)
+    context.wrap(EXPORT_SOURCE, _from_checkpoint)
 
 
-@sabotage("export of an older run to MLX", ground="mlx", since="export")
-def older_run_exported_to_mlx(scene: Scene) -> None:
+@sabotage("export of an older run to MLX", baseline="mlx", since="export")
+def older_run_exported_to_mlx(context: Context) -> None:
     """The MLX directory is made from a model that was merged before the training ended."""
-    scene.wrap(SOURCE, _from_checkpoint)
+    context.wrap(EXPORT_SOURCE, _from_checkpoint)
 
 
-def _from_base(original: Any) -> Any:
-    def source(*arguments: Any) -> Any:
-        found = original(*arguments)
-        return replace(found, model=found.base)
-
-    return source
+def _from_base(original: Any, *arguments: Any) -> Any:
+    found = original(*arguments)
+    return replace(found, model=found.base)
 
 
-def _from_checkpoint(original: Any) -> Any:
-    def source(*arguments: Any) -> Any:
-        from finetune.backends.torch.merging import merge
+def _from_checkpoint(original: Any, *arguments: Any) -> Any:
+    from finetune.backends.torch.merging import merge
 
-        found = original(*arguments)
-        older = found.adapter.parent.parent.parent / "older"
-        merge(found.base, min(found.adapter.parent.glob("checkpoint-*")), older, dtype="float32")
-        return replace(found, model=older)
-
-    return source
+    found = original(*arguments)
+    older = found.adapter.parent.parent.parent / "older"
+    merge(found.base, min(found.adapter.parent.glob("checkpoint-*")), older, dtype="float32")
+    return replace(found, model=older)
 
 
 @sabotage(
-    "query and key left as they were", imitates="https://github.com/ggml-org/llama.cpp/pull/3364", ground="gguf", since="export"
-)  # fmt: skip
-def unpermuted(scene: Scene) -> None:
+    "query and key left as they were",
+    imitates="https://github.com/ggml-org/llama.cpp/pull/3364",
+    baseline="gguf",
+    since="export",
+)
+def unpermuted(context: Context) -> None:
     """The converter leaves out the reordering of query and key that llama.cpp's position encoding needs."""
-    scene.wrap("conversion.llama:LlamaModel.permute", lambda original: staticmethod(lambda weights, *_: weights))
+    context.wrap("conversion.llama:LlamaModel.permute", lambda original, weights, *_: weights)
 
 
-@sabotage("coarser quantization than its name", ground="q8", since="export")
-def coarser_than_named(scene: Scene) -> None:
+@sabotage("coarser quantization than its name", baseline="q8", since="export")
+def coarser_than_named(context: Context) -> None:
     """The file called q8_0 is quantized to four bits."""
 
-    def wrapper(original: Any) -> Any:
-        def work(command: str, **options: Any) -> Any:
-            return original(command, **{**options, **({"variant": "q4_0"} if command == "quantize" else {})})
+    def work(original: Any, command: str, **options: Any) -> Any:
+        return original(command, **{**options, **({"variant": "q4_0"} if command == "quantize" else {})})
 
-        return work
-
-    scene.wrap("finetune.export.gguf:_work", wrapper)
+    context.wrap("finetune.export.gguf:_work", work)
 
 
-@sabotage("quantized without being asked", ground="mlx", since="export")
-def mlx_quantized(scene: Scene) -> None:
+@sabotage("quantized without being asked", baseline="mlx", since="export")
+def mlx_quantized(context: Context) -> None:
     """The MLX directory holds eight bits a weight, though the recipe asks for the training's own type."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda source, variant, out: original(source, "q8", out)
-
-    scene.wrap("finetune.export.mlx:export", wrapper)
+    context.wrap("finetune.export.mlx:export", lambda original, source, variant, out: original(source, "q8", out))
 
 
 @sabotage(
     "server with another template",
     imitates="https://github.com/hiyouga/LlamaFactory/issues/2509",
-    ground="gguf",
+    baseline="gguf",
     since="compare",
 )
-def server_with_another_template(scene: Scene) -> None:
+def server_with_another_template(context: Context) -> None:
     """llama.cpp's server is started with a template of its own list instead of the file's."""
 
-    def wrapper(original: Any) -> Any:
-        def server(options: Any) -> Any:
-            options.chat_template = OTHER_TEMPLATE
-            return original(options)
+    def server(original: Any, options: Any) -> Any:
+        options.chat_template = OTHER_TEMPLATE
+        return original(options)
 
-        return server
-
-    scene.wrap("xllamacpp:Server", wrapper)
+    context.wrap("xllamacpp:Server", server)
 
 
-@sabotage("template of the GGUF file replaced", ground="gguf", since="compare")
-def gguf_template_replaced(scene: Scene) -> None:
+@sabotage("template of the GGUF file replaced", baseline="gguf", since="compare")
+def gguf_template_replaced(context: Context) -> None:
     """The GGUF file carries another chat template than that of the training."""
-    _metadata(scene, {"tokenizer.chat_template": OTHER_TEMPLATE})
+    change_gguf_metadata(context, {"tokenizer.chat_template": OTHER_TEMPLATE})
 
 
 @sabotage(
-    "template of the GGUF file lost", imitates="https://github.com/unslothai/unsloth/issues/798", ground="gguf", since="compare"
-)  # fmt: skip
-def gguf_template_lost(scene: Scene) -> None:
+    "template of the GGUF file lost",
+    imitates="https://github.com/unslothai/unsloth/issues/798",
+    baseline="gguf",
+    since="compare",
+)
+def gguf_template_lost(context: Context) -> None:
     """The GGUF file carries no chat template."""
-    _metadata(scene, {"tokenizer.chat_template": None})
+    change_gguf_metadata(context, {"tokenizer.chat_template": None})
 
 
 @sabotage(
     "end-of-turn token of the GGUF file replaced", imitates="https://github.com/ggml-org/llama.cpp/pull/6745",
-    ground="gguf", since="compare",
+    baseline="gguf", since="compare",
 )  # fmt: skip
-def gguf_eos_replaced(scene: Scene) -> None:
+def gguf_eos_replaced(context: Context) -> None:
     """The GGUF file names the padding as its end-of-turn token."""
-    _metadata(scene, {"tokenizer.ggml.eos_token_id": PAD})
+    change_gguf_metadata(context, {"tokenizer.ggml.eos_token_id": PAD})
 
 
 @sabotage(
-    "begin token added", imitates="https://github.com/vllm-project/vllm/pull/27515", ground="gguf", since="compare"
+    "begin token added", imitates="https://github.com/vllm-project/vllm/pull/27515", baseline="gguf", since="compare"
 )
-def begin_token_added(scene: Scene) -> None:
+def begin_token_added(context: Context) -> None:
     """The GGUF file says that a begin token is to be put before each prompt, which no prompt of the training had."""
-    _metadata(scene, {"tokenizer.ggml.add_bos_token": True})
+    change_gguf_metadata(context, {"tokenizer.ggml.add_bos_token": True})
 
 
-@sabotage("begin token doubled", imitates="https://github.com/abetlen/llama-cpp-python/issues/1501", ground="mlx")
-def begin_token_doubled(scene: Scene) -> None:
+@sabotage("begin token doubled", imitates="https://github.com/abetlen/llama-cpp-python/issues/1501", baseline="mlx")
+def begin_token_doubled(context: Context) -> None:
     """The runtime puts a begin token before a prompt in which the chat template has written one."""
-    if scene.recipe:  # there is none where only the patches are asked for
-        model = scene.folder / "model"
-        shutil.copytree(scene.recipe["model"]["path"], model)
+    if context.recipe:  # there is none where only the patches are asked for
+        model = context.folder / "model"
+        shutil.copytree(context.recipe["model"]["path"], model)
         rewrite_json(model / "tokenizer_config.json", lambda config: config.update(bos_token=BEGIN))
         rewrite_json(model / "tokenizer.json", lambda stored: stored.update(post_processor=ADDS_BEGIN))
-        scene.set("model.path", str(model))
+        context.set("model.path", str(model))
 
-    def wrapper(original: Any) -> Any:
-        def render(self: Any, *arguments: Any, tokenize: bool = True, **more: Any) -> Any:
-            text = original(self, *arguments, tokenize=False, **more)
-            return self.encode(text) if tokenize else text
+    def render(original: Any, self: Any, *arguments: Any, tokenize: bool = True, **more: Any) -> Any:
+        text = original(self, *arguments, tokenize=False, **more)
+        return self.encode(text) if tokenize else text
 
-        return render
-
-    scene.wrap("mlx_lm.tokenizer_utils:TokenizerWrapper.apply_chat_template", wrapper)
+    context.wrap("mlx_lm.tokenizer_utils:TokenizerWrapper.apply_chat_template", render)
 
 
-@sabotage("end token added to prompts", ground="gguf", since="compare")
-def end_token_added(scene: Scene) -> None:
+@sabotage("end token added to prompts", baseline="gguf", since="compare")
+def end_token_added(context: Context) -> None:
     """The GGUF file says that an end-of-text token is to be put after each prompt."""
-    _metadata(scene, {"tokenizer.ggml.add_eos_token": True})
+    change_gguf_metadata(context, {"tokenizer.ggml.add_eos_token": True})
 
 
 @sabotage(
     "pre-tokenizer of another family", imitates="https://github.com/ggml-org/llama.cpp/issues/22700",
-    ground="gguf", since="compare",
+    baseline="gguf", since="compare",
 )  # fmt: skip
-def other_pre_tokenizer(scene: Scene) -> None:
+def other_pre_tokenizer(context: Context) -> None:
     """The GGUF file names another pre-tokenizer than that of its vocabulary."""
-    _metadata(scene, {"tokenizer.ggml.pre": "deepseek-llm"})
+    change_gguf_metadata(context, {"tokenizer.ggml.pre": "deepseek-llm"})
 
 
-@sabotage("marks of turns taken for text", ground="gguf", since="compare")
-def marks_taken_for_text(scene: Scene) -> None:
+@sabotage("marks of turns taken for text", baseline="gguf", since="compare")
+def marks_taken_for_text(context: Context) -> None:
     """The GGUF file calls the tokens that mark turns ordinary ones, so they are spelled out in prompts."""
 
     def change(file: Gguf) -> None:
         file.values["tokenizer.ggml.token_type"] = [1] * len(file.values["tokenizer.ggml.token_type"])
 
-    _gguf(scene, change)
+    change_gguf(context, change)
 
 
-@sabotage("two tokens of the GGUF file exchanged", ground="gguf", since="compare")
-def gguf_tokens_exchanged(scene: Scene) -> None:
+@sabotage("two tokens of the GGUF file exchanged", baseline="gguf", since="compare")
+def gguf_tokens_exchanged(context: Context) -> None:
     """In the GGUF file two tokens have each other's number."""
 
     def change(file: Gguf) -> None:
         words = file.values["tokenizer.ggml.tokens"]
         words[-1], words[-2] = words[-2], words[-1]
 
-    _gguf(scene, change)
+    change_gguf(context, change)
 
 
-@sabotage("merges of the GGUF file lost", ground="gguf", since="compare")
-def gguf_merges_lost(scene: Scene) -> None:
+@sabotage("merges of the GGUF file lost", baseline="gguf", since="compare")
+def gguf_merges_lost(context: Context) -> None:
     """The GGUF file holds one of the rules by which bytes are put together, and no more."""
 
     def change(file: Gguf) -> None:
         file.values["tokenizer.ggml.merges"] = file.values["tokenizer.ggml.merges"][:1]
 
-    _gguf(scene, change)
+    change_gguf(context, change)
 
 
-@sabotage("position base changed", ground="gguf", since="compare")
-def position_base_changed(scene: Scene) -> None:
+@sabotage("position base changed", baseline="gguf", since="compare")
+def position_base_changed(context: Context) -> None:
     """The GGUF file has another base of the position encoding."""
-    _metadata(scene, {"llama.rope.freq_base": 500000.0})
+    change_gguf_metadata(context, {"llama.rope.freq_base": 500000.0})
 
 
-@sabotage("norm epsilon changed", ground="gguf", since="compare")
-def norm_epsilon_changed(scene: Scene) -> None:
+@sabotage("norm epsilon changed", baseline="gguf", since="compare")
+def norm_epsilon_changed(context: Context) -> None:
     """The GGUF file has another epsilon of the norms."""
-    _metadata(scene, {"llama.attention.layer_norm_rms_epsilon": 1e-5})
+    change_gguf_metadata(context, {"llama.attention.layer_norm_rms_epsilon": 1e-5})
 
 
-@sabotage("context length changed", ground="gguf", since="compare")
-def context_length_changed(scene: Scene) -> None:
+@sabotage("context length changed", baseline="gguf", since="compare")
+def context_length_changed(context: Context) -> None:
     """The GGUF file says that the model takes four times as many tokens as it was made for."""
-    _metadata(scene, {"llama.context_length": 2048})
+    change_gguf_metadata(context, {"llama.context_length": 2048})
 
 
-@sabotage("number of heads changed", ground="gguf", since="compare")
-def number_of_heads_changed(scene: Scene) -> None:
+@sabotage("number of heads changed", baseline="gguf", since="compare")
+def number_of_heads_changed(context: Context) -> None:
     """The GGUF file has twice as many heads, each half as wide."""
     halved = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), 16)
     changes = {**halved, "attention.head_count": 8, "attention.head_count_kv": 4}
-    _metadata(scene, {f"llama.{name}": value for name, value in changes.items()})
+    change_gguf_metadata(context, {f"llama.{name}": value for name, value in changes.items()})
 
 
-@sabotage("a layer dropped", ground="gguf", since="compare")
-def layer_dropped(scene: Scene) -> None:
+@sabotage("a layer dropped", baseline="gguf", since="compare")
+def layer_dropped(context: Context) -> None:
     """The GGUF file lacks the last layer."""
 
     def change(file: Gguf) -> None:
         file.values["llama.block_count"] = 2
         file.tensors = {name: held for name, held in file.tensors.items() if not name.startswith("blk.2.")}
 
-    _gguf(scene, change)
+    change_gguf(context, change)
 
 
-@sabotage("layers in another order", ground="gguf", since="compare")
-def layers_in_another_order(scene: Scene) -> None:
+@sabotage("layers in another order", baseline="gguf", since="compare")
+def layers_in_another_order(context: Context) -> None:
     """In the GGUF file the first and the second layer have changed places."""
 
     def change(file: Gguf) -> None:
         other = {"blk.0.": "blk.1.", "blk.1.": "blk.0."}
         file.tensors = {other.get(name[:6], name[:6]) + name[6:]: held for name, held in file.tensors.items()}
 
-    _gguf(scene, change)
+    change_gguf(context, change)
 
 
-@sabotage("output matrix of zeros", ground="gguf", since="compare")
-def output_of_zeros(scene: Scene) -> None:
+@sabotage("output matrix of zeros", baseline="gguf", since="compare")
+def output_of_zeros(context: Context) -> None:
     """The GGUF file has an output matrix of its own, of zeros, instead of the embedding."""
 
     def change(file: Gguf) -> None:
         data, kind = file.tensors["token_embd.weight"]
         file.tensors["output.weight"] = (data * 0, kind)
 
-    _gguf(scene, change)
+    change_gguf(context, change)
 
 
-@sabotage("a norm left out", ground="gguf", since="compare")
-def norm_left_out(scene: Scene) -> None:
+@sabotage("a norm left out", baseline="gguf", since="compare")
+def norm_left_out(context: Context) -> None:
     """In the GGUF file one of the norms has ones for weights, as before any training."""
 
     def change(file: Gguf) -> None:
         data, kind = file.tensors["blk.1.ffn_norm.weight"]
         file.tensors["blk.1.ffn_norm.weight"] = (data * 0 + 1, kind)
 
-    _gguf(scene, change)
+    change_gguf(context, change)
 
 
-@sabotage("template of the MLX model replaced", ground="mlx", since="compare")
-def mlx_template_replaced(scene: Scene) -> None:
+@sabotage("template of the MLX model replaced", baseline="mlx", since="compare")
+def mlx_template_replaced(context: Context) -> None:
     """The MLX directory carries another chat template than that of the training."""
-    _exported(scene, lambda folder: (folder / "chat_template.jinja").write_text(OTHER_TEMPLATE, encoding="utf-8"))
+    change_export(context, lambda folder: (folder / "chat_template.jinja").write_text(OTHER_TEMPLATE, encoding="utf-8"))
 
 
 @sabotage(
     "template of the MLX model lost",
     imitates="https://github.com/jundot/omlx/issues/630",
-    ground="mlx",
+    baseline="mlx",
     since="compare",
 )
-def mlx_template_lost(scene: Scene) -> None:
+def mlx_template_lost(context: Context) -> None:
     """The MLX directory carries no chat template."""
-    _exported(scene, lambda folder: (folder / "chat_template.jinja").unlink())
+    change_export(context, lambda folder: (folder / "chat_template.jinja").unlink())
 
 
 @sabotage(
-    "MLX model told to stop elsewhere", imitates="https://github.com/Blaizzy/mlx-vlm/issues/1191", ground="mlx", since="compare"
-)  # fmt: skip
-def mlx_stops_elsewhere(scene: Scene) -> None:
+    "MLX model told to stop elsewhere",
+    imitates="https://github.com/Blaizzy/mlx-vlm/issues/1191",
+    baseline="mlx",
+    since="compare",
+)
+def mlx_stops_elsewhere(context: Context) -> None:
     """The MLX directory names another end-of-turn token everywhere."""
 
     def change(folder: Path) -> None:
@@ -318,30 +315,30 @@ def mlx_stops_elsewhere(scene: Scene) -> None:
         for name in ("config.json", "generation_config.json"):
             rewrite_json(folder / name, lambda config: config.update(eos_token_id=PAD))
 
-    _exported(scene, change)
+    change_export(context, change)
 
 
-@sabotage("position base of the MLX model changed", ground="mlx", since="compare")
-def mlx_position_base(scene: Scene) -> None:
+@sabotage("position base of the MLX model changed", baseline="mlx", since="compare")
+def mlx_position_base(context: Context) -> None:
     """The MLX directory's configuration has another base of the position encoding."""
 
     def change(config: dict[str, Any]) -> None:
         config["rope_theta"] = 500000.0
         config["rope_parameters"]["rope_theta"] = 500000.0
 
-    _exported(scene, lambda folder: rewrite_json(folder / "config.json", change))
+    change_export(context, lambda folder: rewrite_json(folder / "config.json", change))
 
 
-@sabotage("norm epsilon of the MLX model changed", ground="mlx", since="compare")
-def mlx_norm_epsilon(scene: Scene) -> None:
+@sabotage("norm epsilon of the MLX model changed", baseline="mlx", since="compare")
+def mlx_norm_epsilon(context: Context) -> None:
     """The MLX directory's configuration has another epsilon of the norms."""
-    _exported(
-        scene, lambda folder: rewrite_json(folder / "config.json", lambda config: config.update(rms_norm_eps=1e-5))
+    change_export(
+        context, lambda folder: rewrite_json(folder / "config.json", lambda config: config.update(rms_norm_eps=1e-5))
     )
 
 
-@sabotage("adapter of the bundle untrained", ground="bundle", since="compare")
-def bundle_adapter_untrained(scene: Scene) -> None:
+@sabotage("adapter of the bundle untrained", baseline="bundle", since="compare")
+def bundle_adapter_untrained(context: Context) -> None:
     """The bundle carries the adapter as it was before the first step."""
 
     def change(folder: Path) -> None:
@@ -350,25 +347,4 @@ def bundle_adapter_untrained(scene: Scene) -> None:
 
         rewrite_weights(folder / "adapter" / "adapter_model.safetensors", clear)
 
-    _exported(scene, change)
-
-
-def _metadata(scene: Scene, changes: dict[str, Any]) -> None:
-    _gguf(scene, lambda file: file.values.update(changes))
-
-
-def _gguf(scene: Scene, change: Callable[[Gguf], None]) -> None:
-    """Change the GGUF file that was exported."""
-    _exported(scene, lambda path: rewrite_gguf(path, change))
-
-
-def _exported(scene: Scene, change: Callable[[Path], Any]) -> None:
-    """Change what the run's one export wrote, so that the stage's own account of it fits."""
-
-    def rewrite(run: Run) -> None:
-        account = run.path / "export" / "exports.json"
-        (entry,) = json.loads(account.read_text(encoding="utf-8"))
-        change(run.path / entry["path"])
-        write_json(account, [{**entry, "sha256": digest(run.path / entry["path"])}])
-
-    scene.after("export", rewrite)
+    change_export(context, change)

@@ -1,4 +1,4 @@
-"""Grounds by seed and by instruction set: docs/honest.json, and the page that is written from it.
+"""Baselines by seed and by instruction set: docs/honest.csv, and the page that is written from it.
 
 A CPU without some instructions rounds otherwise, so its training goes another way. Environment variables make such CPUs
 of one; libraries read them when they are loaded, so each set has a server of warm starts, and a pretrained model, of its own.
@@ -21,10 +21,10 @@ from typing import Any
 from finetune.checks.expected import EXPECT_KEYS
 from finetune.core.files import write_json, write_text
 from finetune.run.manifest import installed
-from sabotage import baseline, detection
+from sabotage import baseline, detection, tables
 from sabotage.bench import Bench, Found
 
-RESULTS = Path("docs/honest.json")
+HEAD, RESULTS = Path("docs/honest.json"), Path("docs/honest.csv")  # what was measured on, and what
 PAGE = Path("docs/honest.md")
 SETS: dict[str, Mapping[str, str]] = {
     "default": {"ATEN_CPU_CAPABILITY": "default"},
@@ -32,7 +32,7 @@ SETS: dict[str, Mapping[str, str]] = {
     "own": {},
 }
 VERSIONS = ("torch", "transformers", "trl", "peft", "tokenizers")
-WANTED = 2.0  # times as far as the worst run: the room that a ground's settings are chosen for
+WANTED = 2.0  # times as far as the worst run: the room that a baseline's settings are chosen for
 CAPABILITY = "import torch; print(torch.backends.cpu.get_cpu_capability())"
 # What a training that goes another way moves, in the page's order: verdict, and its column.
 DELICATE = {
@@ -47,23 +47,29 @@ DELICATE = {
     "dpo_prefers_chosen": "prefers chosen",
 }
 
+# A line of the table: `kind` is `nearest`, once for every baseline and set, `worst` or `alarm`.
+COLUMNS: tables.Columns = {
+    "baseline": str, "instructions": str, "capability": str, "runs": int, "kind": str, "name": str, "measured": tables.number,
+    "compare": str, "bound": tables.number, "room": tables.number, "said": str,
+}  # fmt: skip
+
 Document = dict[str, Any]
 
 
-def measure(grounds: Sequence[str], seeds: int, name: str, directory: Path, *, jobs: int) -> Document:
-    """Run each ground with seeds 0 to `seeds` - 1 under the instruction set `name`, a line for each run as it ends. Where
+def measure(baselines: Sequence[str], seeds: int, name: str, directory: Path, *, jobs: int) -> Document:
+    """Run each baseline with seeds 0 to `seeds` - 1 under the instruction set `name`, a line for each run as it ends. Where
     it comes to the same instructions as `own`, nothing is run, and the rows say so."""
     capability, own = _capability(name), _capability("own")
     same = name != "own" and capability == own
-    found = {} if same else _runs(grounds, seeds, name, directory / name, jobs)
+    found = {} if same else _runs(baselines, seeds, name, directory / name, jobs)
     return {
         "machine": f"{os.cpu_count()} cores, {platform.system()} on {platform.machine()}, {own}",
         "versions": {package: version for package in VERSIONS if (version := installed(package))},
-        "rows": [row(each, name, capability, found.get(each, ())) for each in grounds],
+        "rows": [row(each, name, capability, found.get(each, ())) for each in baselines],
     }
 
 
-def _runs(grounds: Sequence[str], seeds: int, name: str, directory: Path, jobs: int) -> dict[str, list[Found]]:
+def _runs(baselines: Sequence[str], seeds: int, name: str, directory: Path, jobs: int) -> dict[str, list[Found]]:
     with instructions(name), Bench(directory) as bench, ThreadPoolExecutor(jobs) as pool:
         baseline.model()
 
@@ -74,9 +80,9 @@ def _runs(grounds: Sequence[str], seeds: int, name: str, directory: Path, jobs: 
             print(f"{found.seconds:6.1f} s  {name}: {found.name}: {said}", flush=True)
             return found
 
-        places = [(each, seed) for each in grounds for seed in range(seeds)]
+        places = [(each, seed) for each in baselines for seed in range(seeds)]
         done = list(pool.map(run, places))
-    return {each: [found for (of, _), found in zip(places, done, strict=True) if of == each] for each in grounds}
+    return {each: [found for (of, _), found in zip(places, done, strict=True) if of == each] for each in baselines}
 
 
 @contextmanager
@@ -107,11 +113,11 @@ def _capability(name: str) -> str:
 
 
 def row(name: str, instructions: str, capability: str, found: Iterable[Found]) -> Document:
-    """One ground under one instruction set: how many runs, the alarms, and how far its delicate measurements went."""
+    """One baseline under one instruction set: how many runs, the alarms, and how far its delicate measurements went."""
     runs = list(found)
     spreads = detection.spreads(runs)
     return {
-        "ground": name,
+        "baseline": name,
         "instructions": instructions,
         "capability": capability,
         "runs": len(runs),
@@ -145,25 +151,48 @@ def _nearest(spreads: Mapping[str, Document]) -> Document | None:
 
 
 def merge(stored: Document, new: Document) -> Document:
-    """`stored` with the rows of `new` in their places; rows of grounds and sets that are no more are dropped."""
-    rows = {(each["ground"], each["instructions"]): each for each in (*stored.get("rows", ()), *new["rows"])}
-    order = [(name, instructions) for name in baseline.GROUNDS for instructions in SETS]
+    """`stored` with the rows of `new` in their places; rows of baselines and sets that are no more are dropped."""
+    rows = {(each["baseline"], each["instructions"]): each for each in (*stored.get("rows", ()), *new["rows"])}
+    order = [(name, instructions) for name in baseline.BASELINES for instructions in SETS]
     return {**new, "rows": [rows[place] for place in order if place in rows]}
 
 
 def write(root: Path, new: Document) -> Document:
-    """Put `new` into docs/honest.json of a checkout, write the page, and return all that is stored then."""
+    """Put `new` into what docs/ of a checkout has, write the page, and return all that is stored then."""
     result = merge(load(root), new)
-    write_json(root / RESULTS, result)
+    write_json(root / HEAD, {name: result[name] for name in ("machine", "versions")})
+    tables.write(root / RESULTS, COLUMNS, (line for each in result["rows"] for line in _lines(each)))
     write_text(root / PAGE, render(result))
     return result
 
 
 def load(root: Path) -> Document:
-    """docs/honest.json of a checkout; empty where there is none."""
-    path = root / RESULTS
-    found: Document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What is stored in docs/ of a checkout; empty where nothing is."""
+    if not (root / HEAD).is_file():
+        return {}
+    found: Document = {**json.loads((root / HEAD).read_text(encoding="utf-8")), "rows": []}
+    for line in tables.read(root / RESULTS, COLUMNS):
+        name = line["name"]
+        if line["kind"] == "nearest":
+            where = {column: line[column] for column in ("baseline", "instructions", "capability", "runs")}
+            nearest = {"name": name, "room": line["room"]} if name else None
+            found["rows"].append({**where, "alarms": {}, "worst": {}, "nearest": nearest})
+        elif line["kind"] == "worst":
+            measured = {column: line[column] for column in ("measured", "bound", "compare", "room")}
+            found["rows"][-1]["worst"][name] = measured
+        else:
+            found["rows"][-1]["alarms"][name] = line["said"]
     return found
+
+
+def _lines(each: Document) -> Iterator[Document]:
+    """The lines of one baseline under one instruction set."""
+    where = dict.fromkeys(COLUMNS) | {name: each[name] for name in ("baseline", "instructions", "capability", "runs")}
+    yield where | {"kind": "nearest"} | (each["nearest"] or {})
+    for name, worst in each["worst"].items():
+        yield where | {"kind": "worst", "name": name} | worst
+    for name, said in each["alarms"].items():
+        yield where | {"kind": "alarm", "name": name, "said": said}
 
 
 def render(stored: Document) -> str:
@@ -172,19 +201,19 @@ def render(stored: Document) -> str:
     runs, alarms = sum(each["runs"] for each in rows), sum(len(each["alarms"]) for each in rows)
     parts = [
         "# Honest runs, by CPU",
-        "<!-- Written by `python -m sabotage --grounds` from docs/honest.json. Do not edit. -->",
-        f"In {runs} honest runs of the bench's grounds there {detection.alarms(alarms)}. Measured on {stored['machine']}; "
-        "`python -m sabotage --grounds` does it again.",
-        "Each ground runs with several seeds (other facts, another order, other adapters) under each *instruction set*: "
+        "<!-- Written by `python -m sabotage --baselines` from docs/honest.csv. Do not edit. -->",
+        f"In {runs} honest runs of the bench's baselines there {detection.alarms(alarms)}. Measured on {stored['machine']}; "
+        "`python -m sabotage --baselines` does it again.",
+        "Each baseline runs with several seeds (other facts, another order, other adapters) under each *instruction set*: "
         "`avx2` is what PyTorch, MKL and oneDNN do on a CPU that has no more, `default` holds PyTorch alone to "
         "its plainest code, `own` is all that this one has. "
-        "A set rounds in its own way, so training goes another way, as it does on another machine; the model that a ground "
+        "A set rounds in its own way, so training goes another way, as it does on another machine; the model that a baseline "
         "begins with is pretrained under the same set.",
         f"A cell is the worst of a row's runs and, in brackets, how many times as far its bound lets it go (of a share that "
-        "should be 1, what lacks counts; of the held-out ratio, what lies above 1). The settings of the grounds are chosen so "
-        f"that this is at least {WANTED:g}. *Nearest*: of the verdicts whose bound a check chose, the one that a run came "
+        "should be 1, what lacks counts; of the held-out ratio, what lies above 1). The settings of the baselines are chosen "
+        f"so that this is at least {WANTED:g}. *Nearest*: of the verdicts whose bound a check chose, the one that a run came "
         "nearest to.",
-        detection.grid(["ground", "instructions", "quiet", *DELICATE.values(), "nearest"], map(_cells, rows)),
+        detection.grid(["baseline", "instructions", "quiet", *DELICATE.values(), "nearest"], map(_cells, rows)),
         "## Alarms", _alarms(rows), "## Room", _narrow(rows), "## Versions",
         ", ".join(f"{name} {version}" for name, version in stored["versions"].items()),
     ]  # fmt: skip
@@ -192,7 +221,7 @@ def render(stored: Document) -> str:
 
 
 def _cells(each: Document) -> list[str]:
-    where = [f"`{each['ground']}`", f"`{each['instructions']}` ({each['capability']})"]
+    where = [f"`{each['baseline']}`", f"`{each['instructions']}` ({each['capability']})"]
     if not each["runs"]:
         return [*where, "the same as `own`", *[""] * (len(DELICATE) + 1)]
     nearest = f"`{each['nearest']['name']}` ({each['nearest']['room']:.3g})" if each["nearest"] else ""
@@ -219,11 +248,11 @@ def _alarms(rows: Iterable[Document]) -> str:
 def _narrow(rows: Iterable[Document]) -> str:
     """Where a row's worst run had less room than is wanted."""
     lines = [
-        [f"`{each['ground']}`", f"`{each['instructions']}`", f"`{name}`", _cell(worst)]
+        [f"`{each['baseline']}`", f"`{each['instructions']}`", f"`{name}`", _cell(worst)]
         for each in rows
         for name, worst in each["worst"].items()
         if worst["room"] is not None and worst["room"] < WANTED
     ]
     what = f"Less than {WANTED:g} times:"
-    table = detection.grid(["ground", "instructions", "verdict", "worst"], lines)
+    table = detection.grid(["baseline", "instructions", "verdict", "worst"], lines)
     return f"{what}\n\n{table}" if lines else f"Nowhere less than {WANTED:g} times."

@@ -5,46 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from finetune.core.files import read_jsonl, write_jsonl
-from finetune.run import Run
 from sabotage import sabotage
-from sabotage.context import Scene
+from sabotage.context import Context
+from sabotage.files import change_rows
+from sabotage.targets import ENCODE_SFT, SFT_COLLATE
 
-COLLATE = "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.torch_call"
 MASKED = -100
 
 
 @sabotage("loss on the prompt too", imitates="https://github.com/MakazhanAlpamys/Soup/issues/683", fast=True)
-def loss_on_the_prompt(scene: Scene) -> None:
+def loss_on_the_prompt(context: Context) -> None:
     """The trainer takes every token for a label, though the prepared rows mask the prompts."""
-    _collated(scene, lambda row: {**row, "labels": list(row["input_ids"])})
+    _collated(context, lambda row: {**row, "labels": list(row["input_ids"])})
 
 
 @sabotage("labels shifted once too often")
-def labels_shifted(scene: Scene) -> None:
+def labels_shifted(context: Context) -> None:
     """Every label stands one place too far to the left, as where both the data and the model shift."""
-    _collated(scene, lambda row: {**row, "labels": [*list(row["labels"])[1:], MASKED]})
+    _collated(context, lambda row: {**row, "labels": [*list(row["labels"])[1:], MASKED]})
 
 
 @sabotage("end-of-turn token masked", imitates="https://github.com/huggingface/trl/issues/1623", fast=True)
-def end_of_turn_masked(scene: Scene) -> None:
+def end_of_turn_masked(context: Context) -> None:
     """The token that ends an answer carries no label, as where it is also the padding."""
 
     def masked(row: dict[str, Any]) -> dict[str, Any]:
         last = max(place for place, label in enumerate(row["labels"]) if label != MASKED)
         return {**row, "labels": [*row["labels"][:last], MASKED, *row["labels"][last + 1 :]]}
 
-    _prepared(scene, lambda rows: [masked(row) for row in rows])
+    change_rows(context, lambda rows: [masked(row) for row in rows])
 
 
 @sabotage("nothing left to train", imitates="https://github.com/huggingface/trl/issues/6668")
-def nothing_left_to_train(scene: Scene) -> None:
+def nothing_left_to_train(context: Context) -> None:
     """Every label of every row is masked."""
-    _prepared(scene, lambda rows: [{**row, "labels": [MASKED] * len(row["labels"])} for row in rows])
+    change_rows(context, lambda rows: [{**row, "labels": [MASKED] * len(row["labels"])} for row in rows])
 
 
 @sabotage("answers cut off", imitates="https://github.com/huggingface/transformers/issues/30998")
-def answers_cut_off(scene: Scene) -> None:
+def answers_cut_off(context: Context) -> None:
     """Rows are truncated so that half of each answer is gone."""
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:
@@ -52,11 +51,11 @@ def answers_cut_off(scene: Scene) -> None:
         most = first + (len(row["labels"]) - first) // 2
         return {**row, "input_ids": row["input_ids"][:most], "labels": row["labels"][:most]}
 
-    _prepared(scene, lambda rows: [cut(row) for row in rows])
+    change_rows(context, lambda rows: [cut(row) for row in rows])
 
 
 @sabotage("answers of other questions")
-def answers_shuffled(scene: Scene) -> None:
+def answers_shuffled(context: Context) -> None:
     """The trainer gets each prompt with the answer of the row before it."""
 
     def rotated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,76 +65,72 @@ def answers_shuffled(scene: Scene) -> None:
             for row, (prompt, _), (_, answer) in zip(rows, parts, [parts[-1], *parts[:-1]], strict=True)
         ]
 
-    _prepared(scene, rotated)
+    change_rows(context, rotated)
 
 
 @sabotage("one example again and again")
-def one_example(scene: Scene) -> None:
+def one_example(context: Context) -> None:
     """Every prepared row is the first one."""
-    _prepared(scene, lambda rows: [{**rows[0], "row": row["row"]} for row in rows])
+    change_rows(context, lambda rows: [{**rows[0], "row": row["row"]} for row in rows])
 
 
 @sabotage("half of the data dropped")
-def half_of_the_data(scene: Scene) -> None:
+def half_of_the_data(context: Context) -> None:
     """Every other prepared row is missing."""
-    _prepared(scene, lambda rows: rows[::2])
+    change_rows(context, lambda rows: rows[::2])
 
 
 @sabotage("half of each batch thrown away")
-def half_of_each_batch(scene: Scene) -> None:
+def half_of_each_batch(context: Context) -> None:
     """The collator keeps every other row of a batch."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda self, examples, *a, **more: original(self, examples[::2], *a, **more)
-
-    scene.wrap(COLLATE, wrapper)
+    context.wrap(SFT_COLLATE, lambda original, self, examples, *a, **more: original(self, examples[::2], *a, **more))
 
 
 @sabotage("truncated in the collator", imitates="https://github.com/huggingface/transformers/issues/30998")
-def truncated_in_the_collator(scene: Scene) -> None:
+def truncated_in_the_collator(context: Context) -> None:
     """Rows are cut to 24 tokens on their way into a batch, as by a default nobody set."""
-    _collated(scene, lambda row: {key: value[:24] if isinstance(value, list) else value for key, value in row.items()})
+    _collated(
+        context, lambda row: {key: value[:24] if isinstance(value, list) else value for key, value in row.items()}
+    )
 
 
 @sabotage("padding trained")
-def padding_trained(scene: Scene) -> None:
+def padding_trained(context: Context) -> None:
     """The padding carries labels, so that the model learns to go on with it."""
 
-    def wrapper(original: Any) -> Any:
-        def collate(self: Any, *arguments: Any, **more: Any) -> Any:
-            batch = original(self, *arguments, **more)
-            batch["labels"] = batch["labels"].where(batch["attention_mask"].bool(), batch["input_ids"])
-            return batch
+    def collate(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
+        batch = original(self, *arguments, **more)
+        batch["labels"] = batch["labels"].where(batch["attention_mask"].bool(), batch["input_ids"])
+        return batch
 
-        return collate
-
-    scene.wrap(COLLATE, wrapper)
+    context.wrap(SFT_COLLATE, collate)
 
 
 @sabotage("mask the wrong way round")
-def mask_inverted(scene: Scene) -> None:
+def mask_inverted(context: Context) -> None:
     """The prompts carry the labels, and the answers carry none."""
 
     def inverted(row: dict[str, Any]) -> dict[str, Any]:
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         return {**row, "labels": [token if label == MASKED else MASKED for token, label in pairs]}
 
-    _prepared(scene, lambda rows: [inverted(row) for row in rows])
+    change_rows(context, lambda rows: [inverted(row) for row in rows])
 
 
 @sabotage("first word of the answers masked")
-def first_token_masked(scene: Scene) -> None:
+def first_token_masked(context: Context) -> None:
     """The mask is one token too long, so that the first token of an answer is never trained."""
 
     def masked(row: dict[str, Any]) -> dict[str, Any]:
         first = next(place for place, label in enumerate(row["labels"]) if label != MASKED)
         return {**row, "labels": [*row["labels"][:first], MASKED, *row["labels"][first + 1 :]]}
 
-    _prepared(scene, lambda rows: [masked(row) for row in rows])
+    change_rows(context, lambda rows: [masked(row) for row in rows])
 
 
 @sabotage("role marker trained as answer")
-def role_marker_trained(scene: Scene) -> None:
+def role_marker_trained(context: Context) -> None:
     """The mask is too short: the marker that begins the assistant's turn carries labels."""
 
     def longer(row: dict[str, Any]) -> dict[str, Any]:
@@ -145,73 +140,69 @@ def role_marker_trained(scene: Scene) -> None:
             "labels": row["labels"][: first - 2] + row["input_ids"][first - 2 : first] + row["labels"][first:],
         }
 
-    _prepared(scene, lambda rows: [longer(row) for row in rows])
+    change_rows(context, lambda rows: [longer(row) for row in rows])
 
 
 @sabotage("prompts rendered twice")
-def prompts_twice(scene: Scene) -> None:
+def prompts_twice(context: Context) -> None:
     """The chat template is applied to what it had rendered already."""
 
     def doubled(row: dict[str, Any]) -> dict[str, Any]:
         prompt, answer = _parts(row)
         return {**row, "input_ids": prompt * 2 + answer, "labels": [MASKED] * len(prompt) * 2 + answer}
 
-    _prepared(scene, lambda rows: [doubled(row) for row in rows])
+    change_rows(context, lambda rows: [doubled(row) for row in rows])
 
 
 @sabotage("trained with another template", imitates="https://github.com/hiyouga/LlamaFactory/issues/2509")
-def another_template(scene: Scene) -> None:
+def another_template(context: Context) -> None:
     """Rows are rendered as Alpaca writes them, while the run keeps and uses ChatML."""
 
-    def wrapper(original: Any) -> Any:
-        def encode(example: Any, row: int, *, template: Any, **more: Any) -> Any:
-            from dataclasses import replace
+    def encode(original: Any, example: Any, row: int, *, template: Any, **more: Any) -> Any:
+        from dataclasses import replace
 
-            from finetune.data.templates import choose
-            from finetune.recipe.sections import Template
+        from finetune.data.templates import choose
+        from finetune.recipe.sections import Template
 
-            other = choose(Template(name="alpaca"), more["tokenizer"])
-            return original(example, row, template=replace(template, source=other.source), **more)
+        other = choose(Template(name="alpaca"), more["tokenizer"])
+        return original(example, row, template=replace(template, source=other.source), **more)
 
-        return encode
-
-    scene.wrap("finetune.data.encode:encode_sft", wrapper)
+    context.wrap(ENCODE_SFT, encode)
 
 
 @sabotage("answers in lower case")
-def answers_lower(scene: Scene) -> None:
+def answers_lower(context: Context) -> None:
     """A cleaning step turns every answer into lower case."""
-    _answers(scene, str.lower)
+    _answers(context, str.lower)
 
 
 @sabotage("white space lost in the answers")
-def answers_without_spaces(scene: Scene) -> None:
+def answers_without_spaces(context: Context) -> None:
     """A cleaning step takes the white space out of every answer."""
-    _answers(scene, lambda text: text.replace(" ", ""))
+    _answers(context, lambda text: text.replace(" ", ""))
 
 
-def _answers(scene: Scene, change: Callable[[str], str]) -> None:
+def _answers(context: Context, change: Callable[[str], str]) -> None:
     """Change the answers between reading and rendering."""
 
-    def wrapper(original: Any) -> Any:
-        def encode(example: Any, row: int, **more: Any) -> Any:
-            from dataclasses import replace
+    def encode(original: Any, example: Any, row: int, **more: Any) -> Any:
+        from dataclasses import replace
 
-            messages = tuple(
-                {**each, "content": change(each["content"])} if each["role"] == "assistant" else each
-                for each in example.messages
-            )
-            return original(replace(example, messages=messages), row, **more)
+        messages = tuple(
+            {**each, "content": change(each["content"])} if each["role"] == "assistant" else each
+            for each in example.messages
+        )
+        return original(replace(example, messages=messages), row, **more)
 
-        return encode
-
-    scene.wrap("finetune.data.encode:encode_sft", wrapper)
+    context.wrap(ENCODE_SFT, encode)
 
 
 @sabotage("rows of an older data set")
-def older_data(scene: Scene) -> None:
+def older_data(context: Context) -> None:
     """A cache gives the rows in the order that an older file had."""
-    _prepared(scene, lambda rows: [{**older, "row": row["row"]} for row, older in zip(rows, _older(rows), strict=True)])
+    change_rows(
+        context, lambda rows: [{**older, "row": row["row"]} for row, older in zip(rows, _older(rows), strict=True)]
+    )
 
 
 def _older(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -220,10 +211,10 @@ def _older(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @sabotage("begin token in front of every row", imitates="https://github.com/MakazhanAlpamys/Soup/issues/781")
-def begin_token_added(scene: Scene) -> None:
+def begin_token_added(context: Context) -> None:
     """Training rows begin with a token that no prompt begins with later."""
-    _prepared(
-        scene,
+    change_rows(
+        context,
         lambda rows: [{**row, "input_ids": [0, *row["input_ids"]], "labels": [MASKED, *row["labels"]]} for row in rows],
     )
 
@@ -234,20 +225,10 @@ def _parts(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     return row["input_ids"][:first], row["input_ids"][first:]
 
 
-def _collated(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def _collated(context: Context, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Change every row on its way into a batch."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda self, examples, *a, **more: original(self, [change(row) for row in examples], *a, **more)
-
-    scene.wrap(COLLATE, wrapper)
-
-
-def _prepared(scene: Scene, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-    """Change the rows that `prepare` leaves for the training."""
-
-    def rewrite(run: Run) -> None:
-        file = run.path / "prepare" / "train.jsonl"
-        write_jsonl(file, change(read_jsonl(file)))
-
-    scene.after("prepare", rewrite)
+    context.wrap(
+        SFT_COLLATE,
+        lambda original, self, examples, *a, **more: original(self, [change(row) for row in examples], *a, **more),
+    )

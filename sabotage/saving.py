@@ -11,10 +11,10 @@ from typing import Any
 from finetune.core.files import write_json
 from finetune.run import Run
 from sabotage import sabotage
-from sabotage.context import Scene
+from sabotage.context import Context
+from sabotage.files import ADAPTER, MODEL, change_adapter_config, change_tensors
+from sabotage.targets import LOAD_TRAINED_MODEL, RESUME_OPTIMIZER, RESUME_WEIGHTS, TRAINER
 
-TRAINER = "transformers.trainer"
-ADAPTER, MODEL = "train/adapter/adapter_model.safetensors", "train/model/model.safetensors"
 TENSORS = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
 
 
@@ -22,102 +22,96 @@ TENSORS = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
 
 
 @sabotage("weights saved from before training", since="train", fast=True)
-def saved_from_before(scene: Scene) -> None:
+def saved_from_before(context: Context) -> None:
     """The adapter that training leaves is the one that it started with."""
-    scene.after("train", lambda run: _copied(run, "initial"))
+    context.after("train", lambda run: _copied(run, "initial"))
 
 
 @sabotage("a checkpoint taken for the result", since="train")
-def saved_from_halfway(scene: Scene) -> None:
+def saved_from_halfway(context: Context) -> None:
     """The adapter that training leaves is that of an earlier checkpoint, three quarters through."""
-    scene.after("train", lambda run: _copied(run, "checkpoint-232"))
+    context.after("train", lambda run: _copied(run, "checkpoint-232"))
 
 
 @sabotage("adapter of another base", since="train")
-def adapter_of_another_base(scene: Scene) -> None:
+def adapter_of_another_base(context: Context) -> None:
     """The trainer loads other weights of the same shape than everything after it."""
 
-    def wrapper(original: Any) -> Any:
-        def load(*arguments: Any, **more: Any) -> Any:
-            model = original(*arguments, **more)
-            layers = model.model.layers
-            first, last = layers[0].state_dict(), layers[-1].state_dict()
-            kept = {name: tensor.clone() for name, tensor in first.items()}
-            layers[0].load_state_dict(last)
-            layers[-1].load_state_dict(kept)
-            return model
+    def load(original: Any, *arguments: Any, **more: Any) -> Any:
+        model = original(*arguments, **more)
+        layers = model.model.layers
+        first, last = layers[0].state_dict(), layers[-1].state_dict()
+        kept = {name: tensor.clone() for name, tensor in first.items()}
+        layers[0].load_state_dict(last)
+        layers[-1].load_state_dict(kept)
+        return model
 
-        return load
-
-    scene.wrap("finetune.backends.torch.training:load_model", wrapper)
+    context.wrap(LOAD_TRAINED_MODEL, load)
 
 
 @sabotage("another base named in the adapter", since="train")
-def another_base_named(scene: Scene) -> None:
+def another_base_named(context: Context) -> None:
     """The adapter's configuration names a base that it was not trained on."""
-    _configured(scene, base_model_name_or_path="somebody/another-model")
+    change_adapter_config(context, base_model_name_or_path="somebody/another-model")
 
 
 @sabotage("lora_alpha saved wrong", imitates="https://github.com/huggingface/diffusers/issues/6087", since="train")
-def lora_alpha_saved_wrong(scene: Scene) -> None:
+def lora_alpha_saved_wrong(context: Context) -> None:
     """The adapter's configuration names a third less lora_alpha than it was trained with."""
-    _configured(scene, lora_alpha=48)
+    change_adapter_config(context, lora_alpha=48)
 
 
 @sabotage("rank scaling lost in saving", imitates="https://github.com/vllm-project/vllm/issues/10798", since="train")
-def rank_scaling_lost(scene: Scene) -> None:
+def rank_scaling_lost(context: Context) -> None:
     """The adapter's configuration forgets `use_rslora`, and with it the scale."""
-    scene.set("train.lora.use_rslora", True)
-    scene.set("train.lora.lora_alpha", 11.3)
+    context.set("train.lora.use_rslora", True)
+    context.set("train.lora.lora_alpha", 11.3)
 
-    def wrapper(original: Any) -> Any:
-        def save(self: Any, directory: str, *arguments: Any, **more: Any) -> None:
-            original(self, directory, *arguments, **more)
-            file = Path(directory) / "adapter_config.json"
-            write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "use_rslora": False})
+    def save(original: Any, self: Any, directory: str, *arguments: Any, **more: Any) -> None:
+        original(self, directory, *arguments, **more)
+        file = Path(directory) / "adapter_config.json"
+        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "use_rslora": False})
 
-        return save
-
-    scene.wrap("peft.config:PeftConfigMixin.save_pretrained", wrapper)
+    context.wrap("peft.config:PeftConfigMixin.save_pretrained", save)
 
 
 @sabotage("a tensor zeroed", since="train", fast=True)
-def tensor_zeroed(scene: Scene) -> None:
+def tensor_zeroed(context: Context) -> None:
     """One B matrix of the saved adapter is all zeros."""
     name = TENSORS.format(1, "v_proj", "B")
-    _stored(scene, ADAPTER, lambda tensors: {**tensors, name: tensors[name] * 0})
+    change_tensors(context, ADAPTER, lambda tensors: {**tensors, name: tensors[name] * 0})
 
 
 @sabotage("an A matrix zeroed", since="train")
-def a_matrix_zeroed(scene: Scene) -> None:
+def a_matrix_zeroed(context: Context) -> None:
     """One A matrix of the saved adapter is all zeros, so that its B counts for nothing."""
     name = TENSORS.format(1, "v_proj", "A")
-    _stored(scene, ADAPTER, lambda tensors: {**tensors, name: tensors[name] * 0})
+    change_tensors(context, ADAPTER, lambda tensors: {**tensors, name: tensors[name] * 0})
 
 
 @sabotage("two tensors exchanged", since="train")
-def tensors_exchanged(scene: Scene) -> None:
+def tensors_exchanged(context: Context) -> None:
     """Two matrices of the same shape are saved under each other's name."""
-    _exchanged(scene, "k_proj", "v_proj")
+    _exchanged(context, "k_proj", "v_proj")
 
 
 @sabotage("a tensor in another shape's place", since="train")
-def tensors_of_two_shapes(scene: Scene) -> None:
+def tensors_of_two_shapes(context: Context) -> None:
     """Two matrices of different shapes are saved under each other's name."""
-    _exchanged(scene, "k_proj", "q_proj")
+    _exchanged(context, "k_proj", "q_proj")
 
 
-@sabotage("a tensor transposed", ground="full", since="train")
-def tensor_transposed(scene: Scene) -> None:
+@sabotage("a tensor transposed", baseline="full", since="train")
+def tensor_transposed(context: Context) -> None:
     """One square matrix of the saved model lies on its side."""
     name = "model.layers.1.self_attn.o_proj.weight"
-    _stored(scene, MODEL, lambda tensors: {**tensors, name: tensors[name].T.contiguous()})
+    change_tensors(context, MODEL, lambda tensors: {**tensors, name: tensors[name].T.contiguous()})
 
 
 @sabotage("half of the layers not saved", since="train")
-def half_of_the_layers(scene: Scene) -> None:
+def half_of_the_layers(context: Context) -> None:
     """The saved adapter lacks every layer but the first."""
-    _stored(scene, ADAPTER, lambda tensors: {n: t for n, t in tensors.items() if ".layers.0." in n})
+    change_tensors(context, ADAPTER, lambda tensors: {n: t for n, t in tensors.items() if ".layers.0." in n})
 
 
 @sabotage(
@@ -125,10 +119,10 @@ def half_of_the_layers(scene: Scene) -> None:
     imitates="https://github.com/huggingface/sentence-transformers/pull/3865",
     since="train",
 )
-def foreign_names(scene: Scene) -> None:
+def foreign_names(context: Context) -> None:
     """The saved tensors carry the name of a wrapper, so that a loader finds none of them and goes on with the base."""
-    _stored(
-        scene, ADAPTER, lambda tensors: {n.replace(".self_attn.", ".inner.self_attn."): t for n, t in tensors.items()}
+    change_tensors(
+        context, ADAPTER, lambda tensors: {n.replace(".self_attn.", ".inner.self_attn."): t for n, t in tensors.items()}
     )
 
 
@@ -137,62 +131,59 @@ def foreign_names(scene: Scene) -> None:
     imitates="https://github.com/huggingface/sentence-transformers/issues/3980",
     since="train",
 )
-def modules_to_save_lost(scene: Scene) -> None:
+def modules_to_save_lost(context: Context) -> None:
     """The saved adapter lacks what `modules_to_save` asked for, and loaders take the base's."""
-    scene.set("train.lora.modules_to_save", ["norm"])
-    _saved(scene, lambda tensors: {name: tensor for name, tensor in tensors.items() if "lora_" in name})
+    context.set("train.lora.modules_to_save", ["norm"])
+    _saved(context, lambda tensors: {name: tensor for name, tensor in tensors.items() if "lora_" in name})
 
 
 @sabotage("adapter saved in half precision", since="train")
-def half_precision(scene: Scene) -> None:
+def half_precision(context: Context) -> None:
     """Every tensor of an adapter is rounded to float16 when it is saved."""
 
-    _saved(scene, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
+    _saved(context, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
 
 
-@sabotage("model saved in bfloat16", ground="full", since="train")
-def saved_in_bfloat16(scene: Scene) -> None:
+@sabotage("model saved in bfloat16", baseline="full", since="train")
+def saved_in_bfloat16(context: Context) -> None:
     """The saved model is rounded to bfloat16, which its configuration does not say."""
 
     def rounded(tensors: dict[str, Any]) -> dict[str, Any]:
         return {name: tensor.bfloat16() for name, tensor in tensors.items()}
 
-    _stored(scene, MODEL, rounded)
+    change_tensors(context, MODEL, rounded)
 
 
-@sabotage("rounded through bfloat16 in saving", ground="resume", since="train")
-def rounded_in_saving(scene: Scene) -> None:
+@sabotage("rounded through bfloat16 in saving", baseline="resume", since="train")
+def rounded_in_saving(context: Context) -> None:
     """Every tensor of an adapter passes through bfloat16 on its way to the disk, and is stored as float32."""
 
-    _saved(scene, lambda tensors: {name: tensor.bfloat16().to(tensor.dtype) for name, tensor in tensors.items()})
+    _saved(context, lambda tensors: {name: tensor.bfloat16().to(tensor.dtype) for name, tensor in tensors.items()})
 
 
 @sabotage(
     "trained embedding not saved",
     imitates="https://github.com/huggingface/transformers/issues/45127",
-    ground="full",
+    baseline="full",
     since="train",
 )
-def embedding_lost(scene: Scene) -> None:
+def embedding_lost(context: Context) -> None:
     """The saved model carries the base's embedding, wherever it is saved."""
 
-    def wrapper(original: Any) -> Any:
-        def save(self: Any, *arguments: Any, **more: Any) -> Any:
-            import torch
-            from safetensors.torch import load_file
+    def save(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
+        import torch
+        from safetensors.torch import load_file
 
-            weight = self.get_input_embeddings().weight
-            kept = weight.detach().clone()
-            stored = load_file(Path(self.name_or_path) / "model.safetensors")
-            with torch.no_grad():
-                weight.copy_(stored["model.embed_tokens.weight"])
-                saved = original(self, *arguments, **more)
-                weight.copy_(kept)
-            return saved
+        weight = self.get_input_embeddings().weight
+        kept = weight.detach().clone()
+        stored = load_file(Path(self.name_or_path) / "model.safetensors")
+        with torch.no_grad():
+            weight.copy_(stored["model.embed_tokens.weight"])
+            saved = original(self, *arguments, **more)
+            weight.copy_(kept)
+        return saved
 
-        return save
-
-    scene.wrap("transformers.modeling_utils:PreTrainedModel.save_pretrained", wrapper)
+    context.wrap("transformers.modeling_utils:PreTrainedModel.save_pretrained", save)
 
 
 @sabotage(
@@ -201,17 +192,17 @@ def embedding_lost(scene: Scene) -> None:
     since="train",
     fast=True,
 )
-def without_a_template(scene: Scene) -> None:
+def without_a_template(context: Context) -> None:
     """The tokenizer that is saved with the adapter has no chat template."""
 
     def change(run: Run) -> None:
         (run.path / "train" / "adapter" / "chat_template.jinja").unlink()
 
-    scene.after("train", change)
+    context.after("train", change)
 
 
 @sabotage("saved with another tokenizer", since="train")
-def another_tokenizer(scene: Scene) -> None:
+def another_tokenizer(context: Context) -> None:
     """The tokenizer that is saved with the adapter numbers two of its tokens the other way round."""
 
     def change(run: Run) -> None:
@@ -221,7 +212,7 @@ def another_tokenizer(scene: Scene) -> None:
         words["a"], words["e"] = words["e"], words["a"]
         write_json(file, tokenizer)
 
-    scene.after("train", change)
+    context.after("train", change)
 
 
 # -- what a resumed training takes up ----------------------------------------------------------------------------------
@@ -230,142 +221,111 @@ def another_tokenizer(scene: Scene) -> None:
 @sabotage(
     "optimizer state lost at resume",
     imitates="https://github.com/ace-step/ACE-Step-1.5/issues/742",
-    ground="resume",
+    baseline="resume",
     since="measure",
     fast=True,
 )
-def optimizer_lost(scene: Scene) -> None:
+def optimizer_lost(context: Context) -> None:
     """A resumed training begins with an empty optimizer."""
 
-    def wrapper(original: Any) -> Any:
-        def load(self: Any, checkpoint: str | None) -> None:
-            import torch
+    def load(original: Any, self: Any, checkpoint: str | None) -> None:
+        import torch
 
-            if checkpoint is not None:
-                state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
-                self.lr_scheduler.load_state_dict(state)
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+            self.lr_scheduler.load_state_dict(state)
 
-        return load
-
-    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", wrapper)
+    context.wrap(RESUME_OPTIMIZER, load)
 
 
 @sabotage(
     "scheduler restarted at resume",
     imitates="https://github.com/huggingface/transformers/issues/23099",
-    ground="resume",
+    baseline="resume",
     since="measure",
 )
-def scheduler_restarted(scene: Scene) -> None:
+def scheduler_restarted(context: Context) -> None:
     """A resumed training goes through the learning rate's schedule from its beginning."""
 
-    def wrapper(original: Any) -> Any:
-        def load(self: Any, checkpoint: str | None) -> None:
-            original(self, checkpoint)
-            if checkpoint is not None:
-                self.lr_scheduler.last_epoch = 0
+    def load(original: Any, self: Any, checkpoint: str | None) -> None:
+        original(self, checkpoint)
+        if checkpoint is not None:
+            self.lr_scheduler.last_epoch = 0
 
-        return load
-
-    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", wrapper)
+    context.wrap(RESUME_OPTIMIZER, load)
 
 
-@sabotage("data order restarted at resume", ground="resume", since="measure")
-def data_restarted(scene: Scene) -> None:
+@sabotage("data order restarted at resume", baseline="resume", since="measure")
+def data_restarted(context: Context) -> None:
     """A resumed training begins with the first batch of the epoch."""
-    scene.wrap(f"{TRAINER}:skip_first_batches", lambda original: lambda dataloader, count=0: dataloader)
+    context.wrap("transformers.trainer:skip_first_batches", lambda original, dataloader, count=0: dataloader)
 
 
-@sabotage("random state lost at resume", ground="resume", since="measure")
-def random_state_lost(scene: Scene) -> None:
+@sabotage("random state lost at resume", baseline="resume", since="measure")
+def random_state_lost(context: Context) -> None:
     """A resumed training with dropout draws other masks than the one that was interrupted."""
-    scene.set("train.lora.lora_dropout", 0.1)
-    scene.wrap(f"{TRAINER}:Trainer._load_rng_state", lambda original: lambda self, checkpoint: None)
+    context.set("train.lora.lora_dropout", 0.1)
+    context.wrap(f"{TRAINER}._load_rng_state", lambda original, self, checkpoint: None)
 
 
 @sabotage(
     "resume trains every parameter",
     imitates="https://github.com/Blaizzy/mlx-vlm/issues/2178",
-    ground="resume",
+    baseline="resume",
     since="measure",
 )
-def resume_unfreezes(scene: Scene) -> None:
+def resume_unfreezes(context: Context) -> None:
     """A resumed training lets gradients into the base, too."""
 
-    def wrapper(original: Any) -> Any:
-        def load(self: Any, checkpoint: str | None) -> None:
-            original(self, checkpoint)
-            if checkpoint is not None:
-                self.model.requires_grad_(True)
+    def load(original: Any, self: Any, checkpoint: str | None) -> None:
+        original(self, checkpoint)
+        if checkpoint is not None:
+            self.model.requires_grad_(True)
 
-        return load
-
-    scene.wrap(f"{TRAINER}:Trainer._load_optimizer_and_scheduler", wrapper)
+    context.wrap(RESUME_OPTIMIZER, load)
 
 
 @sabotage(
-    "resume starts anew", imitates="https://github.com/oobabooga/textgen/issues/1459", ground="resume", since="measure"
+    "resume starts anew",
+    imitates="https://github.com/oobabooga/textgen/issues/1459",
+    baseline="resume",
+    since="measure",
 )
-def resume_starts_anew(scene: Scene) -> None:
+def resume_starts_anew(context: Context) -> None:
     """The checkpoint is passed over in silence, and training begins at step 1."""
-    scene.wrap(f"{TRAINER}:Trainer.train", lambda original: lambda self, **more: original(self))
+    context.wrap(f"{TRAINER}.train", lambda original, self, **more: original(self))
 
 
-@sabotage("resume from an older checkpoint", ground="resume", since="measure")
-def resume_from_an_older(scene: Scene) -> None:
+@sabotage("resume from an older checkpoint", baseline="resume", since="measure")
+def resume_from_an_older(context: Context) -> None:
     """The weights are those of an earlier checkpoint than the steps are counted from."""
-    scene.set("train.save_total_limit", 3)
+    context.set("train.save_total_limit", 3)
 
-    def wrapper(original: Any) -> Any:
-        def load(self: Any, checkpoint: str, model: Any = None) -> None:
-            original(self, str(Path(checkpoint).with_name("checkpoint-116")), model)
+    def load(original: Any, self: Any, checkpoint: str, model: Any = None) -> None:
+        original(self, str(Path(checkpoint).with_name("checkpoint-116")), model)
 
-        return load
-
-    scene.wrap(f"{TRAINER}:Trainer._load_from_checkpoint", wrapper)
+    context.wrap(RESUME_WEIGHTS, load)
 
 
-@sabotage("resume without the trained weights", ground="resume", since="measure")
-def resume_without_weights(scene: Scene) -> None:
+@sabotage("resume without the trained weights", baseline="resume", since="measure")
+def resume_without_weights(context: Context) -> None:
     """Optimizer and step count are taken up, the weights are not."""
-    scene.wrap(f"{TRAINER}:Trainer._load_from_checkpoint", lambda original: lambda self, *a, **more: None)
+    context.wrap(RESUME_WEIGHTS, lambda original, self, *a, **more: None)
 
 
-def _exchanged(scene: Scene, *modules: str) -> None:
+def _exchanged(context: Context, *modules: str) -> None:
     one, other = (TENSORS.format(1, module, "B") for module in modules)
-    _stored(scene, ADAPTER, lambda tensors: {**tensors, one: tensors[other], other: tensors[one]})
+    change_tensors(context, ADAPTER, lambda tensors: {**tensors, one: tensors[other], other: tensors[one]})
 
 
-def _saved(scene: Scene, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def _saved(context: Context, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Change the tensors of every adapter on their way to the disk, checkpoints' too."""
 
-    def wrapper(original: Any) -> Any:
-        return lambda tensors, *arguments, **more: original(change(tensors), *arguments, **more)
-
-    scene.wrap("peft.peft_model:safe_save_file", wrapper)
+    context.wrap(
+        "peft.peft_model:safe_save_file",
+        lambda original, tensors, *arguments, **more: original(change(tensors), *arguments, **more),
+    )
 
 
 def _copied(run: Run, source: str) -> None:
     shutil.copy2(run.path / "train" / source / Path(ADAPTER).name, run.path / ADAPTER)
-
-
-def _configured(scene: Scene, **values: Any) -> None:
-    """Change what the trained adapter's configuration says."""
-
-    def change(run: Run) -> None:
-        file = run.path / "train" / "adapter" / "adapter_config.json"
-        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **values})
-
-    scene.after("train", change)
-
-
-def _stored(scene: Scene, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Change the tensors that a training left in a file."""
-
-    def rewrite(run: Run) -> None:
-        from safetensors.torch import load_file, save_file
-
-        file = run.path / name
-        save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-    scene.after("train", rewrite)

@@ -13,7 +13,9 @@ import socket
 import struct
 import sys
 
-SOCKET, PATCHES = "FT_SABOTAGE_SOCKET", "FT_SABOTAGE_PATCHES"
+SOCKET = "FT_SABOTAGE_SOCKET"
+# The sabotage (`module:function`), the first stage that its patches act in, the folder in which their calls are counted.
+PATCHES, SINCE, CALLS = "FT_SABOTAGE_PATCHES", "FT_SABOTAGE_SINCE", "FT_SABOTAGE_CALLS"
 LENGTH = struct.Struct("!I")
 LOST = 70  # the exit code where the copy died without one
 
@@ -23,7 +25,7 @@ def patch() -> None:
     if reference := os.environ.get(PATCHES):
         from sabotage.import_hook import install
 
-        install(reference)
+        install(reference, os.environ.get(SINCE, ""), os.environ.get(CALLS, ""))
 
 
 def hand_over(module: str, arguments: list[str]) -> None:

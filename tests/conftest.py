@@ -21,7 +21,7 @@ import pytest
 from finetune.testing.plugin import required
 from support import skips
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "support.meaningful"]
 pytest.register_assert_rewrite("contract", "support.ollama_contract")
 
 TESTS = Path(__file__).parent

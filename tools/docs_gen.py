@@ -1,5 +1,6 @@
 """The docs that are written from the code: docs/recipes.md and the keys in docs/specs.md from the models, the tree
-in docs/architecture.md from the source, docs/detection.md from the measured docs/detection.json.
+in docs/architecture.md from the source, the verdicts in docs/checks.md from the checks, docs/detection.md from the measured
+docs/detection.csv.
 
 `python -m tools.docs_gen` writes them; with `--check` it writes nothing and exits 1 when one is out of date.
 """
@@ -11,29 +12,31 @@ import ast
 import json
 import re
 import sys
-import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
+from finetune.checks import BY_NAME
+from finetune.checks.explained import OF_CHECK
 from finetune.core import schemas
 from finetune.models import tiny
-from finetune.recipe import Recipe
 from finetune.recipe.aliases import ALIASES, OLDER
+from finetune.recipe.keys import SECTIONS, default, kind, own_fields
 from finetune.recipe.legacy import FIELD_KEYS
 from finetune.recipe.profiles import PROFILES
-from finetune.recipe.sections import Align, Data, Evaluate, Expect, Lora, Model, Optimization, Section, Template, Train
+from finetune.recipe.sections import Section
 from finetune.testing import logs
 from finetune.testing.spec.model import Bounds, Inference, Learned, Loss, Spec, Stderr, json_schema
-from sabotage import baseline, detection
+from sabotage import detection
+from tools import sabotage_docs
 
 RECIPES = Path("docs/recipes.md")
 SPECS = Path("docs/specs.md")
 SPEC_SCHEMA = Path("docs/spec.schema.json")
 SABOTAGE = Path("docs/sabotage.md")
+CHECKS = Path("docs/checks.md")
 COMPATIBILITY = Path("docs/compatibility.md")
 ARCHITECTURE = Path("docs/architecture.md")
 SOURCE = Path("src/finetune")
@@ -111,24 +114,6 @@ goes to `finetune download --config FILE`. They are read as recipes, so an error
 | `device` | `model.device` |
 """
 
-# Where a section stands in the file, its class, and a sentence about it.
-SECTIONS: tuple[tuple[str, type[Section], str], ...] = (
-    ("Top level", Recipe, "Sections have a table each, further down."),
-    ("`model`", Model, "`model: NAME` is short for `model: {path: NAME}`."),
-    ("`data`", Data, "`align.data` takes the same keys, and wants preference pairs."),
-    (
-        "`template`",
-        Template,
-        "How a conversation becomes text; alpaca, chatml, llama and llama3 come with the package.",
-    ),
-    ("`train` and `align`", Optimization, "Keys of both, by the names that TRL and transformers give them."),
-    ("`train`", Train, "Supervised fine-tuning. Takes the keys above too."),
-    ("`train.lora`", Lora, "Used with `train.method: lora`; the names are those of PEFT's `LoraConfig`."),
-    ("`align`", Align, "Preference alignment after training. Takes the keys above too."),
-    ("`evaluate`", Evaluate, "What the model is asked before and after. Each file is JSONL, one object a line."),
-    ("`expect`", Expect, "Bounds of the checks. A check that finds no evidence fails, whatever the bound."),
-)
-
 SPEC_SECTIONS: tuple[tuple[str, type[Section], str], ...] = (
     ("Top level", Spec, "The first three are required."),
     ("`loss`", Loss, "A bound that a model passes which learned nothing is honoured, and reported as vacuous."),
@@ -142,159 +127,23 @@ SPEC_SECTIONS: tuple[tuple[str, type[Section], str], ...] = (
     ("`bounds`", Bounds, "Without a key, no bound."),
 )
 
-# What the models leave to the libraries' own names, said in words. A key with neither is an error, and so is a word
-# for a key that needs none.
-WORDS = {
-    "Recipe.align": "Preference alignment; off when absent.",
-    "Recipe.data": "What to train on; required unless `train: null`.",
-    "Recipe.evaluate": "What the model is asked before and after.",
-    "Recipe.expect": "Bounds of the checks.",
-    "Recipe.model": "Which model.",
-    "Recipe.template": "How a conversation becomes text.",
-    "Recipe.train": "How to fine-tune; `null` skips it.",
-    "Optimization.adam_beta1": "Decay of Adam's mean of gradients.",
-    "Optimization.adam_beta2": "Decay of Adam's mean of squared gradients.",
-    "Optimization.adam_epsilon": "Keeps Adam from dividing by zero.",
-    "Optimization.bf16": "Compute in bfloat16.",
-    "Optimization.dataloader_num_workers": "Processes that load rows; 0 loads in the training process.",
-    "Optimization.eval_steps": "Steps between evaluations, with `eval_strategy: steps`.",
-    "Optimization.eval_strategy": "When to compute the loss on the held-out rows.",
-    "Optimization.fp16": "Compute in float16 with loss scaling; a GPU only.",
-    "Optimization.full_determinism": "Deterministic kernels, at some cost in speed.",
-    "Optimization.gradient_accumulation_steps": "Batches added up before a weight update.",
-    "Optimization.gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
-    "Optimization.learning_rate": "Peak learning rate.",
-    "Optimization.logging_steps": "Steps between logged losses; a step whose held-out loss is taken is logged, too.",
-    "Optimization.lr_scheduler_type": "How the learning rate moves over the run.",
-    "Optimization.max_grad_norm": "Gradients are clipped to this norm; 0 turns clipping off.",
-    "Optimization.num_train_epochs": "Passes over the rows.",
-    "Optimization.optim": "Optimizer, by the name that transformers gives it.",
-    "Optimization.per_device_eval_batch_size": "Rows per device and evaluation batch.",
-    "Optimization.per_device_train_batch_size": "Rows per device and training batch.",
-    "Optimization.report_to": "Trackers by transformers' names: `none`, one, or a list; see trackers.md.",
-    "Optimization.save_steps": "Steps between checkpoints.",
-    "Optimization.save_strategy": "When to save a checkpoint.",
-    "Optimization.save_total_limit": "Checkpoints kept; empty keeps all.",
-    "Optimization.seed": "Seed of everything random.",
-    "Optimization.tf32": "TF32 matrix multiplication on recent NVIDIA GPUs; the library's choice when empty.",
-    "Optimization.torch_compile": "Compile the model with torch.compile.",
-    "Optimization.weight_decay": "Weight decay.",
-    "Train.early_stopping_threshold": "How much the evaluation loss must fall to count as gain.",
-    "Train.label_smoothing_factor": "Share of probability spread over the other tokens.",
-    "Train.lora": "Settings of the adapter.",
-    "Train.loss_type": "`nll` is cross-entropy; `dft` weighs each token by its own probability.",
-    "Train.method": "Train a LoRA adapter, or every weight.",
-    "Train.neftune_noise_alpha": "Noise added to the embeddings (NEFTune); off when empty.",
-    "Train.packing": "Put several rows into one sequence.",
-    "Train.packing_strategy": "How rows are packed.",
-    "Lora.alpha_pattern": "`lora_alpha` for modules of these names.",
-    "Lora.bias": "Which biases are trained too.",
-    "Lora.init_lora_weights": "How the adapter starts; `true` starts without any effect on the model.",
-    "Lora.layers_to_transform": "Layers that get an adapter; all when empty.",
-    "Lora.lora_alpha": "The adapter's output is scaled by `lora_alpha / r`.",
-    "Lora.lora_dropout": "Dropout before the adapter.",
-    "Lora.modules_to_save": "Modules trained and saved whole, beside the adapter.",
-    "Lora.r": "Rank of the adapter.",
-    "Lora.rank_pattern": "`r` for modules of these names.",
-    "Lora.use_dora": "Train magnitude and direction apart (DoRA).",
-    "Lora.use_rslora": "Scale by `lora_alpha / sqrt(r)` (rank-stabilised).",
-    "Align.beta": "How strongly the model is held to its reference.",
-    "Align.data": "Preference pairs: `prompt`, `chosen`, `rejected`.",
-    "Align.learning_rate": "Peak learning rate.",
-    "Align.loss_type": "Loss over the margin between chosen and rejected.",
-    "Align.label_smoothing": "Assumed share of pairs labelled the wrong way round.",
-    "Align.method": "Direct preference optimisation.",
-    "Align.num_train_epochs": "Passes over the pairs.",
-    "Evaluate.max_new_tokens": "Tokens an answer may have.",
-}
 
-_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-_PLAIN = {
-    str: "text",
-    SecretStr: "text",
-    int: "integer",
-    float: "number",
-    bool: "true or false",
-    type(None): "empty",
-    Any: "value",
-}
-
-
-def kind(annotation: Any, metadata: Iterable[object] = ()) -> str:
-    """A type in a reader's words: `integer > 0`, `one of "a", "b"`, `list of text`."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        inner = [part for item in arguments[1:] for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
-        return kind(arguments[0], [*inner, *metadata])
-    if origin is Literal:
-        values = ", ".join(f"`{value}`" for value in arguments)
-        return f"one of {values}" if len(arguments) > 1 else values
-    if origin in (Union, types.UnionType):
-        return " or ".join(kind(choice) for choice in arguments)
-    if origin is list:
-        return f"list of {kind(arguments[0])}"
-    if origin is dict:
-        return f"`name: {kind(arguments[1])}` pairs"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "section"
-    parts = list(metadata)
-    bounds = [
-        f"{sign} {getattr(part, name):g}" for part in parts for name, sign in _SIGNS.items() if hasattr(part, name)
-    ]
-    return f"{_PLAIN[annotation]} {' and '.join(bounds)}".strip()
-
-
-def default(field: FieldInfo) -> str:
-    """A field's default as YAML has it."""
-    if field.is_required():
-        return "required"
-    if field.default_factory is not None:
-        return (
-            ""
-            if kind(field.annotation).startswith("section")
-            else "`[]`"
-            if "list" in str(field.annotation)
-            else "`{}`"
-        )
-    if field.default is None:
-        return ""
-    return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
-
-
-def own_fields(model: type[Section]) -> dict[str, FieldInfo]:
-    """The fields that a section does not share with Optimization: new ones, and those with a default of their own."""
-    if model is Optimization or not issubclass(model, Optimization):
-        return dict(model.model_fields)
-    shared = Optimization.model_fields
-    fields = model.model_fields.items()
-    return {name: field for name, field in fields if name not in shared or field.default != shared[name].default}
-
-
-def describe(model: type[Section], name: str, field: FieldInfo, unused: set[str]) -> str:
-    """What a key is for. Raises KeyError where neither the model nor WORDS says."""
-    if field.description:
-        return field.description
-    unused.discard(f"{model.__name__}.{name}")
-    return WORDS[f"{model.__name__}.{name}"]
-
-
-def recipe_tables() -> Iterator[str]:
-    """The recipe's tables. Raises ValueError where WORDS and the models have come apart."""
-    unused = set(WORDS)
-    yield from tables(SECTIONS, unused)
-    if unused:
-        raise ValueError(f"docs_gen.WORDS describes keys that need no words: {', '.join(sorted(unused))}")
-
-
-def tables(sections: Iterable[tuple[str, type[Section], str]], unused: set[str]) -> Iterator[str]:
-    """A heading and a table for every section; the WORDS that were needed are taken out of `unused`."""
+def tables(sections: Iterable[tuple[str, type[Section], str]]) -> Iterator[str]:
+    """A heading and a table for every section. Raises ValueError where a key does not say what it is for."""
     for title, model, sentence in sections:
         yield f"## {title}\n\n{sentence}\n"
         rows = [
-            (f"`{name}`", kind(field.annotation, field.metadata), default(field), describe(model, name, field, unused))
+            (f"`{name}`", kind(field.annotation, field.metadata), default(field), described(model, name, field))
             for name, field in own_fields(model).items()
         ]
         yield table(("key", "type", "default", "what it is"), rows)
+
+
+def described(model: type[Section], name: str, field: FieldInfo) -> str:
+    """What a key is for. Raises ValueError where its field does not say."""
+    if not field.description:
+        raise ValueError(f"{model.__name__}.{name} has no description")
+    return field.description
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -312,7 +161,7 @@ def recipes() -> str:
         INTRO,
         "## Profiles\n\n`profile: NAME` sets defaults for a kind of task; whatever the recipe says itself wins.\n",
         table(("profile", "sets"), profiles),
-        *recipe_tables(),
+        *tables(SECTIONS),
         LEGACY,
         "Keys with another name now, beside those in compatibility.md:\n",
         table(("old", "new"), renamed),
@@ -350,13 +199,36 @@ def architecture(text: str, source: Path) -> str:
 
 def specs(text: str) -> str:
     """docs/specs.md with the tables of keys between its markers written anew."""
-    return between(text, "keys", "\n" + "\n".join(tables(SPEC_SECTIONS, set())))
+    return between(text, "keys", "\n" + "\n".join(tables(SPEC_SECTIONS)))
 
 
-def grounds(text: str) -> str:
-    """docs/sabotage.md with the table of grounds."""
-    rows = ([f"`{name}`", each.what] for name, each in baseline.GROUNDS.items())
-    return between(text, "grounds", table(("ground", "what it does"), rows))
+def verdicts(text: str) -> str:
+    """docs/checks.md with the tables of verdicts, one a check, between its markers written anew."""
+    head = ("verdict", "what it measures", "read from", "bound")
+    tables = (
+        f"**{check}**: {BY_NAME[check].help}\n\n"
+        + table(
+            head,
+            (
+                (f"`{name}`", each.measures, ", ".join(map(_place, each.evidence)), each.bound)
+                for name, each in entries.items()
+            ),
+        )
+        for check, entries in OF_CHECK.items()
+    )
+    return between(text, "verdicts", "\n" + "\n".join(tables))
+
+
+def _place(evidence: str) -> str:
+    """A path as code; words as they are."""
+    return evidence if " " in evidence else f"`{evidence}`"
+
+
+def sabotages(text: str) -> str:
+    """docs/sabotage.md with the tables of baselines, of places to patch and of what changes files."""
+    text = between(text, "baselines", table(("baseline", "what it does"), sabotage_docs.baselines()))
+    text = between(text, "targets", table(("name", "place", "what it takes, and gives"), sabotage_docs.places()))
+    return between(text, "files", table(("helper", "what it does"), sabotage_docs.helpers()))
 
 
 def compatibility(text: str) -> str:
@@ -394,7 +266,8 @@ def outdated(root: Path) -> dict[Path, str]:
     for name, write in (
         (ARCHITECTURE, lambda text: architecture(text, root / SOURCE)),
         (SPECS, specs),
-        (SABOTAGE, grounds),
+        (CHECKS, verdicts),
+        (SABOTAGE, sabotages),
         (COMPATIBILITY, compatibility),
     ):
         if (root / name).is_file():

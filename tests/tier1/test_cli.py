@@ -784,7 +784,7 @@ def test_doctor_lists_what_there_is_and_the_line_that_gets_what_is_not(
     assert result.exit_code == 0
     assert found["pydantic"]["ok"]
     assert not found["torch"]["ok"]
-    assert found["torch"]["fix"] == "pip install 'finetune[torch]'"
+    assert found["torch"]["fix"] == "pip install 'finetune-proof[torch]'"
     assert found["extra torch"]["found"] == "lacks torch, trl"
     assert found["hub"]["found"] == "switched off by HF_HUB_OFFLINE"
     assert {"python", "cpu", "memory", "disk", "gpu", "embedded model", "find-links"} <= set(found)
@@ -800,7 +800,7 @@ def test_doctor_ends_with_3_when_a_required_thing_is_missing(here: Path, monkeyp
     assert "Did you mean 'torch'?" in misspelled.stderr
     result = call("doctor", "--require", "torch")
     assert result.exit_code == 3
-    assert "pip install 'finetune[torch]'" in result.stderr
+    assert "pip install 'finetune-proof[torch]'" in result.stderr
 
 
 def test_estimate_counts_steps_and_compares_methods(here: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,18 @@ from finetune.checks.expected import EXPECT_KEYS
 from finetune.core import processes
 from finetune.core.errors import StageError
 from finetune.stages.pipeline import run_directory, run_stages
-from sabotage import baseline, bench, detection, table
+from sabotage import baseline, bench, detection, table, tables
+from sabotage.__main__ import told
 from sabotage.bench import Found
-from sabotage.context import Scene, as_if_written_so
+from sabotage.calls import Called
+from sabotage.context import Context, as_if_written_so
 from sabotage.controls import controls
 from support import town
 
 ROOT = Path(__file__).parents[2]
 ON_ROWS = [each for each in table().values() if 1 in detection.tiers(each)]
 RAREST = 60
+TABLES = (detection.RESULTS, detection.CONTROLS, detection.BOUNDS)
 STORED = detection.load(ROOT)
 
 
@@ -55,9 +59,9 @@ def test_a_sabotage_of_the_prepared_rows_is_caught(prepared, each, tmp_path):
     recipe = prepared.model_copy(update={"output_dir": str(tmp_path / "runs")})
     run = run_directory(recipe)
     run_stages(recipe, run, ["prepare"])
-    scene = Scene()
-    each.apply(scene)
-    for change in scene.changes["prepare"]:
+    context = Context()
+    each.apply(context)
+    for change in context.changes["prepare"]:
         change(run)
     as_if_written_so(run, "prepare")
     run_stages(recipe, run, ["train"])
@@ -168,6 +172,32 @@ def test_results_of_a_few_take_the_places_of_their_old_rows_and_of_no_others():
     assert (anew["controls"], anew["spreads"]) == (new["controls"], {"v": 2})
 
 
+def test_what_is_stored_is_read_as_it_was_a_row_for_each(tmp_path):
+    each = next(iter(table().values()))
+    told = detection.row(found(each.name, refused='it said, "no"', failed=("x", "y")), each)
+    told |= {"what": "One line.", "tiers": [1, 2]}
+    document = {
+        "machine": "2 cores", "minutes": 1.5, "versions": {"torch": "2"}, "sabotages": [told, {**told, "tiers": []}],
+        "controls": [detection.row(found("c, seed 1"))],
+        "spreads": detection.spreads([found(verdicts=[verdict(1 / 3), verdict(0.0, name="w")])]),
+    }  # fmt: skip
+    (tmp_path / "docs").mkdir()
+    detection.store(tmp_path, document)
+
+    assert detection.load(tmp_path) == document
+    assert document["spreads"]["w"]["room"] is None
+    assert [len((tmp_path / file).read_text().splitlines()) for file in TABLES] == [3, 2, 3]
+
+
+def test_text_of_several_lines_is_stored_in_one(tmp_path):
+    tables.write(tmp_path / "t.csv", {"said": str}, [{"said": "one\n  two"}])
+    assert (tmp_path / "t.csv").read_text() == "said\none two\n"
+
+
+def test_there_is_nothing_stored_in_a_checkout_without(tmp_path):
+    assert detection.load(tmp_path) == {}
+
+
 # -- the bench and its command -----------------------------------------------------------------------------------------
 
 
@@ -179,7 +209,14 @@ def test_a_sabotage_that_breaks_by_itself_is_no_catch():
     assert bench._refused("it", 'File "x.py", line 1\nerror: unexpected KeyError: x') == "unexpected KeyError: x"
 
 
-def test_nothing_is_sabotaged_on_a_ground_whose_honest_run_raises_an_alarm(tmp_path, monkeypatch):
+def test_nor_is_one_of_somebody_elses_module():
+    said = 'Traceback\n  File "x.py", line 1\n  File "/home/somebody/own.py", line 3\nerror: unexpected KeyError: x'
+    with pytest.raises(StageError, match="broken itself"):
+        bench._refused("it", said, "/home/somebody/own.py")
+    assert bench._refused("it", said) == "unexpected KeyError: x"
+
+
+def test_nothing_is_sabotaged_on_a_baseline_whose_honest_run_raises_an_alarm(tmp_path, monkeypatch):
     monkeypatch.setattr(baseline, "recipe", lambda name, folder: {})
     monkeypatch.setattr(bench.Bench, "_carry_out", lambda self, name, *_: found(name, failed=("loss_end",)))
     with pytest.raises(StageError, match="the honest run 'lora' raises an alarm"):
@@ -191,8 +228,8 @@ def test_an_honest_run_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(baseline, "recipe", lambda name, folder: {})
     monkeypatch.setattr(bench.Bench, "_carry_out", lambda self, name, *_: made.append(name) or found(name))
     stand = bench.Bench(tmp_path)
-    assert [stand.ground("lora").name, stand.ground("lora").name] == ["ground lora", "ground lora"]
-    assert made == ["ground lora"]
+    assert [stand.baseline("lora").name, stand.baseline("lora").name] == ["baseline lora", "baseline lora"]
+    assert made == ["baseline lora"]
 
 
 @pytest.mark.parametrize(("code", "failed"), [(0, True), (1, False)])
@@ -203,6 +240,26 @@ def test_an_exit_code_that_says_otherwise_than_the_verdicts_is_no_result(tmp_pat
     monkeypatch.setattr(bench, "verdicts", lambda run: stored)
     with pytest.raises(StageError, match=f"'it' ended with {code}"):
         bench.Bench(tmp_path).control("it", lambda folder: {})
+
+
+def test_what_a_sabotage_did_is_told_with_how_often_and_what_noticed_it():
+    each = table()["every second step skipped"]
+    calls = (Called("one:f", 120, 2), Called("two:f", 0, 0))
+    assert told(replace(found(each.name, failed=("step_size", "loss_end")), calls=calls[:1]), each).splitlines() == [
+        "every second step skipped: caught, 1.0 s",
+        f"  {each.what}",
+        "  called 120 times in 2 processes: one:f",
+        "  failed: step_size, loss_end",
+    ]
+    refused = told(replace(found(each.name, refused="no state to go on from"), calls=calls), each)
+    assert refused.splitlines()[3:] == ["  NEVER CALLED: two:f", "  refused: no state to go on from"]
+    assert told(found(each.name), each).splitlines()[0] == "every second step skipped: MISSED, 1.0 s"
+    assert told(found(each.name), each).splitlines()[-1].startswith("  nothing noticed it")
+
+
+def test_an_honest_run_is_told_as_quiet_or_as_a_false_alarm():
+    assert told(found("c")) == "c: quiet, 1.0 s"
+    assert told(found("c", failed=("loss_end",))) == "c: FALSE ALARM, 1.0 s\n  failed: loss_end"
 
 
 def test_there_are_controls_of_every_kind():

@@ -1,4 +1,4 @@
-"""Grounds by seed and by instruction set: what is stored, how it is told, and what a ground begins with."""
+"""Baselines by seed and by instruction set: what is stored, how it is told, and what a baseline begins with."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def document(*rows):
 # -- what is stored ----------------------------------------------------------------------------------------------------
 
 
-def test_every_ground_ran_with_five_seeds_under_every_instruction_set():
-    places = [(row["ground"], row["instructions"]) for row in STORED["rows"]]
-    assert places == [(name, each) for name in baseline.GROUNDS for each in honest.SETS]
+def test_every_baseline_ran_with_five_seeds_under_every_instruction_set():
+    places = [(row["baseline"], row["instructions"]) for row in STORED["rows"]]
+    assert places == [(name, each) for name in baseline.BASELINES for each in honest.SETS]
     own = {row["capability"] for row in STORED["rows"] if row["instructions"] == "own"}
     few = [row for row in STORED["rows"] if row["runs"] < SEEDS]
     assert all(row["instructions"] != "own" and {row["capability"]} == own for row in few)
 
 
-def test_no_ground_raised_an_alarm_under_any_instruction_set():
-    assert {row["ground"]: row["alarms"] for row in STORED["rows"] if row["alarms"]} == {}
+def test_no_baseline_raised_an_alarm_under_any_instruction_set():
+    assert {row["baseline"]: row["alarms"] for row in STORED["rows"] if row["alarms"]} == {}
 
 
 def test_the_stored_page_is_that_of_the_results():
@@ -79,7 +79,7 @@ def test_alarms_and_what_has_little_room_are_listed_and_what_has_enough_is_not()
     quiet = honest.row("lora", "own", "AVX2", [found(kept(1.0))])
     page = honest.render(document(alarmed, quiet))
 
-    assert "In 2 honest runs of the bench's grounds there was **1 false alarm**" in page
+    assert "In 2 honest runs of the bench's baselines there was **1 false alarm**" in page
     assert "| dpo, seed 3, `avx2` | controls_kept |" in page
     assert "| `dpo` | `avx2` | `controls_kept` | 0.75 >= 0.7 (1.2) |" in page
     assert "| `dpo` | `avx2` (AVX2) | 0 of 1 | 0.75 >= 0.7 (1.2) |" in page
@@ -101,6 +101,21 @@ def test_new_rows_take_the_places_of_their_old_ones_and_of_no_others():
     assert merged["rows"] == [old[0], new[1], new[0]]
 
 
+def test_what_is_stored_is_read_as_it_was(tmp_path):
+    (tmp_path / "docs").mkdir()
+    runs = [found(kept(0.9)), found(refused="no, there is none", name="lora, seed 1")]
+    rows = [honest.row("lora", "avx2", "AVX2", ()), honest.row("lora", "own", "AVX2", runs)]
+    stored = honest.write(tmp_path, document(*rows))
+
+    assert stored["rows"] == rows
+    assert honest.load(tmp_path) == stored
+    assert len((tmp_path / honest.RESULTS).read_text().splitlines()) == 1 + 1 + 3
+
+
+def test_there_is_nothing_stored_in_a_checkout_without(tmp_path):
+    assert honest.load(tmp_path) == {}
+
+
 # -- how it is measured ------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +130,9 @@ def test_instructions_are_limited_within_and_as_they_were_afterwards(monkeypatch
     assert "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
-def test_each_set_runs_each_ground_with_each_seed_and_what_equals_the_cpus_own_is_not_run_twice(tmp_path, monkeypatch):
+def test_each_set_runs_each_baseline_with_each_seed_and_what_equals_the_cpus_own_is_not_run_twice(
+    tmp_path, monkeypatch
+):
     ran = []
     monkeypatch.setattr(honest, "_capability", {"default": "DEFAULT", "avx2": "AVX2", "own": "AVX2"}.get)
     monkeypatch.setattr(baseline, "model", lambda: ran.append(os.environ.get("ATEN_CPU_CAPABILITY")))
@@ -125,7 +142,7 @@ def test_each_set_runs_each_ground_with_each_seed_and_what_equals_the_cpus_own_i
 
     runs = ["full, seed 0", "full, seed 1", "dpo, seed 0", "dpo, seed 1"]
     assert ran == ["default", *runs, None, *runs]
-    assert [(row["ground"], row["instructions"], row["runs"]) for each in measured for row in each["rows"]] == [
+    assert [(row["baseline"], row["instructions"], row["runs"]) for each in measured for row in each["rows"]] == [
         ("full", "default", 2), ("dpo", "default", 2), ("full", "avx2", 0), ("dpo", "avx2", 0), ("full", "own", 2),
         ("dpo", "own", 2),
     ]  # fmt: skip
@@ -135,18 +152,18 @@ def test_each_set_runs_each_ground_with_each_seed_and_what_equals_the_cpus_own_i
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--grounds", "lorra"), "no ground 'lorra'. Did you mean 'lora'?"),
-        (("--grounds", "--capabilities", "avx"), "no instruction set 'avx'. Did you mean 'avx2'?"),
+        (("--baselines", "lorra"), "no baseline 'lorra'. Did you mean 'lora'?"),
+        (("--baselines", "--capabilities", "avx"), "no instruction set 'avx'. Did you mean 'avx2'?"),
     ],
 )
-def test_the_command_refuses_an_unknown_ground_and_an_unknown_set(arguments, said):
+def test_the_command_refuses_an_unknown_baseline_and_an_unknown_set(arguments, said):
     command = processes.command("sabotage", *arguments)
     done = subprocess.run(command, env=baseline.environment(), capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
     assert said in done.stderr
 
 
-# -- what a ground begins with -----------------------------------------------------------------------------------------
+# -- what a baseline begins with -----------------------------------------------------------------------------------------
 
 
 def test_the_model_has_heard_of_no_fact_that_a_run_teaches_or_asks_for():

@@ -21,12 +21,14 @@ from finetune.core.errors import UsageError
 from finetune.core.install import DISTRIBUTION, EXTRAS
 from finetune.recipe import load_mapping
 from finetune.recipe import yaml as recipe_yaml
+from finetune.recipe.keys import SECTIONS, own_fields
+from finetune.recipe.sections import Section
 from tools import docs_gen
 
 ROOT = Path(__file__).parents[2]
 TARGETS = (
     *("quickstart", "test", "test-unit", "test-e2e-workflow", "test-e2e-real-model", "test-e2e-quick", "test-e2e-all"),
-    *("exports", "test-e2e-gguf", "test-e2e-mlx", "test-e2e-ollama", "lint", "format", "docs", "clean"),
+    *("exports", "test-smoke", "test-e2e-gguf", "test-e2e-mlx", "test-e2e-ollama", "lint", "format", "docs", "clean"),
 )
 
 
@@ -127,10 +129,13 @@ def test_make_alone_prints_the_targets_and_sets_nothing_up(tmp_path: Path) -> No
     assert not (tmp_path / ".tools").exists()
 
 
+def _targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^([a-z0-9-]+):.*##", text, flags=re.MULTILINE))
+
+
 def test_workflows_call_targets_that_exist_with_pinned_actions_and_few_rights() -> None:
-    targets = set(
-        re.findall(r"^([a-z0-9-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    )
+    targets = _targets()
     swept = 0
     for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
         workflow = _workflow(path.name)
@@ -147,10 +152,17 @@ def test_workflows_call_targets_that_exist_with_pinned_actions_and_few_rights() 
     assert swept >= 6
 
 
-def test_one_job_waits_for_all_others_and_runs_whatever_became_of_them() -> None:
-    jobs = _workflow("ci.yml")["jobs"]
-    assert set(jobs["required"]["needs"]) == jobs.keys() - {"required"}
-    assert jobs["required"]["if"] == "${{ always() }}"
+def test_every_hook_is_a_target_that_exists_run_whole_at_the_projects_own_versions() -> None:
+    config = YAML(typ="safe").load(ROOT / ".pre-commit-config.yaml")
+    hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+    assert {repository["repo"] for repository in config["repos"]} == {"local"}  # else it is pinned by `rev` alone
+    assert {hook["entry"] for hook in hooks} == {"make lint", "make test-e2e-quick"}
+    for hook in hooks:
+        program, target = hook["entry"].split()
+        assert program == "make"
+        assert target in _targets()
+        assert (hook["id"], hook["language"], hook["pass_filenames"]) == (target, "system", False)
+        assert set(hook["stages"]) <= set(config["default_install_hook_types"])
 
 
 def test_ci_runs_what_make_test_runs() -> None:
@@ -191,6 +203,15 @@ def noxfile(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(loaded, "has_cpu_builds", lambda env: pytest.fail("the index was asked"))
     return loaded
+
+
+@pytest.mark.parametrize("name", ["gguf", "mlx", "ollama"])
+def test_the_session_of_a_runtime_asks_that_runtime_100_questions(noxfile: Any, name: str) -> None:
+    folder, *chosen = noxfile.CELLS[f"tier3-{name}"].paths
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", f"{folder}/test_line.py", *chosen, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"tests/tier3/test_line.py::test_its_own_server_answers_100_queries[{name}]" in done.stdout.splitlines()
 
 
 def test_the_callers_wish_for_torchs_index_is_not_argued_with(noxfile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,9 +294,17 @@ def test_the_documented_example_is_a_recipe() -> None:
 
 def test_every_key_of_a_recipe_is_documented() -> None:
     text = docs_gen.recipes()
-    keys = [(model, name) for _, model, _ in docs_gen.SECTIONS for name in docs_gen.own_fields(model)]
+    keys = [(model, name) for _, model, _ in SECTIONS for name in own_fields(model)]
     assert len(keys) > 90
     assert [name for _, name in keys if f"| `{name}` |" not in text] == []
+
+
+def test_a_key_without_a_description_stops_the_docs() -> None:
+    class Mute(Section):
+        quiet: int = 1
+
+    with pytest.raises(ValueError, match=r"Mute\.quiet has no description"):
+        list(docs_gen.tables([("`mute`", Mute, "Says nothing.")]))
 
 
 def test_the_tree_stands_between_its_markers(tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def test_a_vacuous_bound_passes_and_is_told(repository, pytest_in):
     assert re.search(r"A bound below [\d.]+ would mean something", done.stdout)
 
 
+def test_a_vacuous_bound_in_a_spec_of_this_project_is_a_failure(repository, pytest_in):
+    root = repository(loose=plain("loose", "loss: {final_max: 9.0}\n"), good=plain("good", "loss: {final_max: 2.0}\n"))
+    path = os.pathsep.join(
+        str(Path(file).parents[depth]) for file, depth in ((resource_lock.__file__, 2), (__file__, 1))
+    )
+    done = pytest_in(root, "specs", "-p", "support.meaningful", PYTHONPATH=path)
+    assert done.returncode == 1 and outcomes(done) == {"failed": 1, "passed": 1}
+    assert "specs/loose.yaml:5: loss.final_max: 9 is vacuous" in done.stdout.partition("short test summary")[0]
+
+
 def test_a_command_that_fails_shows_its_last_words(repository, pytest_in):
     root = repository(broken=plain("broken", "dynamic_args: {data.limit: 1, max_length: 8}\n"))
     done = pytest_in(root, "specs")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import psutil
@@ -19,16 +23,16 @@ from finetune.core.files import digest, write_jsonl
 from finetune.run.plan import BY_NAME
 from finetune.stages.pipeline import preview, run_directory, run_stages
 from finetune.stages.runner import fingerprint
-from sabotage import baseline, fork_server, starting
-from sabotage.context import Scene, as_if_written_so
+from sabotage import baseline, fork_server, import_hook, starting
+from sabotage.context import Context, as_if_written_so
 from support import town
 
 WRAPPED = """
-from sabotage.context import Scene
+from sabotage.context import Context
 
-def shout(scene: Scene) -> None:
-    scene.wrap("textwrap:shorten", lambda original: lambda text, width: original(text, width).upper())
-    scene.wrap("fractions:Fraction.limit_denominator", lambda original: lambda self, most=1: "patched")
+def shout(context: Context) -> None:
+    context.wrap("textwrap:shorten", lambda original, text, width: original(text, width).upper())
+    context.wrap("fractions:Fraction.limit_denominator", lambda original, self, most=1: "patched")
 """
 
 
@@ -36,17 +40,17 @@ def test_every_sabotage_says_what_it_does_and_where_it_happens():
     table = sabotage.table()
     assert len(table) >= 14
     for row in table.values():
-        scene = Scene()
-        row.apply(scene)
-        assert scene.recipe or scene.patches or scene.changes, row.name
+        context = Context()
+        row.apply(context)
+        assert context.recipe or context.patches or context.changes, row.name
         assert row.what.endswith("."), row.name
-        assert row.ground in baseline.GROUNDS
-        assert set(scene.changes) <= set(BY_NAME)
+        assert row.baseline in baseline.BASELINES
+        assert set(context.changes) <= set(BY_NAME)
 
 
 def test_two_sabotages_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two sabotages called 'learning rate 0'"):
-        sabotage.sabotage("learning rate 0")(lambda scene: None)
+        sabotage.sabotage("learning rate 0")(lambda context: None)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,111 @@ def test_a_patch_reaches_processes_that_know_nothing_of_it_and_their_children(tm
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.stdout == "A B patched\n", done.stderr
+
+
+THINGS = """
+LIMIT = 3
+
+class Thing:
+    size = property(lambda self: 1)
+
+    def own(self, a, *, b=2):
+        return a + b
+
+    @staticmethod
+    def loose(a):
+        return a
+
+    @classmethod
+    def of(cls, a):
+        return cls.__name__ + a
+"""
+
+
+@pytest.fixture
+def things(monkeypatch):
+    """Patch a module of constants and of functions of every kind; gives it."""
+
+    def patched(change):
+        module = types.ModuleType("things")
+        exec(THINGS, module.__dict__)
+        monkeypatch.setitem(sys.modules, "things", module)
+        context = Context()
+        change(context)
+        import_hook.patch(module, enumerate(context.patches), import_hook.Reach())
+        return module
+
+    return patched
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "gives"),
+    [
+        ("own", lambda thing: thing().own(1, b=4), ["Thing", 1, {"b": 4}, 5]),
+        ("loose", lambda thing: thing().loose(7), [7, {}, 7]),
+        ("loose", lambda thing: thing.loose(7), [7, {}, 7]),
+        ("of", lambda thing: thing.of("!"), [type, "!", {}, "Thing!"]),
+    ],
+)
+def test_a_patch_is_handed_the_original_and_whatever_that_would_have_been_given(things, name, call, gives):
+    def told(original, *arguments, **named):
+        return [*arguments, named, original(*arguments, **named)]
+
+    module = things(lambda context: context.wrap(f"things:Thing.{name}", told))
+    found = call(module.Thing)
+
+    if name != "loose":
+        assert found[0] is module.Thing or type(found[0]) is module.Thing
+        found, gives = found[1:], gives[1:]
+    assert found == gives
+
+
+def test_a_patched_function_still_says_its_name_and_what_it_takes(things):
+    thing = things(lambda context: context.wrap("things:Thing.own", lambda original, *_, **__: None)).Thing
+    assert (thing.own.__qualname__, str(inspect.signature(thing.own))) == ("Thing.own", "(self, a, *, b=2)")
+
+
+def test_what_is_no_function_is_replaced_by_what_is_made_of_it(things):
+    def change(context):
+        context.put("things:LIMIT", lambda original: original + 1)
+        context.put("things:Thing.size", lambda original: property(lambda self: 10 * original.fget(self)))
+
+    module = things(change)
+    assert (module.LIMIT, module.Thing().size) == (4, 10)
+
+
+@pytest.mark.parametrize("target", ["things:LIMIT", "things:Thing.size"])
+def test_calls_of_what_is_no_function_cannot_be_handed_on(things, target):
+    with pytest.raises(TypeError, match=f"{target} is no function; `put`"):
+        things(lambda context: context.wrap(target, lambda original: None))
+
+
+def test_every_function_of_ours_that_a_sabotage_patches_is_there():
+    """Those of libraries are found missing when they are carried out."""
+    ours = set()
+    for row in sabotage.table().values():
+        context = Context()
+        row.apply(context)
+        ours |= {each.target for each in context.patches if each.target.startswith("finetune.")}
+    missing = []
+    for target in ours:
+        module, _, attribute = target.partition(":")
+        names = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")).body
+        for part in attribute.split("."):
+            found = [each for each in names if part in _bound(each)]
+            names = found[0].body if found and isinstance(found[0], ast.ClassDef) else []
+        missing += [target] if not found else []
+    assert len(ours) >= 30
+    assert missing == []
+
+
+def _bound(statement):
+    """The names that a statement of a module binds."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return {(each.asname or each.name).split(".")[0] for each in statement.names}
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    return set()
 
 
 def test_a_changed_file_is_taken_for_what_the_stage_wrote(tmp_path):

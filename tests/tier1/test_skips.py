@@ -98,8 +98,8 @@ def test_the_list_is_whole_and_no_rule_allows_what_another_forbids() -> None:
     # Skips without a limit are those that somebody asked for.
     unlimited = [rule for rule in found if rule.most is None]
     assert {rule.session == "none" or "FT_REAL_MODEL_ENABLE" in rule.reason for rule in unlimited} == {True}
-    # 177, eight more than before: seven of mlflow and wandb, which one nightly session has, and a mount, which takes root.
-    assert sum(rule.most or 0 for rule in found) <= 177, "more may be skipped than before: is that meant?"
+    # 184, seven more than before: the printed report, in the browser that the workflow requires, and 100 questions to Ollama.
+    assert sum(rule.most or 0 for rule in found) <= 184, "more may be skipped than before: is that meant?"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ ROOT = HERE.parents[1]
 
 def test_an_example_spec_with_another_bound_fails_with_file_line_measured_value_and_bound(tmp_path):
     text = (HERE / "specs" / "stories.yaml").read_text("utf-8")
-    changed = text.replace("final_max: 8.0", "final_max: 0.25").replace("max_steps: 200", "max_steps: 4")
+    changed = text.replace("final_max: 0.7", "final_max: 0.25").replace("max_steps: 200", "max_steps: 4")
     file = tmp_path / "specs" / "stories.yaml"
     file.parent.mkdir()
     file.write_text(changed.replace("src/finetune", f"{ROOT}/src/finetune"), encoding="utf-8")

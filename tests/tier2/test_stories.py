@@ -15,6 +15,7 @@ from finetune.recipe.examples import example
 from finetune.run import Run, evidence, layout
 from finetune.stages.pipeline import run_stages
 from finetune.training import estimate
+from support.stories import UNIGRAM_ENTROPY
 
 STEPS = 60
 
@@ -44,6 +45,7 @@ def test_the_first_loss_is_a_guess_over_the_vocabulary(told):
     assert len(steps) == STEPS
     assert steps[0]["loss"] == pytest.approx(uniform, rel=0.02)
     assert steps[-1]["loss"] < uniform / 2
+    assert run.require("prepare").metrics["unigram_entropy"] == pytest.approx(UNIGRAM_ENTROPY, abs=1e-3)
 
 
 def test_the_same_name_and_data_make_the_same_model(told, tmp_path, monkeypatch):

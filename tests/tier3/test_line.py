@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from finetune.report import summary
 from finetune.run import Run
 
 REPORTS = Path(__file__).parents[2] / "reports"
+SECTIONS = ("environment", "data_statistics", "training_metrics", "export_formats", "inference_metrics", "sample_answers",
+            "artifacts")  # fmt: skip
 
 
 def verdicts(run: Run) -> dict[str, dict[str, Any]]:
@@ -78,26 +82,56 @@ def test_mlx_in_fp32_answers_every_probe_with_the_same_tokens(line, family):
     assert seen["learned"]["kept"] == seen["learned"]["known"] >= 12
 
 
-def test_gguf_served_over_http_answers_100_queries(line, asked, family):
-    """An OpenAI client's request for each of the 100 generated questions, answered by llama.cpp's own server."""
-    family("gguf")
-    from finetune.backends.llamacpp.server import serve
-
-    (gguf,) = (line.path / "export" / "gguf-q8_0").glob("*.gguf")
+@pytest.mark.parametrize("name", ["gguf", "mlx", "ollama"])
+def test_its_own_server_answers_100_queries(name, line, asked, family):
+    """An OpenAI client's request for each of the 100 generated questions, answered by the server of the export's runtime:
+    llama.cpp's, mlx-lm's behind `finetune serve`, Ollama. What came of it is told with the whole line, as JSON."""
     queries = read_jsonl(asked["queries"])
-    with serve(gguf, n_ctx=512) as base:
-        answered = [ask(base, query["prompt"]) for query in queries]
+    with SERVERS[family(name)](line) as (base, model):
+        answered = [ask(base, model, query["prompt"]) for query in queries]
     right = [
         is_correct(text, query["answer"], query["match"]) for (text, _), query in zip(answered, queries, strict=True)
     ]
+    told = json.loads(write_summary(line, name, queries=len(queries), right=sum(right)).read_text(encoding="utf-8"))
     assert len(answered) == 100
     assert sum(right) >= 90, [(q["prompt"], a) for q, a, r in zip(queries, answered, right, strict=True) if not r][:5]
     assert [finish for _, finish in answered].count("stop") >= 95
-    write_summary(line, queries=len(queries), right=sum(right))
+    assert told["served"] == {"runtime": name, "queries": 100, "right": sum(right)}
+    assert any(each["hop"].startswith(name) for each in told["export_formats"])
+    assert all(told[section] for section in SECTIONS)
 
 
-def ask(base: str, prompt: str) -> tuple[str, str]:
-    body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 24}
+@contextmanager
+def llama_server(line: Run) -> Iterator[tuple[str, str]]:
+    from finetune.backends.llamacpp.server import serve
+
+    (gguf,) = (line.path / "export" / "gguf-q8_0").glob("*.gguf")
+    with serve(gguf, n_ctx=512, name="line") as base:
+        yield base, "line"
+
+
+@contextmanager
+def mlx_server(line: Run) -> Iterator[tuple[str, str]]:
+    from finetune.serving import serving
+
+    with serving(line, backend="mlx") as base:
+        yield base, line.path.name
+
+
+@contextmanager
+def ollama_server(line: Run) -> Iterator[tuple[str, str]]:
+    from finetune.backends.ollama import OllamaBackend
+
+    with OllamaBackend().load(line.path / "export" / "ollama-q8_0") as model:
+        yield model.client.address, model.name
+
+
+# By runtime: the base URL of its OpenAI-compatible server, and what the server calls the model.
+SERVERS = {"gguf": llama_server, "mlx": mlx_server, "ollama": ollama_server}
+
+
+def ask(base: str, model: str, prompt: str) -> tuple[str, str]:
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 24}
     request = urllib.request.Request(
         f"{base}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -106,18 +140,18 @@ def ask(base: str, prompt: str) -> tuple[str, str]:
     return choice["message"]["content"], choice["finish_reason"]
 
 
-def write_summary(line: Run, **served: int) -> Path:
+def write_summary(line: Run, name: str, **served: int) -> Path:
+    """One file a runtime, beside its session's report."""
     REPORTS.mkdir(exist_ok=True)
-    path = REPORTS / "tier3-summary.json"
-    path.write_text(json.dumps({**summary.end_to_end(line), "served": served}, indent=2, ensure_ascii=False), "utf-8")
+    path = REPORTS / f"tier3-{name}.json"
+    told = {**summary.end_to_end(line), "served": {"runtime": name, **served}}
+    path.write_text(json.dumps(told, indent=2, ensure_ascii=False), "utf-8")
     return path
 
 
 def test_the_summary_has_every_section(line):
     found = json.loads(json.dumps(summary.end_to_end(line)))
-    sections = ("environment", "data_statistics", "training_metrics", "export_formats", "inference_metrics",
-                "sample_answers", "artifacts")  # fmt: skip
-    assert all(found[section] for section in sections)
+    assert all(found[section] for section in SECTIONS)
     assert found["environment"]["packages"]["transformers"]
     assert {"merged", "bundle"} <= set(found["inference_metrics"])
     assert len(found["sample_answers"]) == 10

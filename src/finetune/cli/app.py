@@ -40,6 +40,7 @@ COMMANDS: dict[str, Row] = {
     "doctor": Row("doctor:command", "Show what this machine has and what is missing.", _START),
     "validate": Row("validate:command", "Check a recipe and its files; print it with every default.", _START),
     "estimate": Row("estimate:command", "Memory, disk and steps that a recipe needs, LoRA beside full.", _START),
+    "explain": Row("explain:command", "Say what a verdict, check, stage or key of a recipe means.", _START),
     "completion": Row("completion:command", "Print the completion script for bash, zsh or fish.", _START),
     "run": Row("run:command", "Run all stages of a recipe, verify, and report.", _PROOF),
     "verify": Row("verify:command", "Check a stored run again, from what is on disk.", _PROOF),

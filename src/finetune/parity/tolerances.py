@@ -69,6 +69,15 @@ def bounds(hop: str, recipe: Recipe, computed: str = "float32") -> Bounds:
     )
 
 
+def told(bound: str) -> str:
+    """One of the bounds by what is stored of a weight, in words: `0.95 as q8, 0.9 as q6`. Alike ones are told together."""
+    kinds: dict[float, list[str]] = {}
+    for kind, each in {"merged": _EXACT, "bundle": _EXACT, **_TABLE}.items():
+        kinds.setdefault(getattr(each, bound), []).append(kind)
+    listed = ", ".join(f"{value:g} as {' '.join(names)}" for value, names in kinds.items())
+    return f"{listed}; wider where model.dtype is coarser"
+
+
 def _of_format(hop: str, recipe: Recipe) -> Bounds:
     if hop == "merged":  # stored in the training's type, what is added rounded to it
         return _EXACT if recipe.model.dtype == "float32" else _TABLE[_KINDS[recipe.model.dtype]]

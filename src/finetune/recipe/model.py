@@ -22,18 +22,18 @@ class Recipe(Section):
     name: Name = Field("run", description="Names the run directory.")
     profile: Literal["chat", "instruction", "code"] | None = Field(None, description="Defaults for a kind of task.")
     backend: str = Field("torch", description="What trains: torch, or fake (no weights, for workflow tests).")
-    model: Model = Field(default_factory=Model)
-    data: Data | None = None
-    template: Template = Field(default_factory=Template)
-    train: Train | None = Field(default_factory=Train)
-    align: Align | None = None
-    evaluate: Evaluate = Field(default_factory=Evaluate)
+    model: Model = Field(default_factory=Model, description="Which model.")
+    data: Data | None = Field(None, description="What to train on; required unless `train: null`.")
+    template: Template = Field(default_factory=Template, description="How a conversation becomes text.")
+    train: Train | None = Field(default_factory=Train, description="How to fine-tune; `null` skips it.")
+    align: Align | None = Field(None, description="Preference alignment; off when absent.")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="What the model is asked before and after.")
     export: list[str] = Field(
         default_factory=list,
         description="Formats that the merged model is written in and proven in: gguf:f16, gguf:q8_0, gguf:q4_k_m, mlx, "
         "mlx:q8, ollama, bundle.",
     )
-    expect: Expect = Field(default_factory=Expect)
+    expect: Expect = Field(default_factory=Expect, description="Bounds of the checks.")
     output_dir: str = Field("runs", description="Run directories are made in here.")
 
     @field_validator("export")

@@ -124,20 +124,24 @@ class Template(Section):
 class Lora(Section):
     """PEFT's LoraConfig, by its own names."""
 
-    r: Positive = 16
-    lora_alpha: PositiveFloat = 32
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    r: Positive = Field(16, description="Rank of the adapter.")
+    lora_alpha: PositiveFloat = Field(32, description="The adapter's output is scaled by `lora_alpha / r`.")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout before the adapter.")
     target_modules: str | list[str] = Field(
         "all-linear", description="Module names, a regular expression, or all-linear."
     )
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | None = None
-    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
-    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too.")
+    use_rslora: bool = Field(False, description="Scale by `lora_alpha / sqrt(r)` (rank-stabilised).")
+    use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA).")
+    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = Field(
+        True, description="How the adapter starts; `true` starts without any effect on the model."
+    )
+    modules_to_save: list[str] | None = Field(None, description="Modules trained and saved whole, beside the adapter.")
+    layers_to_transform: list[int] | None = Field(None, description="Layers that get an adapter; all when empty.")
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict, description="`r` for modules of these names.")
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="`lora_alpha` for modules of these names."
+    )
 
     @model_validator(mode="after")
     def _targets(self) -> Lora:
@@ -158,39 +162,53 @@ class Lora(Section):
 class Optimization(Section):
     """What SFT and DPO share: TRL's and transformers' training arguments, by their own names."""
 
-    num_train_epochs: PositiveFloat = 3.0
+    num_train_epochs: PositiveFloat = Field(3.0, description="Passes over the rows.")
     max_steps: Annotated[int, Field(ge=-1)] = Field(-1, description="Overrides the epochs when positive.")
-    per_device_train_batch_size: Positive = 4
-    per_device_eval_batch_size: Positive = 4
-    gradient_accumulation_steps: Positive = 1
-    learning_rate: NonNegativeFloat = 2e-4
+    per_device_train_batch_size: Positive = Field(4, description="Rows per device and training batch.")
+    per_device_eval_batch_size: Positive = Field(4, description="Rows per device and evaluation batch.")
+    gradient_accumulation_steps: Positive = Field(1, description="Batches added up before a weight update.")
+    learning_rate: NonNegativeFloat = Field(2e-4, description="Peak learning rate.")
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
-    ] = "cosine"
+    ] = Field("cosine", description="How the learning rate moves over the run.")
     warmup_steps: NonNegativeFloat = Field(0, description="Steps, or a share of all steps when below 1.")
-    weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: NonNegativeFloat = 1.0
-    optim: str = "adamw_torch"
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
-    adam_epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay.")
+    max_grad_norm: NonNegativeFloat = Field(
+        1.0, description="Gradients are clipped to this norm; 0 turns clipping off."
+    )
+    optim: str = Field("adamw_torch", description="Optimizer, by the name that transformers gives it.")
+    adam_beta1: Fraction = Field(0.9, description="Decay of Adam's mean of gradients.")
+    adam_beta2: Fraction = Field(0.999, description="Decay of Adam's mean of squared gradients.")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="Keeps Adam from dividing by zero.")
     max_length: Annotated[int, Field(ge=8)] = Field(1024, description="Tokens a row may have.")
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    fp16: bool = False
-    tf32: bool | None = None
-    torch_compile: bool = False
-    seed: NonNegative = 0
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    bf16: bool = Field(False, description="Compute in bfloat16.")
+    fp16: bool = Field(False, description="Compute in float16 with loss scaling; a GPU only.")
+    tf32: bool | None = Field(
+        None, description="TF32 matrix multiplication on recent NVIDIA GPUs; the library's choice when empty."
+    )
+    torch_compile: bool = Field(False, description="Compile the model with torch.compile.")
+    seed: NonNegative = Field(0, description="Seed of everything random.")
     data_seed: NonNegative | None = Field(None, description="Seed of the row order; `seed` when empty.")
-    full_determinism: bool = False
-    logging_steps: Positive = 1
-    save_strategy: Literal["no", "steps", "epoch"] = "steps"
-    save_steps: Positive = 50
-    save_total_limit: Positive | None = 2
-    eval_strategy: Literal["no", "steps", "epoch"] = "no"
-    eval_steps: Positive | None = None
-    dataloader_num_workers: NonNegative = 0
-    report_to: str | list[str] = "none"
+    full_determinism: bool = Field(False, description="Deterministic kernels, at some cost in speed.")
+    logging_steps: Positive = Field(
+        1, description="Steps between logged losses; a step whose held-out loss is taken is logged, too."
+    )
+    save_strategy: Literal["no", "steps", "epoch"] = Field("steps", description="When to save a checkpoint.")
+    save_steps: Positive = Field(50, description="Steps between checkpoints.")
+    save_total_limit: Positive | None = Field(2, description="Checkpoints kept; empty keeps all.")
+    eval_strategy: Literal["no", "steps", "epoch"] = Field(
+        "no", description="When to compute the loss on the held-out rows."
+    )
+    eval_steps: Positive | None = Field(None, description="Steps between evaluations, with `eval_strategy: steps`.")
+    dataloader_num_workers: NonNegative = Field(
+        0, description="Processes that load rows; 0 loads in the training process."
+    )
+    report_to: str | list[str] = Field(
+        "none", description="Trackers by transformers' names: `none`, one, or a list; see trackers.md."
+    )
     on_oom: Literal["stop", "shrink"] = Field(
         "stop",
         description="Out of memory: stop, or go on with half the batch and twice the accumulation (the same rows a step).",
@@ -225,16 +243,24 @@ class Optimization(Section):
 class Train(Optimization):
     """Supervised fine-tuning (TRL's SFTTrainer)."""
 
-    method: Literal["lora", "full"] = "lora"
-    lora: Lora = Field(default_factory=Lora)
+    method: Literal["lora", "full"] = Field("lora", description="Train a LoRA adapter, or every weight.")
+    lora: Lora = Field(default_factory=Lora, description="Settings of the adapter.")
     completion_only_loss: bool = Field(True, description="Train on the answers only, not on the prompts.")
-    packing: bool = False
-    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
-    loss_type: Literal["nll", "dft"] = "nll"
-    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    neftune_noise_alpha: PositiveFloat | None = None
+    packing: bool = Field(False, description="Put several rows into one sequence.")
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = Field("bfd", description="How rows are packed.")
+    loss_type: Literal["nll", "dft"] = Field(
+        "nll", description="`nll` is cross-entropy; `dft` weighs each token by its own probability."
+    )
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of probability spread over the other tokens."
+    )
+    neftune_noise_alpha: PositiveFloat | None = Field(
+        None, description="Noise added to the embeddings (NEFTune); off when empty."
+    )
     early_stopping_patience: Positive | None = Field(None, description="Stop after N evaluations without gain.")
-    early_stopping_threshold: NonNegativeFloat = 0.0
+    early_stopping_threshold: NonNegativeFloat = Field(
+        0.0, description="How much the evaluation loss must fall to count as gain."
+    )
 
     @model_validator(mode="after")
     def _early_stopping(self) -> Train:
@@ -258,14 +284,18 @@ class Train(Optimization):
 class Align(Optimization):
     """Preference alignment (TRL's DPOTrainer); off when the section is absent."""
 
-    method: Literal["dpo"] = "dpo"
-    data: Data
-    beta: PositiveFloat = 0.1
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    method: Literal["dpo"] = Field("dpo", description="Direct preference optimisation.")
+    data: Data = Field(description="Preference pairs: `prompt`, `chosen`, `rejected`.")
+    beta: PositiveFloat = Field(0.1, description="How strongly the model is held to its reference.")
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = Field(
+        "sigmoid", description="Loss over the margin between chosen and rejected."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="Assumed share of pairs labelled the wrong way round."
+    )
     precompute_ref_log_probs: bool = Field(True, description="Score the reference once instead of at every step.")
-    learning_rate: NonNegativeFloat = 5e-5
-    num_train_epochs: PositiveFloat = 1.0
+    learning_rate: NonNegativeFloat = Field(5e-5, description="Peak learning rate.")
+    num_train_epochs: PositiveFloat = Field(1.0, description="Passes over the pairs.")
 
     @model_validator(mode="after")
     def _smoothed(self) -> Align:
@@ -288,7 +318,7 @@ class Evaluate(Section):
         None, description="Made-up facts of the same kind, never trained: the untrained control."
     )
     heldout: str | None = Field(None, description="Plain text for perplexity, never trained.")
-    max_new_tokens: Positive = 24
+    max_new_tokens: Positive = Field(24, description="Tokens an answer may have.")
     batch_size: Positive | None = Field(None, description="Questions answered at a time; as many as fit when empty.")
     score_rows: Positive = Field(64, description="Training rows whose loss is computed again, independently.")
 

@@ -54,6 +54,7 @@ def show_verdicts(stored: Mapping[str, Any], marks: Sequence[str] = ()) -> None:
     listed, cause = stored["verdicts"], stored.get("cause", "")
     _write_verdicts(console, listed, cause)
     console.print(_headline(listed, outcome.headline(listed, cause=cause, marks=marks)))
+    _write_hint(console, listed)
 
 
 def show_answers(run: Run) -> None:
@@ -72,6 +73,30 @@ def show_table(headings: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*(_plain(cell) for cell in row))
     _console(sys.stdout).print(table)
+
+
+def show_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """Print a heading and facts under it, each with its label before it; one without a label is of the heading."""
+    console = _console(sys.stdout)
+    console.print(_plain(title, "bold"))
+    width = max((len(label) for label, _ in facts), default=0)
+    for label, text in facts:
+        if not label or console.soft_wrap:
+            _indented(console, f"{label:<{width}}  {text}" if label else text, 2)
+        else:
+            console.print(_columns((f"  {label:<{width}}  ", text)))
+
+
+def _columns(parts: Sequence[str]) -> Table:
+    """Texts side by side, of which the last has as many lines as it needs."""
+    from rich.table import Table
+
+    grid = Table.grid()
+    for _ in parts[:-1]:
+        grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(*map(_plain, parts))
+    return grid
 
 
 def _console(stream: TextIO, width: int | None = None) -> Console:
@@ -125,6 +150,7 @@ def _write(console: Console, document: dict[str, Any]) -> None:
     elif document["outdated"]:
         console.print(_plain("a stage ran after these verdicts were written: verify again", "bold red"))
     console.print(_plain(f"verify again: finetune verify {_short(document['run'])}"), soft_wrap=True)
+    _write_hint(console, listed)
 
 
 def _write_answers(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -223,6 +249,12 @@ def _indented(console: Console, text: str, by: int, style: str = "") -> None:
 
 def _headline(verdicts: list[dict[str, Any]], text: str) -> Any:
     return _plain(text, "bold green" if outcome.holds(map(outcome.outcome, verdicts)) else "bold red")
+
+
+def _write_hint(console: Console, verdicts: list[dict[str, Any]]) -> None:
+    """Where more is said of what is refuted."""
+    if outcome.of(verdicts, outcome.REFUTED):
+        console.print(_plain("what a verdict means: finetune explain NAME"), soft_wrap=True)
 
 
 def _export_table(exports: list[dict[str, Any]]) -> Table:

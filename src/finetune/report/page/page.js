@@ -24,3 +24,14 @@ for (const figure of document.querySelectorAll("figure[data-table]")) {
     read.textContent = "";
   });
 }
+// On paper every fold is open. The style does that too; not every browser can show what is in a closed one.
+const opened = [];
+addEventListener("beforeprint", () => {
+  for (const fold of document.querySelectorAll("details:not([open])")) {
+    fold.open = true;
+    opened.push(fold);
+  }
+});
+addEventListener("afterprint", () => {
+  for (const fold of opened.splice(0)) fold.open = false;
+});
