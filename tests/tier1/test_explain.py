@@ -53,7 +53,9 @@ def recipes() -> list[Recipe]:
         towns.recipe(here, here / "runs", expect=EXPECT, export=EXPORTS, train=train, align={"on_nan": "skip"})
         for train in trains
     ]
-    return [*made, *(recipe.model_copy(update={"backend": "torch"}) for recipe in made)]
+    on_torch = [recipe.model_copy(update={"backend": "torch"}) for recipe in made]
+    held = on_torch[0].model.model_copy(update={"quantization": "nf4"})
+    return [*made, *on_torch, on_torch[0].model_copy(update={"model": held})]
 
 
 def test_every_verdict_that_a_check_owes_is_explained_under_it_and_nothing_else() -> None:
