@@ -112,6 +112,8 @@ def _run(request: dict[str, Any]) -> int:
     """Run the module as `__main__`; its exit code."""
     os.environ.clear()
     os.environ.update(request["environment"])
+    # It numbers a file that the process this one stands for has; here the number is soon another file's. See `_end_with`.
+    os.environ.pop(processes.LIFELINE, None)
     os.chdir(request["cwd"])
     sys.path[:] = request["path"]
     sys.argv = [request["module"], *request["arguments"]]

@@ -19,6 +19,7 @@ import pytest
 
 import finetune
 import sabotage
+from finetune.core import processes
 from finetune.core.files import digest, write_jsonl
 from finetune.run.plan import BY_NAME
 from finetune.stages.pipeline import preview, run_directory, run_stages
@@ -197,6 +198,7 @@ def test_a_changed_file_is_taken_for_what_the_stage_wrote(tmp_path):
 SAID = """
 import json, os, sys, textwrap, time
 what = [sys.argv[1:], os.getcwd(), os.environ.get("MARK"), textwrap.shorten("a b", 9), "xml.dom" in sys.modules, os.getpid()]
+what.append(os.environ.get("FT_LIFELINE"))
 print(json.dumps(what), flush=True)
 print(sys.stdin.read(), end="", file=sys.stderr)
 time.sleep(60 if sys.argv[1:] == ["wait"] else 0)
@@ -236,11 +238,19 @@ def test_a_warm_process_is_what_was_asked_for_with_the_libraries_there(start, tm
     assert (err, process.returncode) == ("hello", 7)
 
 
+def test_a_warm_process_takes_no_file_of_its_own_for_its_parents_lifeline(start):
+    process = start(**{processes.LIFELINE: "9"}, MARK="here")
+    out, _ = process.communicate("", timeout=30)
+
+    assert json.loads(out)[2] == "here"
+    assert json.loads(out)[6] is None
+
+
 def test_without_a_server_a_process_starts_cold(start):
     process = start(**{starting.SOCKET: "/nowhere"})
     out, _ = process.communicate("", timeout=30)
 
-    assert json.loads(out)[3:] == ["a b", False, process.pid]
+    assert json.loads(out)[3:6] == ["a b", False, process.pid]
     assert process.returncode == 7
 
 
