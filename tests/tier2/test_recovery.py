@@ -136,6 +136,29 @@ def test_a_step_that_failed_as_it_changed_weights_leaves_no_checkpoint_of_them(s
     assert losses(run) == losses(whole)
 
 
+def test_a_lack_of_memory_in_an_evaluation_leaves_the_step_before_it(short, monkeypatch, tmp_path):
+    import transformers
+
+    data = {"path": "shipped:quorra/train.jsonl", "eval_fraction": 0.2}
+    recipe = short(eval_strategy="steps", eval_steps=4, data=data)
+    whole = trained(recipe, tmp_path / "whole")
+    real = transformers.Trainer.evaluate
+
+    def evaluate(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self.state.global_step == 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, *arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.Trainer, "evaluate", evaluate)
+        with pytest.raises(StageError, match=r"out of memory\..*checkpoint-4 is kept"):
+            trained(recipe, tmp_path / "run")
+    run = trained(recipe, tmp_path / "run")
+
+    assert [event["resumed_from"] for event in run.events("training")] == [None, 4]
+    assert weights(run) == weights(whole)
+
+
 def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(short, failing, tmp_path):
     recipe = short(on_oom="shrink", lora={"r": 4, "lora_dropout": 0.0})
     whole = trained(recipe, tmp_path / "whole")

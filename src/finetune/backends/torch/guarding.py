@@ -31,8 +31,8 @@ class Guard(TrainerCallback):
         self.skipped = 0  # since the last log
         self.skipping = False
         self.random: dict[str, Any] = {}
-        self.step_of, self.norm_of = trainer.training_step, trainer._get_grad_norm
-        trainer.training_step, trainer._get_grad_norm = self._step, self._norm
+        self.step_of, self.norm_of, self.evaluation_of = trainer.training_step, trainer._get_grad_norm, trainer.evaluate
+        trainer.training_step, trainer._get_grad_norm, trainer.evaluate = self._step, self._norm, self._evaluate
 
     @property
     def _number(self) -> int:
@@ -61,6 +61,15 @@ class Guard(TrainerCallback):
         else:
             self.losses.append(loss)
         return norm
+
+    def _evaluate(self, *arguments: Any, **named: Any) -> Any:
+        """An evaluation draws no random number of the training's: each loader takes a seed, so that dropout would be another
+        from there on, and a training that goes on after an evaluation failed would not be the same."""
+        states = _random()
+        try:
+            return self.evaluation_of(*arguments, **named)
+        finally:
+            _set_random(states)
 
     def _scales(self) -> bool:
         """Whether a scaler of gradients is at work, which finds its scale by what overflows, and skips such steps itself."""
