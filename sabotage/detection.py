@@ -152,6 +152,7 @@ def render(stored: Document) -> str:
         f"**{len(found)} are caught** ({len(found) / len(sabotages):.0%}). In {len(controls)} honest runs there "
         f"{alarms(len(false))}. `make sabotage` does it again: {stored['minutes']:.0f} minutes on {stored['machine']}.",
         BY_OTHERS,
+        *([stored["since"]] if "since" in stored else []),
         "Each row is one function in [sabotage](../sabotage/__init__.py), whose "
         "patches reach every process of the run, the checks' own too; no check knows of them. How to add one: "
         "[sabotage.md](sabotage.md). *Caught by*: the verdicts that failed; *refused*: a stage would not go on, and said "
@@ -249,7 +250,9 @@ def load(root: Path) -> Document:
 
 def store(root: Path, document: Document) -> None:
     """Write the three tables, what they were measured on, and the page."""
-    write_json(root / HEAD, {name: document[name] for name in ("machine", "minutes", "versions")})
+    write_json(
+        root / HEAD, {name: document[name] for name in ("machine", "minutes", "versions", "since") if name in document}
+    )
     tables.write(root / RESULTS, SABOTAGES, document["sabotages"])
     tables.write(root / CONTROLS, RUNS, document["controls"])
     tables.write(root / BOUNDS, SPREADS, ({"verdict": name, **each} for name, each in document["spreads"].items()))
