@@ -18,6 +18,7 @@ import pytest
 from finetune.backends import BACKENDS
 from finetune.checks import CHECKS
 from finetune.recipe.exports import FORMATS
+from finetune.recipe.quantizers import QUANTIZERS
 from finetune.run import fingerprint as code_module
 from finetune.run.fingerprint import ROOT, UNKNOWN, Code, changes, code_of, digest, libraries
 from finetune.run.fingerprint.scan import scan
@@ -359,7 +360,11 @@ def test_only_the_names_of_entry_points_are_made_of_the_package_s_own_name() -> 
 def test_every_library_that_a_run_can_import_is_in_one_of_the_two_tables() -> None:
     """And no other. The names are read from the source, so that no library needs to be installed."""
     _, imports = code_module._tree(ROOT).reach(
-        [*RUN.values(), *BACKENDS.values(), *EXPORTS, *(row.start for row in SERVERS.values())]
+        [
+            *(*RUN.values(), *BACKENDS.values(), *EXPORTS),
+            *(row.start for row in SERVERS.values()),
+            *(row.reference for row in QUANTIZERS.values()),
+        ]
     )
 
     assert set(imports) == {*libraries.DISTRIBUTIONS, *libraries.WITHOUT_RESULT}

@@ -167,5 +167,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(model, process, tmp_path
 
 def test_a_missing_package_says_how_to_get_it(model, monkeypatch):
     monkeypatch.setattr(gguf, "PACKAGES", {"no_such_module": "no-such-package", "json": "json"})
-    with pytest.raises(MissingError, match=r"package no-such-package\. Install with: pip install 'finetune\[gguf\]'"):
+    with pytest.raises(
+        MissingError, match=r"package no-such-package\. Install with: pip install 'finetune-proof\[gguf\]'"
+    ):
         gguf.rehearse(model, "f16")

@@ -231,7 +231,7 @@ def test_what_can_be_no_name_at_all_is_a_usage_error():
 
 def test_the_hub_without_its_library_gives_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingError, match=r"pip install 'finetune\["):
+    with pytest.raises(MissingError, match=r"pip install 'finetune-proof\["):
         sources.obtain("gpt2")
 
 

@@ -11,6 +11,8 @@ from finetune.core.errors import UsageError
 from finetune.recipe import Recipe, load_mapping
 from finetune.recipe.quantizers import QUANTIZERS, Quantizer, quantizer
 from finetune.run import evidence
+from finetune.run.plan import BY_NAME
+from finetune.stages.doors import made_with
 from finetune.training.estimate import EMBEDDED, by_stage
 
 ROW = Quantizer(
@@ -75,3 +77,12 @@ def test_another_package_adds_a_row_by_an_entry_point(monkeypatch: pytest.Monkey
 def test_every_row_says_what_it_is() -> None:
     for name, row in QUANTIZERS.items():
         assert (row.name, bool(row.help), bool(row.backends), 0 < row.bits < 16) == (name, True, True, True)
+
+
+def test_what_carries_a_quantizer_out_is_code_of_those_stages_alone_that_use_it() -> None:
+    train = BY_NAME["train"]
+    plain, held = (made_with(train, asked(model={"quantization": name})) for name in (None, "nf4"))
+    module = "finetune/backends/torch/quantizers/nf4.py"
+
+    assert module in held.modules and module not in plain.modules
+    assert ROW.reference == "acme.bits"

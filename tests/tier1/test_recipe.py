@@ -110,7 +110,7 @@ KEYS = st.fixed_dictionaries(
     optional={
         "name": st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,79}\Z"),
         "backend": TEXTS,
-        "model": section(Model),
+        "model": section(Model, quantization=st.none()),  # not every backend has one
         "template": TEMPLATES,
         "train": st.one_of(st.none(), section(Train, **STEPS)),
         "align": st.one_of(st.none(), section(Align, data=section(Data, path=PATHS), **STEPS)),

@@ -93,7 +93,7 @@ def test_parquet_rows_are_numbered(tmp_path: Path, skip_or_fail: Callable[[str, 
 
 def test_parquet_without_pyarrow_gives_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingError, match=r"pip install 'finetune\[parquet\]'"):
+    with pytest.raises(MissingError, match=r"pip install 'finetune-proof\[parquet\]'"):
         read(Data(path=write(tmp_path, "a.parquet", b"x")))
 
 

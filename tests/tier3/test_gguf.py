@@ -319,7 +319,7 @@ def test_a_missing_package_says_how_to_get_it(llama, tmp_path, monkeypatch):
     for step in (lambda: exporter.rehearse(llama, "f16"), lambda: exporter.export(
         Source(name="tiny", model=llama), "f16", tmp_path
     )):  # fmt: skip
-        with pytest.raises(MissingError, match=r"no-such-package\. Install with: pip install 'finetune\[gguf\]'"):
+        with pytest.raises(MissingError, match=r"no-such-package\. Install with: pip install 'finetune-proof\[gguf\]'"):
             step()
 
 

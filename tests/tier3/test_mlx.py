@@ -166,7 +166,7 @@ def test_a_missing_mlx_lm_is_told_with_how_to_get_it(llama, monkeypatch):
     from finetune.export import mlx as module
 
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingError, match=r"pip install 'finetune\[mlx\]'"):
+    with pytest.raises(MissingError, match=r"pip install 'finetune-proof\[mlx\]'"):
         exporter(parse("mlx")).rehearse(llama, "")
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from finetune.core.lookup import row
 
+OWN = "finetune.backends.torch.quantizers.{}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer:
@@ -25,6 +27,11 @@ class Quantizer:
     methods: tuple[str, ...] = ("lora",)
     initial: tuple[bool | str, ...] = (True, False, "gaussian")
     module: str = ""
+
+    @property
+    def reference(self) -> str:
+        """The module that carries it out."""
+        return self.module or OWN.format(self.name)
 
 
 QUANTIZERS: dict[str, Quantizer] = {

