@@ -210,7 +210,8 @@ def test_the_session_of_a_runtime_asks_that_runtime_100_questions(noxfile: Any, 
     folder, *chosen = noxfile.CELLS[f"tier3-{name}"].paths
     options = ["--collect-only", "-q", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", f"{folder}/test_line.py", *chosen, *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "FT_TIER3": name}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert f"tests/tier3/test_line.py::test_its_own_server_answers_100_queries[{name}]" in done.stdout.splitlines()
 
 
