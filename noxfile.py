@@ -289,7 +289,7 @@ def calibrate(session: nox.Session, row: Cell) -> None:
 
 @cell
 def docs(session: nox.Session, row: Cell) -> None:
-    """Write the generated docs: docs/recipes.md from the models, the README's tree from the source."""
+    """Write the generated docs: docs/recipes.md from the models, the tree in docs/architecture.md from the source."""
     session.run("python", "-m", "tools.docs_gen", *session.posargs)
 
 

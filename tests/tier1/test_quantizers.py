@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from finetune.checks import parameters
 from finetune.core import lookup
 from finetune.core.errors import UsageError
 from finetune.recipe import Recipe, load_mapping
 from finetune.recipe.quantizers import QUANTIZERS, Quantizer, quantizer
 from finetune.run import evidence
+from finetune.run.outcome import PROVED
 from finetune.run.plan import BY_NAME
 from finetune.stages.doors import made_with
 from finetune.training.estimate import EMBEDDED, by_stage
@@ -86,3 +88,18 @@ def test_what_carries_a_quantizer_out_is_code_of_those_stages_alone_that_use_it(
 
     assert module in held.modules and module not in plain.modules
     assert ROW.reference == "acme.bits"
+
+
+@pytest.mark.parametrize(
+    ("facts", "proved"),
+    [
+        ({"quantized_parameters": 1000, "quantized_bytes": 562.5}, True),
+        ({"quantized_parameters": 1000, "quantized_bytes": 1000}, False),
+        ({"quantized_parameters": 0, "quantized_bytes": 0}, False),
+        ({}, False),
+    ],
+    ids=["as the row says", "in eight bits", "none", "not told"],
+)
+def test_a_base_that_is_not_held_as_asked_is_refuted(monkeypatch: pytest.MonkeyPatch, facts: Any, proved: bool) -> None:
+    monkeypatch.setattr(type(parameters.SFT), "facts", lambda self, run: facts)
+    assert (parameters._quantized(asked(), None).outcome == PROVED) == proved  # type: ignore[arg-type]

@@ -7,7 +7,8 @@ from itertools import zip_longest
 from typing import Literal
 
 from finetune.checks import Part, Verdict, judge, missing
-from finetune.checks.parts import BYTES, SFT
+from finetune.checks.parts import SFT
+from finetune.core.arithmetic import DTYPE_BYTES
 from finetune.experiments import MEMORY_STEPS
 from finetune.recipe import Recipe
 from finetune.recipe.quantizers import quantizer
@@ -97,7 +98,7 @@ def _as_stored(recipe: Recipe, run: Run, found: Memory) -> Verdict:
     below = base
     if recipe.model.quantization:
         count, row = SFT.facts(run).get("quantized_parameters", 0), quantizer(recipe.model.quantization)
-        below -= int(count * (BYTES[recipe.model.dtype] - row.bits / 8))
+        below -= int(count * (DTYPE_BYTES[recipe.model.dtype] - row.bits / 8))
     expected = {
         "LoRA's weights": (lora["weight_bytes"], below + adapter, STORED_TOLERANCE),
         "LoRA's gradients": (lora["gradient_bytes"], adapter, STORED_TOLERANCE),

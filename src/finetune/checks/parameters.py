@@ -9,8 +9,8 @@ from pathlib import Path
 
 from finetune.backends import TensorFacts
 from finetune.checks import Verdict, finite, judge, missing
-from finetune.checks.parts import BYTES, SFT, Training, is_lora, lora, of_trainings, single, tensors, trains
-from finetune.core.arithmetic import mean
+from finetune.checks.parts import SFT, Training, is_lora, lora, of_trainings, single, tensors, trains
+from finetune.core.arithmetic import DTYPE_BYTES, mean
 from finetune.core.errors import StageError
 from finetune.core.files import read_object
 from finetune.recipe import Recipe
@@ -120,7 +120,7 @@ def _precision(recipe: Recipe, run: Run) -> Verdict:
     size = (facts["weight_bytes"] - bytes_held - trained if frozen else trained) / count if count else None
     kind = "frozen" if frozen else "trained"
     why = f"{count:,} {kind} weights took {size or 0:g} bytes each; the recipe says {recipe.model.dtype}"
-    wanted = BYTES[recipe.model.dtype]
+    wanted = DTYPE_BYTES[recipe.model.dtype]
     return judge("weights_precision", size, ">=", wanted, "bytes a weight", SFT.report, why)
 
 

@@ -21,7 +21,6 @@ from finetune.run.records.whole import TrainMetrics
 
 When = Callable[[Recipe], bool]
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a weight, by model.dtype
 # What a backend has nothing to tell of, and why: no such verdict is owed of it.
 WITHOUT: dict[str, dict[str, str]] = {
     "fake": {

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 LARGEST = math.log(sys.float_info.max)  # nats, whose exp is a float
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number, by the name of its type
+
 
 def mean(values: Sequence[float]) -> float:
     """The mean; NaN without a value, and where one is NaN (`statistics.fmean` raises at infinities of both signs)."""

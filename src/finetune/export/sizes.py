@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune.core.arithmetic import DTYPE_BYTES
 from finetune.core.files import read_object
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number, by type
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -23,9 +23,11 @@ def stored(directory: Path) -> int:
 
 def parameters(model: Path) -> float:
     """About how many numbers the weights of a model directory are."""
-    return sum(file.stat().st_size for pattern in WEIGHTS for file in model.glob(pattern)) / BYTES.get(dtype(model), 4)
+    return sum(file.stat().st_size for pattern in WEIGHTS for file in model.glob(pattern)) / DTYPE_BYTES.get(
+        dtype(model), 4
+    )
 
 
 def merged(model: Path, wanted: str) -> float:
     """Bytes of a model directory once its weights are in the type `wanted`."""
-    return stored(model) + parameters(model) * (BYTES[wanted] - BYTES.get(dtype(model), 4))
+    return stored(model) + parameters(model) * (DTYPE_BYTES[wanted] - DTYPE_BYTES.get(dtype(model), 4))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.backends import Job, get, tokenizer_of
-from finetune.core.arithmetic import mean
+from finetune.core.arithmetic import DTYPE_BYTES, mean
 from finetune.core.console import progress
 from finetune.core.errors import StageError
 from finetune.core.files import write_jsonl
@@ -143,7 +143,7 @@ def _memory(recipe: Recipe, run: Run, out: Path) -> dict[str, Any]:
 def _stored(recipe: Recipe, run: Run, job: Job) -> dict[str, int | None]:
     """Bytes of what this run has on disk: the base, as it is in memory; the adapter's tensors; the optimizer's state in the
     newest checkpoint (None without one, or where it is no file of PyTorch's, which is a zip)."""
-    size = 4 if recipe.model.dtype == "float32" else 2
+    size = DTYPE_BYTES[recipe.model.dtype]
     tensors = get(recipe.backend).tensors(job.model)  # a tied matrix may be stored under two names
     unique = {facts.sha256 if len(facts.shape) > 1 else name: facts.shape for name, facts in tensors.items()}
     base = sum(size * math.prod(shape) for shape in unique.values())

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.core.arithmetic import DTYPE_BYTES
 from finetune.core.errors import ResourceError, UsageError
 from finetune.core.files import read_jsonl, read_object
 from finetune.core.memory import available, disk_free, gpus, human
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 MIB = 1024**2
 RUNTIME = 330 * MIB  # Python with torch, transformers, peft and trl imported, beyond what the tensors take
 _TILE_TOKENS, _TILE_WORDS, _TILE_COPIES = 4096, 32768, 10
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNGATED = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "bloom", "falcon", "starcoder2")
 _TIED_UNLESS_SAID = ("gpt2", "gpt_neo", "opt", "bloom", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text")
 EMBEDDED = {
@@ -204,7 +204,7 @@ def estimate(
     lora = lora or getattr(train, "lora", None) or Lora()
     length = max_length or train.max_length
     tokens = train.per_device_train_batch_size * length * (2 if preference else 1)
-    element = _DTYPE_BYTES[dtype]
+    element = DTYPE_BYTES[dtype]
     compute = 2 if train.bf16 or train.fp16 else element
 
     adapter = lora_parameters(model, lora) if method == "lora" else 0
@@ -306,7 +306,7 @@ def disk_needed(recipe: Recipe, need: Estimate) -> int:
         if section is not None:
             kept = 0 if section.save_strategy == "no" else section.save_total_limit or 10
             per_stage += need.checkpoint * (kept + 1) + need.trainable * 4
-    merged = need.parameters * _DTYPE_BYTES[recipe.model.dtype] if need.method == "lora" else 0
+    merged = need.parameters * DTYPE_BYTES[recipe.model.dtype] if need.method == "lora" else 0
     return per_stage + merged
 
 

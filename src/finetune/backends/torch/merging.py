@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -154,14 +155,22 @@ class _Stored:
             return str(stored.get_slice(own).get_dtype())
 
 
+@lru_cache(maxsize=1)
+def _held(directory: Path, quantization: str, trusted: bool) -> frozenset[str]:
+    """The names of the weights that a quantizer holds of a base, which has to be loaded for it."""
+    settings = {"quantization": quantization, "trust_remote_code": trusted, "device": "cpu"}
+    quantizer = quantizers.chosen(settings)
+    return frozenset(quantizer.names(load_model(directory, settings)) if quantizer else ())
+
+
 class _Base(_Stored):
     """A base as `settings` load it: the weights that a quantizer holds are the numbers that they come to."""
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         super().__init__(directory)
         self.quantizer = quantizers.chosen(settings)
-        held = self.quantizer.names(load_model(directory, {**settings, "device": "cpu"})) if self.quantizer else ()
-        self.held = frozenset(held)
+        trusted = bool(settings.get("trust_remote_code"))
+        self.held = _held(directory, settings["quantization"], trusted) if self.quantizer else frozenset()
 
     def read(self, name: str) -> Any:
         found = super().read(name)

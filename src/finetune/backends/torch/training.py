@@ -145,7 +145,8 @@ def _train(job: Job, steps: _Steps, trackers: list[Tracker]) -> dict[str, Any]:
         if job.method == "full":
             model.requires_grad_(True)
         trainer = load_reference(OBJECTIVES[job.objective])(job, model, tokenizer)
-    if quantizers.chosen(job.settings):  # TRL makes adapters on a quantized base bfloat16, whatever was asked for
+    quantizer = quantizers.chosen(job.settings)
+    if quantizer:  # TRL makes adapters on a quantized base bfloat16, whatever was asked for
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -176,7 +177,7 @@ def _train(job: Job, steps: _Steps, trackers: list[Tracker]) -> dict[str, Any]:
             "another checkpoint, or start anew with --force"
         ) from None
     facts = {
-        **parameter_facts(trainer.model, quantizers.chosen(job.settings)),
+        **parameter_facts(trainer.model, quantizer),
         **reporter.facts(),
         "frozen_sha256_before": frozen_before,
         "frozen_sha256_after": frozen_digest(trainer.model),
@@ -217,10 +218,10 @@ def frozen_digest(model: Any) -> str:
 
 def parameter_facts(model: Any, quantizer: ModuleType | None = None) -> dict[str, int]:
     parameters = [p for name, p in model.named_parameters() if ".ref." not in name]
-    held = [found for p in parameters if quantizer and (found := quantizer.held(p))]
-    plain = [p for p in parameters if not (quantizer and quantizer.held(p))]
+    held = [quantizer.held(p) if quantizer else None for p in parameters]
+    plain = [p for p, found in zip(parameters, held, strict=True) if found is None]
     trainable = [p for p in parameters if p.requires_grad]
-    numbers, size = (sum(each[part] for each in held) for part in (0, 1))
+    numbers, size = (sum(found[part] for found in held if found) for part in (0, 1))
     return {
         "trainable_parameters": sum(p.numel() for p in trainable),
         "frozen_parameters": sum(p.numel() for p in plain if not p.requires_grad) + numbers,
